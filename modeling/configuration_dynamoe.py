@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a DynaMoE model: the dense base's own config, unmodified, plus how its MLPs are nested and routed."""
+
+import copy
+import math
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# Raised when a folder written today could not be read rightly by yesterday's code. Old versions keep loading.
+FORMAT_VERSION = 1
+
+SIMILARITIES = ("loss_weighted", "projection", "cosine", "relative_error")
+ROUTER_TYPES = ("profile", "argmax")
+
+
+class DynaMoEConfig(PreTrainedConfig):
+    r"""
+    Everything the dense base knows about itself is in `base_config`; reading any other attribute (`hidden_size`,
+    `vocab_size`, `final_logit_softcapping`, ...) is answered from there, and so is writing one.
+
+    Args:
+        base_config (`dict` or `PreTrainedConfig`, *optional*):
+            Config of the dense base. Defaults to a Llama config, so that `DynaMoEConfig()` is valid.
+        expert_widths (`list[float]` or `list[list[float]]`, defaults to `[0.25, 0.5, 0.75, 1.0]`):
+            Width of each expert as a fraction of the MLP width: rising, ending at 1, optionally starting at 0 (a null
+            expert). A list of lists gives one ladder for each layer; all have the same number of experts.
+        similarity (`str`, defaults to `"loss_weighted"`):
+            How close expert e comes to the full MLP for one token; s_{E-1} = 1 and O_e is the output of expert e:
+            `"projection"` <O_e, O> / <O, O>, `"cosine"`, `"relative_error"` 1 - |O - O_e| / |O|, and
+            `"loss_weighted"` 1 / (1 + c_l |O - O_e|^2), where c_l (`error_weights[l]`) is the mean squared gradient of the
+            LM loss at the output of layer l's MLP, so that one threshold means the same harm in every layer.
+        error_weights (`list[float]`, *optional*): c_l, one for each layer. Measured by `dynamoe convert`.
+        router_type (`str`, defaults to `"profile"`):
+            `"profile"`: the router predicts s_0 .. s_{E-2}, so that sensitivity is a dial after training.
+            `"argmax"` (the paper's): E logits, the largest wins, sensitivity is fixed by the training.
+        router_dim (`int`, *optional*):
+            Hidden size of each router. By default so that a router costs about 1% of its MLP.
+        sensitivity (`float`, defaults to 1.0):
+            theta in (0, 1]: a token takes the smallest expert with predicted s_e >= theta. 1 is the dense model.
+        budgets (`dict[str, float]`, *optional*):
+            Mean share of MLP width -> sensitivity that reaches it, written by `dynamoe calibrate`.
+        force_expert (`int`, *optional*): One expert for every token, whatever the routers say.
+        train_route (`str`, defaults to `"label"`): Expert of each token while training: `"label"`, `"router"` or `"random"`.
+        train_sensitivity (`list[float]`, defaults to `[0.2, 0.95]`):
+            While training, each sequence draws its sensitivity uniformly from this range.
+        router_loss_coef (`float`, defaults to 1.0): Weight of the router loss in `loss` when `labels` are given.
+        format_version (`int`): Version of the folder format, checked when loading.
+    """
+
+    model_type = "dynamoe"
+    sub_configs = {"base_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "expert_indices", "router_loss", "lm_loss"]
+
+    def __init__(
+        self,
+        base_config=None,
+        expert_widths=None,
+        similarity="loss_weighted",
+        error_weights=None,
+        router_type="profile",
+        router_dim=None,
+        sensitivity=1.0,
+        budgets=None,
+        force_expert=None,
+        train_route="label",
+        train_sensitivity=(0.2, 0.95),
+        router_loss_coef=1.0,
+        output_router_logits=False,
+        format_version=FORMAT_VERSION,
+        **kwargs,
+    ):
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This model folder has format_version={format_version}, and this code reads up to {FORMAT_VERSION}. "
+                "Update the package (`pip install -U dynamoe_hf`), or load the folder with `trust_remote_code=True` and "
+                "without importing `dynamoe_hf`, so that the code beside the weights is used."
+            )
+        if isinstance(base_config, dict):
+            base_config = copy.deepcopy(base_config)
+            base_config = AutoConfig.for_model(base_config.pop("model_type", "llama"), **base_config)
+        self.__dict__["base_config"] = base_config if base_config is not None else AutoConfig.for_model("llama")
+        self.expert_widths = [0.25, 0.5, 0.75, 1.0] if expert_widths is None else _as_lists(expert_widths)
+        self.similarity = similarity
+        self.error_weights = error_weights
+        self.router_type = router_type
+        self.router_dim = router_dim
+        self.sensitivity = sensitivity
+        self.budgets = dict(budgets or {})
+        self.force_expert = force_expert
+        self.train_route = train_route
+        self.train_sensitivity = list(train_sensitivity)
+        self.router_loss_coef = router_loss_coef
+        self.output_router_logits = output_router_logits
+        self.format_version = format_version
+        # The trap: `super().__init__` hands its attention implementation down, so a base already in memory would lose its own.
+        kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
+        super().__init__(**kwargs)
+        self.check()
+
+    def check(self):
+        """Raise `ValueError` if the fields do not fit together."""
+        ladders = self.expert_widths if self._per_layer else [self.expert_widths]
+        for ladder in ladders:
+            rising = all(a < b for a, b in zip(ladder, ladder[1:]))
+            if not ladder or not rising or ladder[0] < 0 or ladder[-1] != 1:
+                raise ValueError(
+                    f"`expert_widths` must rise from at least 0 to exactly 1, found {ladder}. "
+                    "Give fractions of the MLP width, for example [0.25, 0.5, 0.75, 1]."
+                )
+        if len({len(ladder) for ladder in ladders}) > 1:
+            raise ValueError(
+                f"`expert_widths` must hold equally many experts in every layer, found {[len(x) for x in ladders]}. "
+                "Repeat the ladder of one layer with other fractions instead."
+            )
+        layers = self.base_config.num_hidden_layers
+        for name, rows in (("expert_widths", ladders if self._per_layer else None), ("error_weights", self.error_weights)):
+            if rows is not None and len(rows) != layers:
+                raise ValueError(f"`{name}` must have one entry for each of {layers} layers, found {len(rows)}.")
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"`similarity` is unknown: found {self.similarity!r}. Choose one of {', '.join(SIMILARITIES)}.")
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(f"`router_type` is unknown: found {self.router_type!r}. Choose one of {', '.join(ROUTER_TYPES)}.")
+        check_sensitivity(self.sensitivity)
+        for value in self.train_sensitivity:
+            check_sensitivity(value)
+        if self.force_expert is not None and not 0 <= self.force_expert < self.expert_count:
+            raise ValueError(
+                f"`force_expert` must be an expert's index, found {self.force_expert}. This model has experts 0 to "
+                f"{self.expert_count - 1} (the last is the full width), or None to let the routers choose."
+            )
+
+    @property
+    def _per_layer(self):
+        return bool(self.expert_widths) and isinstance(self.expert_widths[0], list)
+
+    @property
+    def expert_count(self):
+        return len(self.expert_widths[0] if self._per_layer else self.expert_widths)
+
+    def layer_widths(self, layer, mlp_width):
+        """Widths in neurons of the experts of `layer`, whose MLP has `mlp_width` neurons: `list[int]`, rising."""
+        ladder = self.expert_widths[layer] if self._per_layer else self.expert_widths
+        widths = [round(fraction * mlp_width) for fraction in ladder]
+        if any(a >= b for a, b in zip(widths, widths[1:])):
+            raise ValueError(
+                f"`expert_widths` {ladder} give {widths} neurons on an MLP of {mlp_width}, which do not rise. "
+                "Use fewer experts, or fractions further apart."
+            )
+        return widths
+
+    def sensitivity_of(self, budget):
+        """The sensitivity that reaches `budget` (mean share of MLP width), interpolated between calibrated budgets."""
+        known = sorted((float(share), theta) for share, theta in self.budgets.items()) + [(1.0, 1.0)]
+        if len(known) == 1:
+            raise ValueError("This model has no calibrated budgets. Run `dynamoe calibrate FOLDER --budgets 0.5,0.75` first.")
+        if not known[0][0] <= budget <= 1:
+            raise ValueError(
+                f"budget={budget} is outside the calibrated range {known[0][0]:g} to 1. "
+                f"Choose a budget inside it, or run `dynamoe calibrate FOLDER --budgets {budget:g}`."
+            )
+        for (low, theta_low), (high, theta_high) in zip(known, known[1:]):
+            if budget <= high:
+                part = (budget - low) / (high - low) if high > low else 0.0
+                return theta_low + part * (theta_high - theta_low)
+        return 1.0
+
+    def get_text_config(self, decoder=None, encoder=None):
+        # TRL and vLLM ask for the text config to find `hidden_size` and the logit scale, which delegation answers;
+        # `generate` asks for the decoder's, to lay out the cache.
+        return self.__dict__["base_config"] if decoder else self
+
+    def __getattr__(self, name):
+        # Private names stay ours: copy and pickle ask for them before `base_config` exists.
+        base = self.__dict__.get("base_config")
+        if name.startswith("_") or base is None:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(base, name)
+
+    def __setattr__(self, name, value):
+        base = self.__dict__.get("base_config")
+        if base is None or name.startswith("_") or name == "base_config":
+            super().__setattr__(name, value)
+        elif name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+            if name in ("output_hidden_states", "output_attentions", "return_dict", "dtype"):
+                setattr(base, name, value)  # the backbone reads its own config
+        elif hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def check_sensitivity(value):
+    """Raise `ValueError` unless `value` is a number in (0, 1]."""
+    if not isinstance(value, (int, float)) or math.isnan(value) or not 0 < value <= 1:
+        raise ValueError(
+            f"sensitivity must be in (0, 1], found {value!r}. 1 is the dense model; lower values let more tokens take "
+            "smaller experts. To aim at a share of compute instead, use `set_budget`."
+        )
+
+
+def _as_lists(widths):
+    return [list(map(float, w)) if isinstance(w, (list, tuple)) else float(w) for w in widths]
+
+
+__all__ = ["DynaMoEConfig"]

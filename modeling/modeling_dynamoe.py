@@ -1,0 +1,594 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+DynaMoE: a dense causal language model whose MLPs are nested experts, chosen token by token.
+
+- The base's own model is built from its own config, so attention, RoPE variants, caches, soft-caps and heads are the base's.
+- Each `layer.mlp` becomes a `NestedMLP` that keeps the dense parameter names; only `mlp.router.*` is added.
+- Expert e is the first `widths[e]` neurons of the MLP; the last expert is the dense MLP.
+- The router predicts how close each expert comes to the full MLP, and the token takes the smallest that is close enough.
+
+Shapes: B batch, S sequence, T = B * S tokens, D hidden size, H MLP width, E experts.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
+from .nested_mlp import Projections, label_of, prefix_mlp, similarity_profile, staircase_mlp
+
+
+logger = logging.get_logger(__name__)
+
+ROUTES = ("router", "label", "random", "shuffled")
+
+
+@dataclass
+class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    `CausalLMOutputWithPast`, and:
+
+    lm_loss (`torch.Tensor` of shape (1,)): the language-model part of `loss`, when `labels` are given.
+    router_loss (`torch.Tensor` of shape (1,)): mean over layers of the router loss, normalised like `lm_loss`.
+    router_logits (`tuple` of (B, S, E - 1), or (B, S, E) with the argmax router): with `output_router_logits=True`, one
+        for each layer. The sigmoid of a profile router's logits is the predicted similarity of each smaller expert.
+    expert_indices (`tuple` of (B, S) int64): the experts taken, one for each layer, with `output_router_logits=True`.
+    """
+
+    lm_loss: torch.FloatTensor | None = None
+    router_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_indices: tuple[torch.LongTensor, ...] | None = None
+
+
+class LayerRecord(NamedTuple):
+    """What one layer did with each token of one forward pass. `profile` and what follows only where labels were needed."""
+
+    router_logits: torch.Tensor  # (B, S, E - 1); (B, S, E) with the argmax router
+    expert: torch.Tensor  # (B, S) int64
+    profile: torch.Tensor | None = None  # (B, S, E) true similarities
+    label: torch.Tensor | None = None  # (B, S) int64
+    router_loss: torch.Tensor | None = None  # (B, S)
+
+
+@dataclass
+class Routing:
+    """How the tokens of one forward pass find their experts. `None` means: as the config says."""
+
+    sensitivity: float | torch.Tensor | None = None  # a number, or (B,) with one for each sequence
+    force_expert: int | None = None
+    route: str = "router"
+    needs_labels: bool = False
+    records: list[LayerRecord] | None = None  # filled layer by layer where it is a list
+
+
+@dataclass
+class RoutingSlot:
+    """The routing in force, shared by all layers of a model: decoder layers hand nothing but hidden states to their MLP."""
+
+    current: Routing = field(default_factory=Routing)
+
+
+class TokenRouter(nn.Module):
+    """
+    Predicts the difficulty of a token for one layer from what the MLP reads: (..., D) -> (..., E - 1) logits.
+
+    The sigmoid of logit e is the predicted similarity of expert e, rising in e by construction. With
+    `router_type="argmax"`: (..., D) -> (..., E) logits, the largest of which names the expert.
+    """
+
+    def __init__(self, hidden_size, router_dim, experts, router_type):
+        super().__init__()
+        self.router_type = router_type
+        self.input = nn.Linear(hidden_size, router_dim)
+        self.output = nn.Linear(router_dim, experts if router_type == "argmax" else experts - 1)
+
+    @torch.no_grad()
+    def reset(self):
+        """Begin anew: every token looks alike."""
+        nn.init.normal_(self.input.weight, std=self.input.in_features**-0.5)
+        nn.init.zeros_(self.input.bias)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        if self.router_type == "argmax":
+            self.output.bias[-1] = 1.0  # untrained, it takes the full width, as sensitivity 1 does with the other router
+
+    def forward(self, x):
+        logits = self.output(F.silu(self.input(x)))
+        if self.router_type == "argmax" or logits.shape[-1] == 0:
+            return logits
+        # diff with a plain router: each logit adds a positive step to the one before, so the profile rises.
+        return torch.cat([logits[..., :1], F.softplus(logits[..., 1:])], -1).cumsum(-1)
+
+    def choose(self, logits, sensitivity):
+        """Expert of each token: logits, a number or (B,) -> (B, S) int64. Compared as logits: theta = 1 is never reached."""
+        if self.router_type == "argmax":
+            return logits.argmax(-1)
+        if isinstance(sensitivity, torch.Tensor):
+            sensitivity = sensitivity.to(logits.device, torch.float32).view(-1, 1, 1)
+        else:
+            sensitivity = torch.tensor(sensitivity, dtype=torch.float32, device=logits.device)
+        return (logits.float() < torch.logit(sensitivity)).sum(-1)
+
+    def loss(self, logits, profile, label):
+        """Binary cross-entropy for each token, (B, S): against the profile, or the one-hot label for the argmax router."""
+        target = F.one_hot(label, profile.shape[-1]) if self.router_type == "argmax" else profile[..., :-1].clamp(0, 1)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+        return loss.mean(-1) if loss.shape[-1] else loss.sum(-1)
+
+
+class Layout(NamedTuple):
+    """Names of the parts of a dense MLP. `gate` is None where there is no gate, or where `up` holds both, gate first."""
+
+    gate: str | None
+    up: str
+    down: str
+    act: str
+    fused: bool = False
+
+
+LAYOUTS = (
+    Layout("gate_proj", "up_proj", "down_proj", "act_fn"),
+    Layout(None, "gate_up_proj", "down_proj", "activation_fn", fused=True),
+    Layout(None, "c_fc", "c_proj", "act"),
+    Layout(None, "up_proj", "down_proj", "act_fn"),
+    Layout(None, "fc1", "fc2", "activation_fn"),
+    Layout(None, "dense_h_to_4h", "dense_4h_to_h", "act"),
+)
+
+
+def layout_of(mlp, name="mlp"):
+    """The `Layout` of a dense MLP. Raises `ValueError`, naming the module, for anything that is not one of `LAYOUTS`."""
+    linears = {child for child, module in mlp.named_children() if isinstance(module, nn.Linear)}
+    others = {child for child, module in mlp.named_children() if any(True for _ in module.parameters())} - linears
+    for layout in LAYOUTS:
+        if linears == {layout.gate, layout.up, layout.down} - {None} and hasattr(mlp, layout.act) and others <= {layout.act}:
+            up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
+            if up.out_features == down.in_features * (2 if layout.fused else 1):
+                return layout
+    supported = "; ".join(", ".join(filter(None, layout[:3])) for layout in LAYOUTS)
+    raise ValueError(
+        f"`{name}` cannot be split into nested experts: found {type(mlp).__name__} with "
+        f"{', '.join(sorted(linears | others)) or 'no linear layers'}. Supported are dense MLPs made of: {supported}. "
+        "A model that is a mixture of experts already, or puts a norm inside its MLP, stays as it is."
+    )
+
+
+class NestedMLP(nn.Module):
+    """
+    The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
+    names, so its checkpoint is the dense one plus `router.*`.
+
+    Plain linear layers are sliced, so that only the chosen prefix is computed. Where a projection is wrapped (LoRA,
+    quantised, offloaded), its module runs in full and the hidden activation is masked: the same numbers, no speed-up.
+    """
+
+    def __init__(self, dense, config, layer, slot):
+        super().__init__()
+        self.layout = layout_of(dense, f"model.layers.{layer}.mlp")
+        for name, module in dense.named_children():
+            self.add_module(name, module)
+        if not isinstance(getattr(dense, self.layout.act), nn.Module):
+            setattr(self, self.layout.act, getattr(dense, self.layout.act))
+        self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
+        self.config, self.layer, self.slot = config, layer, slot
+        width, hidden_size = self.down_linear.in_features, self.down_linear.out_features
+        self.widths = config.layer_widths(layer, width)
+        self.router = TokenRouter(
+            hidden_size, config.router_dim or default_router_dim(hidden_size, width), len(self.widths), config.router_type
+        )
+
+    @property
+    def up_linear(self):
+        return getattr(self, self.layout.up)
+
+    @property
+    def down_linear(self):
+        return getattr(self, self.layout.down)
+
+    @property
+    def activation(self):
+        return getattr(self, self.layout.act)
+
+    def forward(self, x):
+        routing, full = self.slot.current, len(self.widths) - 1
+        forced = routing.force_expert
+        if forced is None and routing.sensitivity is None:  # what a call asks for outranks the config
+            forced = self.config.force_expert
+        sensitivity = self.config.sensitivity if routing.sensitivity is None else routing.sensitivity
+        record = routing.records is not None
+        if not record and not routing.needs_labels and routing.route == "router":
+            # Nothing to ask the router: the dense kernels, in the dense order, or one prefix for all.
+            dense = self.config.router_type == "profile" and isinstance(sensitivity, float | int) and sensitivity >= 1
+            if forced == full or forced is None and dense:
+                return self._drop(self.down_linear(self.hidden(x)))
+            if forced is not None:
+                return self._drop(self._run(x, forced))
+
+        logits = self.router(x)
+        needs_labels = routing.needs_labels or routing.route == "label"
+        if needs_labels:
+            hidden = self.hidden(x)
+            profile = self.profile(hidden.detach())
+            label = label_of(profile.flatten(0, 1), self._for_each_token(sensitivity, x)).view(x.shape[:2])
+        if forced is not None:
+            expert = torch.full(x.shape[:2], forced, device=x.device)
+        elif routing.route == "label":
+            expert = label
+        elif routing.route == "random":
+            expert = torch.randint(len(self.widths), x.shape[:2], device=x.device)
+        else:
+            expert = self.router.choose(logits, sensitivity)
+            if routing.route == "shuffled":
+                expert = expert.flatten()[torch.randperm(expert.numel(), device=x.device)].view_as(expert)
+        if record:
+            extra = (profile, label, self.router.loss(logits, profile, label)) if needs_labels else ()
+            routing.records.append(LayerRecord(logits, expert, *extra))
+        # Labels need every neuron anyway, so then the rest of the work is one mask.
+        y = self.down_linear(self._mask(hidden, expert)) if needs_labels else self._run(x, expert)
+        return self._drop(y)
+
+    def hidden(self, x):
+        """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""
+        up = self.up_linear(x)
+        if self.layout.fused:
+            gate, up = up.chunk(2, dim=-1)
+            return up * self.activation(gate)
+        if self.layout.gate is None:
+            return self.activation(up)
+        return self.activation(getattr(self, self.layout.gate)(x)) * up
+
+    @torch.no_grad()
+    def profile(self, hidden):
+        """
+        Similarity of each expert's output to the full one: (B, S, H) -> (B, S, E), float32.
+
+        The blocks that each expert adds, summed from the last one down, are what the smaller experts leave out. That takes
+        (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
+        """
+        output, tails = self.down_linear(hidden), []
+        for low, high in reversed(list(zip(self.widths, self.widths[1:]))):
+            if self._sliceable(self.down_linear, hidden):
+                block = F.linear(hidden[..., low:high], self.down_linear.weight[:, low:high])
+            else:
+                only = torch.zeros_like(hidden)
+                only[..., low:high] = hidden[..., low:high]
+                block = self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
+            tails.append(block if not tails else tails[-1] + block)
+        output = output.flatten(0, 1)
+        tail_ETD = torch.stack(tails[::-1]).flatten(1, 2) if tails else output.new_zeros(0, *output.shape)
+        error_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0
+        profile = similarity_profile(output, tail_ETD, self.config.similarity, error_weight)
+        return profile.view(*hidden.shape[:2], -1)
+
+    def weights(self):
+        """The projections as plain tensors, for the fast paths."""
+        up, bias, width = self.up_linear.weight, self.up_linear.bias, self.down_linear.in_features
+        if self.layout.fused:
+            split = (None, None) if bias is None else (bias[:width], bias[width:])
+            gate, gate_bias, up, bias = up[:width], split[0], up[width:], split[1]
+        elif self.layout.gate is None:
+            gate, gate_bias = None, None
+        else:
+            linear = getattr(self, self.layout.gate)
+            gate, gate_bias = linear.weight, linear.bias
+        return Projections(gate, gate_bias, up, bias, self.down_linear.weight, self.down_linear.bias, self.activation)
+
+    def _run(self, x, expert):
+        """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""
+        one_for_all = not isinstance(expert, torch.Tensor)
+        names = filter(None, self.layout[:3])
+        if not all(self._sliceable(getattr(self, name), x) for name in names):
+            logger.warning_once(
+                "DynaMoE: the MLP projections are wrapped, quantised or offloaded, so every neuron is computed and the unused "
+                "ones are masked: the same numbers, no speed-up. Merging adapters (`merge_and_unload`) brings it back."
+            )
+        elif one_for_all:
+            return prefix_mlp(x, self.weights(), self.widths[expert])
+        elif not self.training and not torch.compiler.is_compiling():
+            if expert.numel() == 1:
+                return prefix_mlp(x, self.weights(), self.widths[expert.item()])
+            y = staircase_mlp(x.flatten(0, 1), expert.flatten(), self.weights(), self.widths)
+            return y.view_as(x)
+        # In training the mask keeps the host out of the way: reading the counts would wait for the device.
+        return self.down_linear(self._mask(self.hidden(x), expert))
+
+    def _mask(self, hidden, expert):
+        widths = torch.tensor(self.widths, device=hidden.device)
+        width = widths[expert].unsqueeze(-1)
+        return hidden.masked_fill(torch.arange(hidden.shape[-1], device=hidden.device) >= width, 0)
+
+    def _for_each_token(self, sensitivity, x):
+        if isinstance(sensitivity, torch.Tensor):
+            return sensitivity.to(x.device, torch.float32).view(-1, 1).expand(x.shape[:2]).flatten()
+        return sensitivity
+
+    def _drop(self, y):
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    @staticmethod
+    def _sliceable(linear, x):
+        weight = linear.weight if type(linear) is nn.Linear else None
+        return type(weight) is nn.Parameter and type(weight.data) is torch.Tensor and weight.device == x.device
+
+
+def default_router_dim(hidden_size, mlp_width):
+    """Hidden size of a router that costs about 1% of a gated MLP of this shape, a multiple of 8: 48 for SmolLM2-135M."""
+    return max(8, round(0.01 * 3 * mlp_width / 8) * 8)
+
+
+class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
+    """
+    A dense causal language model of any supported family, its MLPs replaced by nested experts.
+
+    `self.model` is the base's own backbone and `self.lm_head` its own head; the head's arithmetic (logit scales, soft-caps)
+    is the base class's `forward`, run on this model. Build one from a dense model in memory with `from_dense`.
+    """
+
+    config_class = DynaMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # Routers stay float32 in float16 models, and quantisers skip what is listed here.
+    _keep_in_fp32_modules = ["router"]
+
+    def __init__(self, config, dense=None):
+        dense_class = dense_class_of(config.base_config)
+        # What attention back-ends the model supports is the base class's knowledge, and `super().__init__` asks for it.
+        for flag in dir(dense_class):
+            value = getattr(dense_class, flag)
+            if (flag.startswith("_supports_") or flag == "_can_compile_fullgraph") and isinstance(value, bool):
+                object.__setattr__(self, flag, value)
+        super().__init__(config)
+        adopting = dense is not None
+        if not adopting:
+            config.base_config._attn_implementation = config._attn_implementation
+            dense = dense_class(config.base_config)
+        layers = getattr(dense.base_model, "layers", None)
+        if dense.base_model_prefix != "model" or layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+            raise ValueError(
+                f"{dense_class.__name__} cannot be converted: its layers are not at `model.layers.*.mlp`. "
+                "Supported are decoder families built like Llama, for example llama, mistral, qwen3, gemma2 or phi3."
+            )
+        self.dense_class = dense_class
+        self.slot = RoutingSlot()
+        self.model, self.lm_head = dense.model, dense.lm_head
+        # Plain attributes that the base's `forward` may read, such as Cohere's `logit_scale`.
+        for name, value in vars(dense).items():
+            if name not in vars(self) and not name.startswith("_"):
+                setattr(self, name, value)
+        for index, layer in enumerate(self.model.layers):
+            layer.mlp = NestedMLP(layer.mlp, config, index, self.slot)
+            layer.mlp.train(self.model.training)
+        self._tied_weights_keys = dense._tied_weights_keys
+        if adopting:
+            # The weights are trained ones: only the routers are new, and `post_init` must not touch the rest.
+            self.init_weights = lambda: None
+            for module in self.modules():
+                if isinstance(module, TokenRouter):
+                    self._init_weights(module)
+                    module.to(layers[0].mlp.down_linear.weight.device, layers[0].mlp.down_linear.weight.dtype)
+        self.post_init()
+        if adopting:
+            del self.init_weights
+            self.generation_config = dense.generation_config
+            self.train(dense.training)
+        # A prefix of a column-sharded projection would differ from rank to rank, so tensor parallelism replicates the MLPs.
+        for module in (self, self.model):
+            if getattr(module, "_tp_plan", None):
+                module._tp_plan = {key: plan for key, plan in module._tp_plan.items() if ".mlp" not in key}
+
+    @classmethod
+    def from_dense(cls, dense, **config):
+        """
+        Turn a dense model in memory into a DynaMoE model, without copying a weight. `dense` is used up: its layers now
+        hold nested MLPs. Routers are fresh and sensitivity is 1, so the outputs are still those of the dense model.
+
+        Args:
+            dense (`PreTrainedModel`): a causal language model of a supported family.
+            config: fields of `DynaMoEConfig`, for example `expert_widths=[0.5, 1]`.
+
+        Raises:
+            ValueError: the family, or one of its layers, cannot be split; nothing has been changed then.
+        """
+        if getattr(dense.config, "model_type", None) == cls.config_class.model_type:
+            raise ValueError("The model is a DynaMoE model already. Convert its dense base, or train it as it is.")
+        dense_class_of(dense.config)
+        for index, layer in enumerate(getattr(dense.base_model, "layers", ())):
+            if hasattr(layer, "mlp"):
+                layout_of(layer.mlp, f"model.layers.{index}.mlp")
+        own = cls.config_class(base_config=dense.config, **config)
+        own.dtype = dense.config.dtype
+        return cls(own, dense=dense)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, TokenRouter):
+            module.reset()
+            for parameter in module.parameters():
+                parameter._is_hf_initialized = True
+        elif not (isinstance(module, nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        slot = self.slot
+
+        def checkpoint_with_routing(function, *args, **options):
+            # The trap: backward runs the layer again, after `forward` has put the routing back. So carry it along.
+            again = replace(slot.current, records=None if slot.current.records is None else [])
+            routings = chain([slot.current], repeat(again))
+
+            def run(*inputs):
+                previous, slot.current = slot.current, next(routings)
+                try:
+                    return function(*inputs)
+                finally:
+                    slot.current = previous
+
+            return gradient_checkpointing_func(run, *args, **options)
+
+        super()._set_gradient_checkpointing(enable, checkpoint_with_routing if enable else checkpoint, **kwargs)
+
+    @contextmanager
+    def routing(self, **settings):
+        """
+        Every forward pass inside is routed as `settings` say (fields of `Routing`); yields the records of the last pass.
+
+        >>> with model.routing(route="label", records=[]) as routing:
+        ...     model(input_ids)
+        >>> routing.records[0].expert  # (B, S) of layer 0
+        """
+        previous, self.slot.current = self.slot.current, Routing(**settings)
+        try:
+            yield self.slot.current
+        finally:
+            self.slot.current = previous
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        sensitivity=None,
+        force_expert=None,
+        route=None,
+        output_router_logits=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        r"""
+        As the base's `forward`, and:
+
+        Args:
+            sensitivity (`float` or `torch.Tensor` of shape (B,), *optional*):
+                For this call only; a tensor gives each sequence its own. Defaults to `config.sensitivity`.
+            force_expert (`int`, *optional*): one expert for every token, for this call only.
+            route (`str`, *optional*):
+                `"router"`, or for training and as baselines: `"label"` (true difficulty), `"random"` (uniform) and
+                `"shuffled"` (the router's own choices, dealt to other tokens).
+            output_router_logits (`bool`, *optional*): return `router_logits` and `expert_indices`.
+
+        In training mode with `labels`, the tokens follow `config.train_route` at a sensitivity drawn for each sequence
+        from `config.train_sensitivity`, and `loss` is the LM loss + `config.router_loss_coef` * the router loss.
+        """
+        config = self.config
+        batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        if isinstance(sensitivity, torch.Tensor):
+            if sensitivity.shape not in ((batch,), ()):
+                raise ValueError(
+                    f"`sensitivity` must be a number or one for each of {batch} sequences, found {tuple(sensitivity.shape)}."
+                )
+            sensitivity = sensitivity.expand(batch)
+        elif sensitivity is not None:
+            check_sensitivity(sensitivity)
+        if route is not None and route not in ROUTES:
+            raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        outer = self.slot.current
+        settings = {"sensitivity": sensitivity, "force_expert": force_expert, "route": route}
+        routing = replace(outer, **{name: value for name, value in settings.items() if value is not None})
+        train_routers = self.training and labels is not None and force_expert is None and config.force_expert is None
+        if train_routers:
+            routing.needs_labels = True
+            if route is None and outer.route == "router":
+                routing.route = config.train_route
+            if routing.sensitivity is None:
+                low, high = config.train_sensitivity
+                device = (input_ids if input_ids is not None else inputs_embeds).device
+                routing.sensitivity = low + (high - low) * torch.rand(batch, device=device)
+        if routing.records is not None:
+            routing.records.clear()
+        elif output_router_logits or train_routers:
+            routing.records = []
+        self.slot.current = routing
+        try:
+            outputs = self.dense_class.forward(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+        finally:
+            self.slot.current = outer
+
+        outputs = DynaMoECausalLMOutputWithPast(**outputs)
+        if labels is not None:
+            outputs.lm_loss = outputs.loss
+        if train_routers:
+            mask = loss_mask(labels, kwargs.get("shift_labels"))
+            outputs.router_loss = mean_router_loss(routing.records, mask, kwargs.get("num_items_in_batch"))
+            outputs.loss = outputs.lm_loss + config.router_loss_coef * outputs.router_loss
+        if output_router_logits:
+            outputs.router_logits = tuple(record.router_logits for record in routing.records)
+            outputs.expert_indices = tuple(record.expert for record in routing.records)
+        if not (config.return_dict if return_dict is None else return_dict):
+            return outputs.to_tuple()
+        return outputs
+
+    def set_sensitivity(self, sensitivity):
+        """Set the dial, theta in (0, 1], and release `force_expert`. Stored in the config, so it is saved with the model."""
+        check_sensitivity(sensitivity)
+        self._refuse_fixed_router()
+        self.config.sensitivity, self.config.force_expert = float(sensitivity), None
+
+    def set_budget(self, budget):
+        """Set the dial by mean share of MLP width, within the budgets that `dynamoe calibrate` wrote. 1 is the dense model."""
+        self._refuse_fixed_router()
+        self.config.sensitivity, self.config.force_expert = self.config.sensitivity_of(budget), None
+
+    def _refuse_fixed_router(self):
+        if self.config.router_type == "argmax":
+            raise ValueError(
+                'This model has the argmax router, whose sensitivity is fixed by its training. Convert with router_type="profile" '
+                "for a dial, or set `config.force_expert`."
+            )
+
+
+def dense_class_of(base_config):
+    """The `...ForCausalLM` class of a dense config. Raises `ValueError` for what is not a dense causal language model."""
+    if type(base_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{type(base_config).__name__} (model type {base_config.model_type!r}) has no causal language model. "
+            "Give a decoder of a family built like Llama, for example llama, mistral, qwen3, gemma2 or phi3."
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(base_config)]
+
+
+def loss_mask(labels, shift_labels=None):
+    """(B, S) bool: the positions whose next token counts in the LM loss, so that all losses share one normaliser."""
+    return F.pad(labels[..., 1:] != -100, (0, 1)) if shift_labels is None else shift_labels != -100
+
+
+def mean_router_loss(records, mask, num_items=None):
+    """
+    Mean over layers and real tokens. A sum divided by `num_items_in_batch`, like the LM loss: a mean for each micro-batch
+    would change the update with gradient accumulation.
+    """
+    total = sum((record.router_loss * mask.to(record.router_loss.device)).sum().to(mask.device) for record in records)
+    return total / len(records) / (mask.sum() if num_items is None else num_items)
+
+
+__all__ = ["DynaMoEForCausalLM"]

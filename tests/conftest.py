@@ -1,0 +1,97 @@
+"""Tiny random models of every family, a tiny tokenizer built in code, fixed seeds, no network."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny products gain nothing from a second thread, and on a busy machine waiting for it can cost a hundredfold.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+torch.set_num_threads(1)
+
+# The smallest settings that still exercise what is special about each family.
+FAMILIES = {
+    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {"pad_token_id": 0},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 4},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 4},
+    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "phi3": {"pad_token_id": 0},
+    "glm4": {"head_dim": 8, "pad_token_id": 0},
+    "starcoder2": {"use_bias": True, "residual_dropout": 0.1},
+}  # fmt: skip
+VOCABULARY = 128
+
+
+def tiny_config(family="llama", **settings):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    return AutoConfig.for_model(family, **{**sizes, **FAMILIES.get(family, {}), **settings})
+
+
+def tiny_dense(family="llama", seed=0, **settings):
+    """A dense model with weights large enough that its logits differ from token to token."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+            elif "bias" in name:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def tiny_tokenizer():
+    """One token for each ASCII character, so that any text tokenizes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {chr(code) if 32 <= code < 127 or code == 10 else f"<{code}>": code for code in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<3>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>", pad_token="<0>", unk_token="<3>"
+    )
+
+
+@pytest.fixture
+def token_ids():
+    torch.manual_seed(1)
+    return torch.randint(3, VOCABULARY, (2, 12))
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """A tiny dense Llama with its tokenizer, saved. Treat it as read-only."""
+    folder = tmp_path_factory.mktemp("dense") / "tiny-llama"
+    tiny_dense(num_hidden_layers=3).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Some 24,000 characters of English, in paragraphs."""
+    import pydoc_data.topics
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    topics = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    path.write_text(topics.encode("ascii", "ignore").decode()[:24000])
+    return path

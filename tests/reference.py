@@ -1,0 +1,43 @@
+"""Plain loops over tokens and experts: what every fast path must equal, in outputs and in gradients."""
+
+import torch
+
+
+def assert_close(name, actual, expected, atol=1e-5, rtol=1e-4):
+    """As `torch.testing.assert_close`, naming the tensor, and never accepting NaN."""
+    assert not torch.isnan(actual).any(), f"{name} holds NaN"
+    error = (actual - expected).abs().max().item() if actual.numel() else 0.0
+    assert torch.allclose(actual, expected, atol=atol, rtol=rtol), f"{name}: largest error {error:.3g}, allowed {atol:g}"
+
+
+def expert_output(mlp, x, expert):
+    """Output of expert `expert` of a NestedMLP for x of any shape (..., D): the dense MLP with the other neurons at zero."""
+    hidden = mlp.hidden(x)
+    kept = torch.zeros_like(hidden)
+    kept[..., : mlp.widths[expert]] = 1
+    return mlp.down_linear(hidden * kept)
+
+
+def nested_mlp(mlp, x_TD, expert_T):
+    """Each token through its own expert, one at a time: (T, D), (T,) -> (T, D)."""
+    return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
+
+
+def similarity(mlp, x, expert, name, error_weight=1.0):
+    """Similarity of one expert's output to the full one, for one token x (D,), straight from the definition."""
+    full, output = expert_output(mlp, x, len(mlp.widths) - 1), expert_output(mlp, x, expert)
+    if name == "projection":
+        return (output @ full) / (full @ full)
+    if name == "cosine":
+        return (output @ full) / (output.norm() * full.norm())
+    if name == "relative_error":
+        return 1 - (full - output).norm() / full.norm()
+    return 1 / (1 + error_weight * (full - output).square().sum())
+
+
+def label(mlp, x, sensitivity, name, error_weight=1.0):
+    """The smallest expert whose similarity reaches the sensitivity, for one token x (D,)."""
+    for expert in range(len(mlp.widths) - 1):
+        if similarity(mlp, x, expert, name, error_weight) >= sensitivity:
+            return expert
+    return len(mlp.widths) - 1

@@ -1,0 +1,317 @@
+"""The model: every family equals its dense base at full width, every route equals the plain loop, the dial turns."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_config, tiny_dense
+from reference import assert_close, nested_mlp
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
+
+
+BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+
+
+def tiny_dynamoe(family="llama", seed=0, dense_settings=None, **settings):
+    """A tiny DynaMoE whose routers disagree from token to token, so that mixed batches are really mixed."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(family, seed, **(dense_settings or {})), **settings)
+    torch.manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router.output." in name:
+                parameter.normal_(std=3.0)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_width_equals_dense(family, tied, token_ids):
+    dense = tiny_dense(family, tie_word_embeddings=tied)
+    model = DynaMoEForCausalLM.from_dense(copy.deepcopy(dense))
+    padded = torch.ones_like(token_ids)
+    padded[0, :5] = 0  # left padding
+    with torch.no_grad():
+        expected = dense(token_ids).logits, dense(token_ids, attention_mask=padded).logits
+        # The dial at 1 takes the dense kernels; the routed path with every token at full width must agree as well.
+        for settings in ({}, {"force_expert": 3}, {"force_expert": 3, "output_router_logits": True}):
+            actual = model(token_ids, **settings).logits, model(token_ids, attention_mask=padded, **settings).logits
+            for name, a, e in zip(("logits", "logits of a padded batch"), actual, expected):
+                if family in BIT_EQUAL:
+                    assert torch.equal(a, e), f"{family}: {name} differ by {(a - e).abs().max():.3g}"
+                assert_close(f"{family} {name}", a, e)
+    options = {"attention_mask": padded, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(token_ids, **options), dense.generate(token_ids, **options))
+    assert expected[0].std() > 1e-3, "the tiny model is degenerate, so this test would prove nothing"
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2"])
+@pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1], [1]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+def test_mlp_equals_the_plain_loop(family, widths, tokens):
+    mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
+    torch.manual_seed(tokens)
+    x = torch.randn(1, tokens, 32)
+    experts = {"mixed": torch.randint(len(widths), (tokens,)), "smallest": torch.zeros(tokens, dtype=torch.long)}
+    for mix, expert in experts.items():
+        results = {}
+        for training in (False, True):  # prefixes and staircase; then the mask of the training path
+            inputs = x.clone().requires_grad_()
+            mlp.zero_grad()
+            mlp.training = training
+            y = mlp._run(inputs, expert[None])
+            y.square().sum().backward()
+            results[training] = y[0], inputs.grad[0], mlp.down_linear.weight.grad.clone(), mlp.up_linear.weight.grad.clone()
+        inputs = x[0].clone().requires_grad_()
+        mlp.zero_grad()
+        y = nested_mlp(mlp, inputs, expert)
+        y.square().sum().backward()
+        expected = y, inputs.grad, mlp.down_linear.weight.grad, mlp.up_linear.weight.grad
+        for training, actual in results.items():
+            for name, a, e in zip(("output", "gradient of x", "gradient of down", "gradient of up"), actual, expected):
+                assert_close(f"{name}, {mix}, training={training}", a, e, atol=2e-4 * e.abs().max().item() + 1e-6)
+
+
+def test_only_the_chosen_prefix_is_computed(monkeypatch, token_ids):
+    """Poison every neuron beyond the forced prefix: the output must not notice."""
+    model = tiny_dynamoe()
+    with torch.no_grad():
+        expected = model(token_ids, force_expert=1).logits
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[32:] = float("nan")
+            layer.mlp.down_proj.weight[:, 32:] = float("nan")
+        assert_close("logits", model(token_ids, force_expert=1).logits, expected)
+        # A single token with cache takes the same prefixes.
+        assert not torch.isnan(model(token_ids[:1, :1], force_expert=1).logits).any()
+
+
+def test_sensitivity_is_a_dial(token_ids):
+    model = tiny_dynamoe()
+    widths = []
+    for sensitivity in (0.02, 0.1, 0.3, 0.6, 0.9, 1.0):
+        out = model(token_ids, sensitivity=sensitivity, output_router_logits=True)
+        widths.append(sum(expert.float().mean().item() for expert in out.expert_indices))
+        logits = out.router_logits[0]
+        assert (logits.diff(dim=-1) >= 0).all(), "the predicted profile must rise"
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1] == 2 * 3, widths
+
+
+def test_sensitivity_for_each_sequence(token_ids):
+    model = tiny_dynamoe()
+    both = model(token_ids, sensitivity=torch.tensor([0.1, 0.8])).logits
+    assert_close("first", both[:1], model(token_ids[:1], sensitivity=0.1).logits)
+    assert_close("second", both[1:], model(token_ids[1:], sensitivity=0.8).logits)
+    assert model.config.sensitivity == 1.0, "a per-call value must not stay"
+    generated = model.generate(token_ids, sensitivity=torch.tensor([0.1, 0.8]), max_new_tokens=5, num_beams=2, do_sample=False)
+    alone = model.generate(token_ids[1:], sensitivity=0.8, max_new_tokens=5, num_beams=2, do_sample=False)
+    assert torch.equal(generated[1:, : alone.shape[1]], alone)
+
+
+def test_cache_equals_no_cache(token_ids):
+    model = tiny_dynamoe()
+    model.set_sensitivity(0.4)
+    whole = model(token_ids).logits
+    out, steps = model(token_ids[:, :6], use_cache=True), []
+    for position in range(6, token_ids.shape[1]):
+        step = model(token_ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        steps.append(step.logits)
+    assert_close("decoded logits", torch.cat(steps, 1), whole[:, 6:])
+
+
+def test_budgets():
+    model = tiny_dynamoe(budgets={"0.5": 0.2, "0.75": 0.6})
+    model.set_budget(0.75)
+    assert model.config.sensitivity == 0.6
+    model.set_budget(0.625)
+    assert model.config.sensitivity == pytest.approx(0.4)
+    model.set_budget(1)
+    assert model.config.sensitivity == 1.0
+    with pytest.raises(ValueError, match=r"outside the calibrated range 0\.5 to 1"):
+        model.set_budget(0.3)
+    with pytest.raises(ValueError, match="no calibrated budgets"):
+        tiny_dynamoe().set_budget(0.5)
+
+
+def test_widths_for_each_layer(token_ids):
+    model = tiny_dynamoe(expert_widths=[[0.25, 1.0], [0.5, 1.0]])
+    assert [layer.mlp.widths for layer in model.model.layers] == [[16, 64], [32, 64]]
+    assert torch.isfinite(model(token_ids, force_expert=0).logits).all()
+
+
+def test_training_forward_reaches_router_and_experts(token_ids):
+    model = tiny_dynamoe().train()
+    out = model(token_ids, labels=token_ids)
+    assert_close("loss", out.loss, out.lm_loss + out.router_loss)
+    out.loss.backward()
+    still = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not still, f"no gradient reached {still}"
+
+
+@pytest.mark.parametrize("route", ["label", "router", "random"])
+def test_gradient_checkpointing_changes_nothing(route, token_ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_dynamoe(train_route=route).train()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        torch.manual_seed(5)
+        loss = model(token_ids, labels=token_ids).loss
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()} | {"loss": loss.detach()})
+    for name, expected in gradients[0].items():
+        assert_close(name, gradients[1][name], expected)
+
+
+def test_gradients_equal_the_reference_model(token_ids):
+    """The whole training loss against a model that runs every token and layer through the plain loop."""
+    model = tiny_dynamoe().train()
+    with model.routing(route="label", sensitivity=0.5, needs_labels=True, records=[]) as routing:
+        out = model(token_ids, labels=token_ids)
+        experts = [record.expert for record in routing.records]
+    out.lm_loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "router" not in name}
+    model.zero_grad()
+    for layer, expert in zip(model.model.layers, experts):
+        mlp = layer.mlp
+        mlp.forward = lambda x, mlp=mlp, expert=expert: nested_mlp(mlp, x.flatten(0, 1), expert.flatten()).view_as(x)
+    model.eval()
+    model(token_ids, labels=token_ids).lm_loss.backward()
+    assert len({int(e) for expert in experts for e in expert.flatten()}) > 1, "the routes must be mixed to prove anything"
+    for name, gradient in expected.items():
+        assert_close(name, model.get_parameter(name).grad, gradient, atol=1e-5 + 1e-4 * gradient.abs().max().item())
+
+
+def test_argmax_router(token_ids):
+    model = tiny_dynamoe(router_type="argmax")
+    out = model.train()(token_ids, labels=token_ids, output_router_logits=True)
+    assert out.router_logits[0].shape == (2, 12, 4)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    with pytest.raises(ValueError, match="fixed by its training"):
+        model.set_sensitivity(0.5)
+
+
+def test_outputs_behave_as_on_the_base(token_ids):
+    dense = tiny_dense()
+    model = DynaMoEForCausalLM.from_dense(copy.deepcopy(dense))
+    for settings in ({"output_hidden_states": True}, {"logits_to_keep": 1}, {"num_logits_to_keep": 1},
+                     {"logits_to_keep": torch.tensor([2, 5])}, {"labels": token_ids}):  # fmt: skip
+        ours, theirs = model(token_ids, **settings), dense(token_ids, **settings)
+        assert torch.equal(ours.logits, theirs.logits), settings
+        if theirs.loss is not None:
+            assert torch.equal(ours.loss, theirs.loss)
+        if theirs.hidden_states is not None:
+            assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True))
+    assert torch.equal(model(token_ids, return_dict=False)[0], dense(token_ids).logits)
+    assert model.base_model is model.model
+    assert torch.equal(model.model(token_ids).last_hidden_state, dense.model(token_ids).last_hidden_state)
+    eager = DynaMoEForCausalLM.from_dense(tiny_dense(attn_implementation="eager"))
+    assert eager(token_ids, output_attentions=True).attentions[0].shape == (2, 4, 12, 12)
+    assert_close("eager", eager(token_ids).logits, model(token_ids).logits)
+    model.set_attn_implementation("eager")
+    assert_close("set to eager", model(token_ids).logits, eager(token_ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_resize_token_embeddings(tied, token_ids):
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(tie_word_embeddings=tied))
+    before = model(token_ids).logits
+    model.resize_token_embeddings(140, mean_resizing=False)
+    after = model(token_ids).logits
+    assert after.shape[-1] == 140 == model.config.vocab_size
+    assert_close("kept logits", after[..., :128], before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_bfloat16(token_ids):
+    model = tiny_dynamoe().to(torch.bfloat16)
+    out = model(token_ids, sensitivity=0.5)
+    assert out.logits.dtype == torch.bfloat16
+    assert torch.isfinite(out.logits).all()
+    loss = model.train()(token_ids, labels=token_ids).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_deepcopy_is_independent(token_ids):
+    model = tiny_dynamoe()
+    other = copy.deepcopy(model)
+    other.set_sensitivity(0.1)
+    assert model.config.sensitivity == 1.0
+    assert not torch.equal(other(token_ids).logits, model(token_ids).logits)
+    assert_close("copy", other(token_ids, sensitivity=1.0).logits, model(token_ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu` where there is one")
+def test_gpu_equals_cpu(token_ids):
+    model = tiny_dynamoe()
+    expected = model(token_ids, sensitivity=0.5).logits
+    model.cuda()
+    assert_close("logits", model(token_ids.cuda(), sensitivity=0.5).logits.cpu(), expected, atol=1e-3)
+    model.train()
+    torch.cuda.set_sync_debug_mode("error")  # the training forward must not wait for the device
+    try:
+        loss = model(token_ids.cuda(), labels=token_ids.cuda()).loss
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(("widths", "message"), [([0.5, 0.25, 1], "must rise"), ([0.25, 0.5], "exactly 1"), ([-0.5, 1], "at least 0"),
+                                             ([], "must rise"), ([[0.5, 1], [1]], "equally many"), ([[0.5, 1]], "one entry for each"),
+                                             ([0.5, 0.501, 1], "do not rise")])  # fmt: skip
+def test_bad_widths(widths, message):
+    with pytest.raises(ValueError, match=message):
+        DynaMoEForCausalLM.from_dense(tiny_dense(), expert_widths=widths)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), "high"])
+def test_bad_sensitivity(value, token_ids):
+    model = tiny_dynamoe()
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        model.set_sensitivity(value)
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        model(token_ids, sensitivity=value)
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        DynaMoEConfig(sensitivity=value)
+
+
+def test_other_bad_settings(token_ids):
+    model = tiny_dynamoe()
+    with pytest.raises(ValueError, match="experts 0 to 3"):
+        DynaMoEConfig(force_expert=4)
+    with pytest.raises(ValueError, match="one for each of 2 sequences"):
+        model(token_ids, sensitivity=torch.ones(3))
+    with pytest.raises(ValueError, match="`route` is unknown"):
+        model(token_ids, route="best")
+    with pytest.raises(ValueError, match="`similarity` is unknown"):
+        DynaMoEConfig(similarity="euclid")
+    with pytest.raises(ValueError, match="format_version=99"):
+        DynaMoEConfig(format_version=99)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mixtral", {"num_local_experts": 2}, r"model\.layers\.0\.mlp.*MixtralSparseMoeBlock.*Supported are"),
+        ("bitnet", {}, r"model\.layers\.0\.mlp.*BitNetMLP.*Supported are"),
+        ("gpt2", {}, "not at `model.layers"),
+    ],
+)
+def test_what_cannot_be_converted(family, settings, message):
+    dense = AutoModelForCausalLM.from_config(tiny_config(family, **settings))
+    before = {name: type(module) for name, module in dense.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        DynaMoEForCausalLM.from_dense(dense)
+    assert before == {name: type(module) for name, module in dense.named_modules()}, "the dense model was changed"
+
+
+def test_converting_twice_or_a_vision_model():
+    with pytest.raises(ValueError, match="DynaMoE model already"):
+        DynaMoEForCausalLM.from_dense(tiny_dynamoe())
+    with pytest.raises(ValueError, match="no causal language model"):
+        DynaMoEForCausalLM(DynaMoEConfig(base_config=AutoConfig.for_model("vit")))
