@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense model -> DynaMoE: rank the neurons, reorder them, add routers, prove parity. And back: export one width as a dense model."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import documents_for, token_blocks
+from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, refuse_existing, write_json
+from .label import error_weights, expert_shares, mean_share, recompute_layers, sensitivity_for, similarity_profiles
+from .modeling import DynaMoEForCausalLM
+from .modeling.modeling_dynamoe import dense_class_of, layout_of
+
+
+SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
+GRADIENT_BLOCKS = 6  # sequences that estimate the error weights: more do not change them
+TRAINING_SHARES = (0.35, 0.97)  # mean shares that the sensitivities drawn in training span, by the labels
+
+
+def convert_model(
+    base: str | Path,
+    out: str | Path,
+    widths: Sequence[float] | Sequence[Sequence[float]] = (0.25, 0.5, 0.75, 1.0),
+    text: str | Sequence[str] | None = None,
+    importance: str = "taylor",
+    similarity: str = "loss_weighted",
+    router_type: str = "profile",
+    router_dim: int | None = None,
+    max_tokens: int = 8192,
+    block_size: int = 512,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> dict:
+    """
+    Convert a dense model into a DynaMoE model folder.
+
+    The neurons of every MLP are ranked on calibration text and reordered in place, so a full-width model computes what the
+    dense one does; its logits are compared with the dense ones before anything is written. Peak memory is the model, one
+    layer and a few sequences of activations.
+
+    Args:
+        base: Hub id or folder of a dense causal language model; a folder with a `.gguf` file is dequantised.
+        out: folder to write.
+        widths: expert widths as rising fractions ending at 1, or one such list for each layer.
+        text: text files for calibration; by default a split of Python's own documentation topics.
+        importance: how neurons are ranked, one of `IMPORTANCES`.
+        similarity, router_type, router_dim: see `DynaMoEConfig`.
+        max_tokens, block_size: calibration tokens, and tokens of one sequence.
+        dtype: of the loaded weights; `"auto"` keeps the checkpoint's.
+        seed: of the routers' initial weights.
+
+    Returns:
+        The conversion record, also written to `conversion.json`: parity, calibration, versions.
+
+    Raises:
+        ValueError: the base cannot be converted, holds NaN, or full-width logits differ from the dense ones.
+        FileExistsError: `out` exists.
+    """
+    refuse_existing(out)
+    if importance not in IMPORTANCES:
+        raise ValueError(f"The importance {importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
+    dense, tokenizer = load_dense(base, dtype)
+    blocks = token_blocks(documents_for("calibration", text), tokenizer, min(block_size, _longest(dense)), max_tokens)
+    probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    expected = _logits(dense, probe)
+    scores = IMPORTANCES[importance](dense, blocks)
+    torch.manual_seed(seed)
+    model = DynaMoEForCausalLM.from_dense(
+        dense, expert_widths=[w if isinstance(w, float | int) else list(w) for w in widths],
+        similarity=similarity, router_type=router_type, router_dim=router_dim,
+    )  # fmt: skip
+    for layer, score in zip(tqdm(model.model.layers, desc="Reordering", leave=False), scores):
+        reorder(layer.mlp, torch.argsort(score, descending=True))
+    parity = prove_parity(expected, _logits(model, probe), model.dtype)
+    model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
+
+    record = {
+        "base": str(base),
+        "importance": importance,
+        "calibration": {"text": _named(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
+        "seed": seed,
+        "parity": parity,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / CONVERSION, record)
+    return record
+
+
+def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A dense causal language model and its tokenizer, checked for what conversion needs.
+
+    Raises:
+        ValueError: not a causal language model, a DynaMoE model, damaged or NaN weights.
+    """
+    gguf = sorted(Path(base).glob("*.gguf")) if Path(base).is_dir() and not (Path(base) / "config.json").exists() else []
+    if gguf:
+        dense = _load(base, gguf_file=gguf[0].name, dtype=torch.float32 if dtype == "auto" else dtype)
+        tokenizer = load_tokenizer(base, gguf_file=gguf[0].name)
+        _forget_gguf(dense)
+    else:
+        config = load_config(base)
+        if config.model_type == "dynamoe":
+            raise ValueError(f"{base} is a DynaMoE model already. Train or calibrate it, or convert its dense base.")
+        dense_class_of(config)
+        dense, tokenizer = _load(base, dtype=dtype), load_tokenizer(base)
+    if dense.config.is_encoder_decoder or getattr(dense.config, "is_decoder", None) is False:
+        raise ValueError(f"{base} is a {dense.config.model_type} model, which is not a causal language model.")
+    for name, parameter in dense.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{base} holds NaN or infinite numbers in `{name}`. Its weights are damaged: get them again.")
+    return dense.eval(), tokenizer
+
+
+def _forget_gguf(dense):
+    """The trap: a model loaded from GGUF refuses `save_pretrained`, though its weights are plain tensors by now."""
+    for holder in (dense, dense.model):
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            if name in vars(holder):
+                delattr(holder, name)
+    if hasattr(dense.config, "quantization_config"):
+        del dense.config.quantization_config
+
+
+def _longest(dense):
+    return getattr(dense.config, "max_position_embeddings", None) or 1 << 30
+
+
+def _named(text):
+    return "pydoc_data.topics" if text is None else [str(t) for t in ([text] if isinstance(text, str | Path) else text)]
+
+
+@torch.no_grad()
+def _logits(model, probe):
+    return model(probe.to(model.device)).logits.float().cpu()
+
+
+def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """
+    Largest difference of full-width logits from the dense ones, relative to the largest logit.
+
+    Reordered neurons are summed in another order, so the bound is that of the dtype's rounding, not zero.
+
+    Raises:
+        ValueError: the difference is beyond rounding.
+    """
+    difference = ((expected - actual).abs().max() / expected.abs().max()).item()
+    bound = max(1e-4, 32 * torch.finfo(dtype).eps)
+    if not difference <= bound:
+        raise ValueError(
+            f"At full width the converted model does not equal its dense base: logits differ by {difference:.2g} of the largest, "
+            f"and rounding explains {bound:.2g}. The family's MLP or head must differ from what is supported; nothing was written."
+        )
+    return {"largest_relative_difference": difference, "bound": bound, "tokens": expected.shape[0] * expected.shape[1]}
+
+
+def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[list[float], list[float]]:
+    """
+    Weights of the loss-weighted similarity and the range of sensitivities to train on, from calibration blocks.
+
+    c_l is measured (`label.error_weights`) and all of them multiplied by one factor that puts the dial's middle,
+    sensitivity 0.5, at a mean share of 75%. The range is that of the sensitivities which span `TRAINING_SHARES`.
+    """
+    weights = error_weights(model, blocks[:GRADIENT_BLOCKS])
+    model.config.error_weights = weights
+    profiles, shares = similarity_profiles(model, blocks), expert_shares(model)
+    theta = sensitivity_for(profiles, shares, max(0.75, mean_share(profiles, shares, 0.0)))
+    if model.config.similarity == "loss_weighted" and 0 < theta < 1:
+        # 1 / (1 + c err) = theta  <=>  1 / (1 + c err theta / (1 - theta)) = 1/2
+        factor = theta / (1 - theta)
+        weights = [factor * weight for weight in weights]
+        # Profiles of the scaled weights follow from the old ones, no second pass.
+        profiles = 1 / (1 + factor * (1 / profiles.clamp_min(1e-12) - 1))
+    spanned = (0.75, 0.75) if model.config.router_type == "argmax" else TRAINING_SHARES  # argmax: one sensitivity, built in
+    return weights, [min(max(round(sensitivity_for(profiles, shares, share), 4), 1e-4), 0.9999) for share in spanned]
+
+
+def reorder(mlp: nn.Module, order: torch.Tensor) -> None:
+    """Permute the neurons of a nested MLP in place: rows of gate and up (and their biases), columns of down."""
+    layout, width = mlp.layout, mlp.down_linear.in_features
+    with torch.no_grad():
+        for name in filter(None, (layout.gate, layout.up)):
+            linear = getattr(mlp, name)
+            rows = torch.cat([order, order + width]) if layout.fused else order
+            linear.weight.copy_(linear.weight[rows])
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias[rows])
+        mlp.down_linear.weight.copy_(mlp.down_linear.weight[:, order])
+
+
+def _accumulate(dense, blocks, statistic, gradients=False):
+    """Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer."""
+    layers = dense.model.layers
+    downs = [getattr(layer.mlp, layout_of(layer.mlp, f"model.layers.{i}.mlp").down) for i, layer in enumerate(layers)]
+    scores = [torch.zeros(down.in_features, dtype=torch.float64) for down in downs]
+
+    def watch(index):
+        def add(hidden, gradient):
+            hidden, gradient = (None if t is None else t[:, SINK_POSITIONS:].flatten(0, 1) for t in (hidden, gradient))
+            scores[index] += statistic(hidden.float(), gradient, downs[index].weight).double().cpu()
+
+        def hook(module, args):
+            hidden = args[0].detach()
+            if gradients:
+                args[0].register_hook(lambda gradient: add(hidden, gradient.float()))
+            else:
+                add(hidden, None)
+
+        return hook
+
+    hooks = [down.register_forward_pre_hook(watch(index)) for index, down in enumerate(downs)]
+    trainable = [p for p in dense.parameters() if p.requires_grad]
+    dense.requires_grad_(False)
+    if gradients:
+        recompute_layers(dense, True)
+        hooks.append(dense.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
+    try:
+        for block in tqdm(blocks, desc="Ranking neurons", leave=False):
+            block = block.view(1, -1).to(dense.device)
+            with torch.set_grad_enabled(gradients):
+                if gradients:
+                    logits = dense(block, use_cache=False).logits[0, :-1].float()
+                    F.cross_entropy(logits, block[0, 1:], reduction="sum").backward()
+                else:
+                    dense.model(block, use_cache=False)
+    finally:
+        if gradients:
+            recompute_layers(dense, False)
+        for hook in hooks:
+            hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
+    return scores
+
+
+def mean_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+    """Importance of each neuron: mean |h|, the paper's. Blocks (N, S) -> (H,) for each layer."""
+    return _accumulate(dense, blocks, lambda hidden, gradient, down: hidden.abs().sum(0))
+
+
+def normalised_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+    """Importance of each neuron: |h| times the norm of its down column, as a share of the token's total. (H,) for each layer."""
+
+    def statistic(hidden, gradient, down):
+        size = hidden.abs() * down.float().norm(dim=0)
+        return (size / size.sum(-1, keepdim=True).clamp_min(1e-12)).sum(0)
+
+    return _accumulate(dense, blocks, statistic)
+
+
+def taylor(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+    """Importance of each neuron: mean |h dL/dh|, the first-order change of the LM loss without it. (H,) for each layer."""
+    return _accumulate(dense, blocks, lambda hidden, gradient, down: (hidden * gradient).abs().sum(0), gradients=True)
+
+
+IMPORTANCES: dict[str, Callable] = {"activation": mean_activation, "normalised": normalised_activation, "taylor": taylor}
+
+
+def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
+    """
+    A dense model of the base's own family whose MLPs are the first `width` (a share in (0, 1]) of the neurons of `model`.
+    Weights outside the MLPs are shared with `model`, not copied.
+    """
+    if not 0 < width <= 1:
+        raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
+    config = copy.deepcopy(model.config.base_config)
+    config.intermediate_size = round(width * model.config.intermediate_size)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    for index, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{index}.mlp."
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[name] = _narrow(layer.mlp.layout, name.removeprefix(prefix), state[name], config.intermediate_size)
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}
+    dense.load_state_dict(state, assign=True)
+    for name, buffer in buffers.items():  # not part of a checkpoint, so still on the meta device: RoPE frequencies
+        owner, _, leaf = name.rpartition(".")
+        setattr(dense.get_submodule(owner), leaf, buffer)
+    dense.tie_weights()
+    dense.generation_config = model.generation_config
+    return dense.eval()
+
+
+def _narrow(layout, name, tensor, neurons):
+    """The first `neurons` of one MLP tensor."""
+    projection, _, kind = name.rpartition(".")
+    if projection == layout.down:
+        return tensor[:, :neurons].contiguous() if kind == "weight" else tensor
+    if layout.fused:
+        return torch.cat([half[:neurons] for half in tensor.chunk(2)])
+    return tensor[:neurons].contiguous()
+
+
+def export_dense(folder: str | Path, out: str | Path, width: float = 1.0) -> dict:
+    """
+    Write a plain dense model whose MLPs are the first `width` of the neurons: it loads without this package, in any runtime
+    that knows the base's family. It needs no routers, so every token costs, and gets, the same.
+
+    Raises:
+        ValueError: `width` is not in (0, 1], or the folder is not a DynaMoE model.
+        FileExistsError: `out` exists.
+    """
+    refuse_existing(out)
+    dense = dense_prefix(load_model(folder), width)
+    with new_folder(out) as target:
+        dense.save_pretrained(target)
+        load_tokenizer(folder).save_pretrained(target)
+    return {"mlp_width": dense.config.intermediate_size, "parameters": sum(p.numel() for p in dense.parameters())}

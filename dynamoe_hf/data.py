@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text or a dataset -> blocks of token ids. Every stage reads its text through here."""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+
+TOPIC_SHARES = {"held-out": 0.2, "calibration": 0.15}  # of the characters; the rest is for training
+
+
+def topic_documents(split: str) -> list[str]:
+    """
+    English prose that every Python carries (`pydoc_data.topics`), split by topic into `"calibration"`, `"training"` and
+    `"held-out"`. The text of stages that are not given any, so that each of them reads another part.
+
+    Topics quote each other, so a paragraph that a protected split holds is dropped from the others.
+    """
+    import pydoc_data.topics
+
+    topics = pydoc_data.topics.topics
+    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+    total, splits, seen = sum(map(len, topics.values())), {}, set()
+    for part, share in TOPIC_SHARES.items():
+        splits[part], size = [], 0
+        while names and size < share * total:
+            splits[part].append(names.pop())
+            size += len(topics[splits[part][-1]])
+    splits["training"] = names
+    documents = {}
+    for part, members in splits.items():
+        documents[part] = [
+            "\n\n".join(p for p in topics[name].split("\n\n") if " ".join(p.split()) not in seen) for name in members
+        ]
+        seen.update(" ".join(p.split()) for name in members for p in topics[name].split("\n\n"))
+    if split not in documents:
+        raise ValueError(f"There is no split {split!r} of the topics. Choose one of {', '.join(documents)}.")
+    return [document for document in documents[split] if document.strip()]
+
+
+def read_documents(text: str | Path | Iterable[str | Path]) -> list[str]:
+    """
+    The documents of one or more UTF-8 text files. A form feed in a file separates two documents.
+
+    Raises:
+        ValueError: a file is missing, not text, or holds nothing.
+    """
+    documents = []
+    for path in [text] if isinstance(text, str | Path) else text:
+        try:
+            content = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"The text file {path} cannot be read: {error}. Give a UTF-8 text file.") from error
+        if not content.strip():
+            raise ValueError(f"The text file {path} is empty. Give a file with some thousand words of prose.")
+        documents += [part for part in content.split("\f") if part.strip()]
+    return documents
+
+
+def dataset_documents(dataset: str, split: str = "train", column: str = "text") -> Iterator[str]:
+    """Documents of a dataset on the Hub or on disk, streamed. `dataset` is an id, or `id:config`."""
+    import datasets
+
+    name, _, config = dataset.partition(":")
+    rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"Dataset {name} has no column {column!r}, found {', '.join(row)}. Name it with --column.")
+        yield row[column]
+
+
+def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iterator[list[int]]:
+    """
+    Documents, an end-of-text token after each, packed one after the other into blocks of `block_size` tokens. Each block
+    begins with the begin-of-text token where the tokenizer puts one before a text: some families are lost without it.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    bos = tokenizer.bos_token_id
+    start = [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    block_size -= len(start)
+    buffer = []
+    for document in documents:
+        # A long document is one "sequence longer than the model's maximum" to the tokenizer, and that is as intended here.
+        buffer += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        while len(buffer) >= block_size:
+            yield start + buffer[:block_size]
+            buffer = buffer[block_size:]
+
+
+def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max_tokens: int | None = None) -> torch.Tensor:
+    """
+    Packed token ids, (N, `block_size`) int64: N whole blocks of at most `max_tokens` tokens in all.
+
+    Raises:
+        ValueError: the text does not fill one block.
+    """
+    limit = None if max_tokens is None else max(1, max_tokens // block_size)
+    blocks = list(itertools.islice(iterate_blocks(documents, tokenizer, block_size), limit))
+    if not blocks:
+        raise ValueError(
+            f"The text is too short: it does not fill one block of {block_size} tokens. Give more text, or a smaller --block-size."
+        )
+    return torch.tensor(blocks)
+
+
+def documents_for(stage_split: str, text=None, dataset: str | None = None, column: str = "text"):
+    """The documents a stage reads: `text` files, or a `dataset`, or else its own split of the Python topics."""
+    if text is not None and dataset is not None:
+        raise ValueError("Both a text and a dataset were given. Give one of them.")
+    if dataset is not None:
+        return dataset_documents(dataset, column=column)
+    return topic_documents(stage_split) if text is None else read_documents(text)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model folder, the only thing that one stage hands to the next: loading, writing whole or not at all, describing."""
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .modeling import DynaMoEForCausalLM
+
+
+CONVERSION, TRAINING, CALIBRATION, RESULTS = "conversion.json", "training.json", "calibration.json", "results.json"
+
+
+def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
+    """
+    The DynaMoE model of a folder or Hub id, in evaluation mode. `options` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: the folder holds no DynaMoE model, or its weights are incomplete.
+    """
+    config = load_config(folder)
+    if config.model_type != "dynamoe":
+        raise ValueError(
+            f"{folder} holds a dense {config.model_type} model, not a DynaMoE one. Run `dynamoe convert {folder} OUT` first."
+        )
+    model = _load(folder, **options)
+    if isinstance(model, tuple):  # output_loading_info=True
+        return model
+    return model.eval()
+
+
+def load_config(folder: str | Path):
+    """The config of a folder or Hub id, with a clear `ValueError` if there is none."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json. Give the output of `dynamoe convert`.")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} is neither a model folder nor a model on the Hub that can be reached: {error}") from error
+
+
+def load_tokenizer(folder: str | Path, **options) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, with a clear `ValueError` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer that can be loaded: {error}. Copy the tokenizer's files into it."
+        ) from error
+
+
+def _load(folder, **options):
+    """`AutoModelForCausalLM.from_pretrained`, with damaged weights told in one sentence."""
+    keep_large_buffers()
+    options = {"dtype": "auto", **options}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(
+            f"A weight file of {folder} is damaged ({error}), for example cut off while it was copied. Copy or download it again."
+        ) from error
+
+
+def keep_large_buffers() -> None:
+    """
+    Ask glibc to keep freed memory. Logits over a whole vocabulary are hundreds of megabytes, and handing them back to the
+    kernel after each step makes every page of the next one fault: a large elementwise product then takes seven times as
+    long. Does nothing where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(parameter, 2**31 - 1)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """
+    A folder to fill that becomes `out` when the block ends, and vanishes if it fails: nothing half-written is left.
+
+    Raises:
+        FileExistsError: `out` exists already.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        os.replace(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Raise `FileExistsError` if `out` exists: no stage writes over what another has made."""
+    if Path(out).exists():
+        raise FileExistsError(
+            f"{out} exists already, and nothing is written over it. Choose another folder, or delete it first."
+        )
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write `content` in one step: a reader sees the old file or the new one, and a full disk leaves the old one."""
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        staging.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str | Path) -> dict | None:
+    """The content of a JSON file, `None` if there is no such file."""
+    return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+
+
+def update_config(folder: str | Path, **fields) -> None:
+    """Set fields of the config of a model folder on disk, after the same checks as when loading; weights are not touched."""
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.check()
+    content = read_json(Path(folder) / "config.json")
+    write_json(Path(folder) / "config.json", {**content, **fields})
+
+
+def carry_records(source: str | Path, target: str | Path) -> None:
+    """Copy the conversion and training records of one folder to the next, so that a folder tells its whole history."""
+    for name in (CONVERSION, TRAINING):
+        if (Path(source) / name).is_file():
+            shutil.copy(Path(source) / name, Path(target) / name)
+
+
+def count_parameters(model: DynaMoEForCausalLM) -> dict[str, int]:
+    """Parameters by part: `total` (tied weights once), `mlp` (the projections that routing can skip) and `router`."""
+    router = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+    mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
+    return {"total": sum(p.numel() for p in model.parameters()), "mlp": mlp - router, "router": router}
+
+
+def active_parameters(counts: dict[str, int], share: float) -> int:
+    """Parameters that a token uses at a mean MLP share, embeddings, attention, head and routers included."""
+    return round(counts["total"] - (1 - share) * counts["mlp"])
+
+
+def inspect_folder(folder: str | Path) -> dict:
+    """What a model folder holds: base, experts, router, dial, parameters, and what is known of its quality."""
+    config = load_config(folder)
+    if config.model_type != "dynamoe":
+        raise ValueError(f"{folder} holds a dense {config.model_type} model. Run `dynamoe convert {folder} OUT` first.")
+    with torch.device("meta"):
+        counts = count_parameters(DynaMoEForCausalLM(config))
+    mlp = config.base_config.intermediate_size
+    ladders = [config.layer_widths(layer, mlp) for layer in range(config.num_hidden_layers)]
+    return {
+        "folder": str(folder),
+        "base": (read_json(Path(folder) / CONVERSION) or {}).get("base"),
+        "family": config.base_config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "mlp_width": mlp,
+        "expert_widths": ladders[0] if all(ladder == ladders[0] for ladder in ladders) else ladders,
+        "similarity": config.similarity,
+        "router_type": config.router_type,
+        "sensitivity": config.sensitivity,
+        "budgets": config.budgets,
+        "force_expert": config.force_expert,
+        "parameters": counts,
+        "format_version": config.format_version,
+        "conversion": read_json(Path(folder) / CONVERSION),
+        "training": read_json(Path(folder) / TRAINING),
+        "calibration": read_json(Path(folder) / CALIBRATION),
+        "results": read_json(Path(folder) / RESULTS),
+    }

@@ -1,0 +1,304 @@
+"""Conversion: order, proof of parity, folder, export; and that bad input leaves nothing behind."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_config, tiny_dense, tiny_tokenizer
+from reference import assert_close
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.convert import IMPORTANCES, convert_model, dense_prefix, export_dense, load_dense, prove_parity, reorder
+from dynamoe_hf.folder import load_model
+
+
+FAST = {"max_tokens": 512, "block_size": 64}
+
+
+@pytest.fixture(scope="module")
+def converted(dense_folder, tmp_path_factory):
+    """A converted tiny Llama. Treat it as read-only."""
+    out = tmp_path_factory.mktemp("converted") / "model"
+    convert_model(dense_folder, out, **FAST)
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reordering_changes_nothing_at_full_width(family, token_ids):
+    dense = tiny_dense(family)
+    expected = dense(token_ids).logits
+    model = DynaMoEForCausalLM.from_dense(dense)
+    for layer in model.model.layers:
+        reorder(layer.mlp, torch.randperm(64))
+    assert_close(family, model(token_ids).logits, expected, atol=1e-4)
+    assert not torch.allclose(model(token_ids, force_expert=0).logits, expected, atol=1e-2), "the MLPs do nothing here"
+
+
+def test_reordering_puts_neurons_in_the_asked_order():
+    model = DynaMoEForCausalLM.from_dense(tiny_dense("phi3"))
+    mlp = model.model.layers[0].mlp
+    before, order = copy.deepcopy(mlp), torch.randperm(64)
+    reorder(mlp, order)
+    assert torch.equal(mlp.down_proj.weight, before.down_proj.weight[:, order])
+    assert torch.equal(mlp.gate_up_proj.weight[:64], before.gate_up_proj.weight[:64][order])
+    assert torch.equal(mlp.gate_up_proj.weight[64:], before.gate_up_proj.weight[64:][order])
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_importance_ranks_a_silent_neuron_last_and_a_loud_one_first(importance, token_ids):
+    dense = tiny_dense()
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.mlp.up_proj.weight[7] = 0
+            layer.mlp.up_proj.weight[9] *= 30
+    before = {name: parameter.clone() for name, parameter in dense.named_parameters()}
+    for scores in IMPORTANCES[importance](dense, token_ids):
+        assert scores.shape == (64,)
+        assert scores[7] == 0 == scores.min()
+        assert scores.argmax() == 9
+    assert all(torch.equal(before[name], parameter) for name, parameter in dense.named_parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in dense.parameters())
+
+
+def test_taylor_equals_autograd(token_ids):
+    dense = tiny_dense()
+    scores, kept = IMPORTANCES["taylor"](dense, token_ids), []
+    layer = dense.model.layers[1].mlp.down_proj
+    layer.register_forward_pre_hook(lambda module, args: (args[0].retain_grad(), kept.append(args[0]))[0])
+    expected = 0
+    for row in token_ids:
+        logits = dense(row[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
+        expected = expected + (kept[-1] * kept[-1].grad)[0, 4:].abs().sum(0).double()
+    assert_close("taylor", scores[1], expected.detach(), rtol=1e-3)
+
+
+def test_folder_holds_the_proof_and_the_dial(converted, dense_folder, token_ids):
+    record = json.loads((converted / "conversion.json").read_text())
+    assert record["base"] == str(dense_folder)
+    assert record["parity"]["largest_relative_difference"] < 1e-5
+    model = load_model(converted)
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder)
+    assert_close("logits", model(token_ids).logits, dense(token_ids).logits, atol=1e-4)
+    assert len(model.config.error_weights) == 3
+    low, high = model.config.train_sensitivity
+    assert 0 < low < high <= 1
+
+
+def test_dense_checkpoint_plus_routers(converted, dense_folder):
+    """Nothing is added but routers, and nothing changes but the order of neurons."""
+    ours, theirs = load_model(converted).state_dict(), AutoModelForCausalLM.from_pretrained(dense_folder).state_dict()
+    assert {name for name in ours if ".router." not in name} == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name].sort().values if ".mlp." not in name else ours[name].flatten().sort().values,
+                           tensor.sort().values if ".mlp." not in name else tensor.flatten().sort().values), name  # fmt: skip
+
+
+def test_widths_and_argmax(dense_folder, tmp_path):
+    convert_model(dense_folder, tmp_path / "a", widths=(0, 0.5, 1), router_type="argmax", similarity="projection", **FAST)
+    model = load_model(tmp_path / "a")
+    assert model.model.layers[0].mlp.widths == [0, 32, 64]
+    assert model.config.train_sensitivity[0] == model.config.train_sensitivity[1]
+    convert_model(dense_folder, tmp_path / "b", widths=[[0.25, 1], [0.5, 1], [0.75, 1]], **FAST)
+    assert [layer.mlp.widths[0] for layer in load_model(tmp_path / "b").model.layers] == [16, 32, 48]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2"])
+def test_export_is_an_ordinary_dense_model(family, tmp_path, token_ids):
+    tiny_dense(family).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    convert_model(tmp_path / "dense", tmp_path / "model", **FAST)
+    record = export_dense(tmp_path / "model", tmp_path / "half", width=0.5)
+    assert record["mlp_width"] == 32
+    small, info = AutoModelForCausalLM.from_pretrained(tmp_path / "half", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert small.config.model_type == family
+    model = load_model(tmp_path / "model")
+    assert_close("logits", small(token_ids).logits, model(token_ids, force_expert=1).logits)
+    assert_close("in memory", dense_prefix(model, 0.5)(token_ids).logits, small(token_ids).logits)
+    with pytest.raises(ValueError, match=r"share of the MLP width in \(0, 1\]"):
+        export_dense(tmp_path / "model", tmp_path / "none", width=0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_gguf_base(dense_folder, tmp_path, token_ids):
+    """A GGUF file made here from a tiny Llama; transformers dequantises it and then refuses to save the result."""
+    gguf = pytest.importorskip("gguf")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    dense = LlamaForCausalLM(tiny_config("llama", rope_parameters=None)).eval()
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    c = dense.config
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    vocabulary = [chr(33 + i) for i in range(94)] + ["ab"] + [f"<filler {i}>" for i in range(c.vocab_size - 95)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm",
+             "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "lm_head": "output"}  # fmt: skip
+    for name, parameter in dense.named_parameters():
+        parts = name.removesuffix(".weight").removeprefix("model.").split(".", 2)
+        target = f"blk.{parts[1]}.{names[parts[2]]}" if parts[0] == "layers" else names[parts[0]]
+        array = parameter.detach().numpy()
+        if target.endswith(("attn_q", "attn_k")):  # llama.cpp interleaves the halves of each head
+            heads = c.num_attention_heads if target.endswith("attn_q") else c.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(f"{target}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    loaded, _ = load_dense(tmp_path)
+    assert_close("dequantised", loaded(token_ids).logits, dense(token_ids).logits)
+    (tmp_path / "text.txt").write_text("abcdefgh" * 400)
+    convert_model(tmp_path, tmp_path / "out", text=tmp_path / "text.txt", **FAST)
+    assert_close("converted", load_model(tmp_path / "out")(token_ids).logits, dense(token_ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size >= c.vocab_size
+
+
+def test_parity_is_refused_where_it_fails():
+    expected = torch.randn(2, 8, 32)
+    assert prove_parity(expected, expected, torch.float32)["largest_relative_difference"] == 0
+    with pytest.raises(ValueError, match="does not equal its dense base"):
+        prove_parity(expected, expected + 0.01, torch.float32)
+    with pytest.raises(ValueError, match="does not equal its dense base"):
+        prove_parity(expected, expected * float("nan"), torch.float32)
+
+
+def test_a_family_that_would_be_wrong_is_refused(tmp_path, monkeypatch):
+    """As if a family's MLP did something that its module names do not tell."""
+    dense = tiny_dense()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(type(dense.model.layers[0].mlp), "forward",
+                        lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + 0.1 * x)  # fmt: skip
+    with pytest.raises(ValueError, match="does not equal its dense base"):
+        convert_model(tmp_path / "dense", tmp_path / "out", **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+class TestBadInput:
+    """Each is told in words, and nothing is left in the output folder."""
+
+    def refused(self, tmp_path, message, base, error=ValueError, **settings):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises(error, match=message):
+            convert_model(base, tmp_path / "out", **{**FAST, **settings})
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+    def test_existing_output(self, dense_folder, tmp_path):
+        (tmp_path / "out").mkdir()
+        self.refused(tmp_path, "exists already", dense_folder, FileExistsError)
+
+    def test_not_a_causal_model(self, tmp_path):
+        BertModel(
+            BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        ).save_pretrained(tmp_path / "bert")
+        tiny_tokenizer().save_pretrained(tmp_path / "bert")
+        self.refused(tmp_path, "not a causal language model|not at `model.layers", tmp_path / "bert")
+
+    def test_already_dynamoe(self, converted, tmp_path):
+        self.refused(tmp_path, "DynaMoE model already", converted)
+
+    def test_no_such_folder(self, tmp_path):
+        self.refused(tmp_path, "neither a model folder nor a model on the Hub", str(tmp_path / "nowhere"))
+        (tmp_path / "empty").mkdir()
+        self.refused(tmp_path, r"no config\.json", tmp_path / "empty")
+
+    def test_nan_weights(self, dense_folder, tmp_path):
+        dense = AutoModelForCausalLM.from_pretrained(dense_folder)
+        dense.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+        dense.save_pretrained(tmp_path / "nan")
+        tiny_tokenizer().save_pretrained(tmp_path / "nan")
+        self.refused(tmp_path, r"NaN or infinite numbers in `model\.layers\.1\.mlp\.up_proj\.weight`", tmp_path / "nan")
+
+    def test_truncated_weights(self, dense_folder, tmp_path):
+        shutil.copytree(dense_folder, tmp_path / "cut")
+        weights = tmp_path / "cut" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        self.refused(tmp_path, "is damaged", tmp_path / "cut")
+
+    def test_settings(self, dense_folder, tmp_path):
+        self.refused(tmp_path, "must rise", dense_folder, widths=(0.5, 0.25, 1))
+        self.refused(tmp_path, "exactly 1", dense_folder, widths=(0.25, 0.5))
+        self.refused(tmp_path, "importance 'magic' is unknown", dense_folder, importance="magic")
+
+    def test_short_text(self, dense_folder, tmp_path):
+        (tmp_path / "short.txt").write_text("too short")
+        self.refused(tmp_path, "too short", dense_folder, text=tmp_path / "short.txt")
+        (tmp_path / "short.txt").write_text("")
+        self.refused(tmp_path, "is empty", dense_folder, text=tmp_path / "short.txt")
+
+    def test_newer_format(self, converted, tmp_path):
+        shutil.copytree(converted, tmp_path / "newer")
+        config = tmp_path / "newer" / "config.json"
+        config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 99'))
+        with pytest.raises(ValueError, match=r"format_version=99.*reads up to 1"):
+            load_model(tmp_path / "newer")
+
+    def test_full_disk(self, dense_folder, tmp_path):
+        """A process whose files may not grow beyond 20 kB: as on a full disk, the write itself fails."""
+        code = (
+            "import resource, signal, sys; import torch; torch.set_num_threads(1)\n"
+            "from dynamoe_hf.convert import convert_model\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+            f"convert_model({str(dense_folder)!r}, {str(tmp_path / 'out')!r}, max_tokens=512, block_size=64)"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode, "the limit was not felt"
+        assert "too large" in result.stderr or "OSError" in result.stderr, result.stderr[-500:]
+        assert not list(tmp_path.iterdir()), "something half-written was left"
+
+
+@pytest.mark.slow
+def test_peak_memory(tmp_path):
+    """Converting may take the loaded model, one layer and activations, not a second model."""
+    code = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from transformers import LlamaConfig, LlamaForCausalLM
+sys.path.insert(0, "tests")
+if sys.argv[1] == "make":
+    config = LlamaConfig(vocab_size=128, hidden_size=1024, intermediate_size=6144, num_hidden_layers=16, num_attention_heads=8)
+    LlamaForCausalLM(config).save_pretrained(sys.argv[2])
+    from conftest import tiny_tokenizer
+    tiny_tokenizer().save_pretrained(sys.argv[2])
+elif sys.argv[1] == "load":
+    from dynamoe_hf.convert import load_dense
+    load_dense(sys.argv[2])
+else:
+    from dynamoe_hf.convert import convert_model
+    convert_model(sys.argv[2], sys.argv[3], max_tokens=512, block_size=64)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+    def peak(*args):
+        command = [sys.executable, "-c", code, *map(str, args)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+    peak("make", tmp_path / "dense")
+    size = (tmp_path / "dense" / "model.safetensors").stat().st_size / 2**20
+    loaded, converted = peak("load", tmp_path / "dense"), peak("convert", tmp_path / "dense", tmp_path / "out")
+    layer = size / 16
+    assert size > 1300
+    assert converted < loaded + 2 * layer + 100, (
+        f"model {size:.0f} MiB: loading peaks at {loaded:.0f}, converting at {converted:.0f}"
+    )

@@ -1,0 +1,71 @@
+"""Token blocks: nothing lost, nothing repeated, and the splits of the topics share no paragraph."""
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from dynamoe_hf.data import dataset_documents, documents_for, iterate_blocks, read_documents, token_blocks, topic_documents
+
+
+def test_blocks_hold_every_token_once():
+    tokenizer = tiny_tokenizer()
+    documents = ["one two", "three", "four five six"]
+    blocks = token_blocks(documents, tokenizer, block_size=4)
+    text = tokenizer.decode(blocks.flatten(), skip_special_tokens=False)
+    whole = "".join(document + "<2>" for document in documents)
+    assert whole.startswith(text)
+    assert len(whole.replace("<2>", "#")) - blocks.numel() < 4, "only an incomplete last block may be dropped"
+    assert token_blocks(documents, tokenizer, 4, max_tokens=9).shape == (2, 4)
+    assert torch.equal(token_blocks(iter(documents), tokenizer, 4), blocks)
+
+
+def test_blocks_are_streamed():
+    def endless():
+        while True:
+            yield "abc " * 10
+
+    blocks = iterate_blocks(endless(), tiny_tokenizer(), 16)
+    assert [len(next(blocks)) for _ in range(50)] == [16] * 50
+
+
+def test_topic_splits_share_no_paragraph():
+    splits = {split: topic_documents(split) for split in ("held-out", "calibration", "training")}
+    paragraphs = {
+        split: {" ".join(p.split()) for document in documents for p in document.split("\n\n") if p.strip()}
+        for split, documents in splits.items()
+    }
+    assert not paragraphs["held-out"] & paragraphs["training"]
+    assert not paragraphs["held-out"] & paragraphs["calibration"]
+    assert not paragraphs["calibration"] & paragraphs["training"]
+    sizes = {split: sum(map(len, documents)) for split, documents in splits.items()}
+    assert sizes["training"] > sizes["held-out"] > 60_000
+    assert sizes["calibration"] > 40_000
+
+
+def test_local_dataset(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    assert list(dataset_documents(str(tmp_path))) == ["first", "second"]
+    with pytest.raises(ValueError, match="no column 'body', found text"):
+        list(dataset_documents(str(tmp_path), column="body"))
+
+
+def test_bad_text(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+        read_documents(tmp_path / "empty.txt")
+    with pytest.raises(ValueError, match=r"binary\.txt cannot be read"):
+        read_documents([tmp_path / "binary.txt"])
+    with pytest.raises(ValueError, match=r"missing\.txt cannot be read"):
+        read_documents(tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match="too short.*512"):
+        token_blocks(["short"], tiny_tokenizer(), 512)
+    with pytest.raises(ValueError, match="Give one of them"):
+        documents_for("training", text="a.txt", dataset="b")
+    with pytest.raises(ValueError, match="no split 'test'"):
+        topic_documents("test")
+
+
+def test_form_feed_divides_documents(tmp_path):
+    (tmp_path / "two.txt").write_text("first\fsecond\f\n")
+    assert read_documents(tmp_path / "two.txt") == ["first", "second"]

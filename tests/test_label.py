@@ -1,0 +1,121 @@
+"""Similarities and labels against the plain loop over tokens and experts."""
+
+import pytest
+import reference
+import torch
+from conftest import tiny_dense
+from reference import assert_close
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.convert import reorder
+from dynamoe_hf.label import (
+    difficulty_labels,
+    error_weights,
+    expert_shares,
+    mean_share,
+    projection_at_every_width,
+    sensitivity_for,
+    similarity_profiles,
+)
+from dynamoe_hf.modeling.configuration_dynamoe import SIMILARITIES
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(3)
+    return torch.randn(2, 9, 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
+@pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.4, 1], [1]], ids=str)
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_profile_equals_the_plain_loop(family, widths, name, inputs):
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(family), expert_widths=widths, similarity=name, error_weights=[0.3, 0.02])
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        profile = mlp.profile(mlp.hidden(inputs))
+        for sequence, rows in zip(inputs, profile):
+            for x, row in zip(sequence, rows):
+                plain = torch.stack([reference.similarity(mlp, x, e, name, 0.02) for e in range(len(widths))])
+                # Cosine with the null expert is 0/0 in the definition; ours is 0, the loop's is NaN.
+                plain = plain.nan_to_num(0.0)
+                plain[-1] = 1
+                assert_close(name, row, plain.clamp(max=1).cummax(0).values, atol=1e-4)
+
+
+@pytest.mark.parametrize("sensitivity", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_labels_equal_the_plain_loop(name, sensitivity, inputs):
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(), similarity=name, error_weights=[0.3, 0.02])
+    mlp = model.model.layers[0].mlp
+    labels = difficulty_labels(mlp, inputs, sensitivity)
+    with torch.no_grad():
+        plain = [[reference.label(mlp, x, sensitivity, name, 0.3) for x in sequence] for sequence in inputs]
+    assert labels.tolist() == plain
+    each = difficulty_labels(mlp, inputs, torch.tensor([sensitivity, 0.3]))
+    assert torch.equal(each[0], labels[0])
+    assert torch.equal(each[1], difficulty_labels(mlp, inputs, 0.3)[1])
+
+
+def test_labels_rise_with_sensitivity(inputs):
+    mlp = DynaMoEForCausalLM.from_dense(tiny_dense(), error_weights=[0.3, 0.02]).model.layers[0].mlp
+    labels = torch.stack([difficulty_labels(mlp, inputs, theta) for theta in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)])
+    assert (labels.diff(dim=0) >= 0).all()
+    assert (labels[-1] == 3).all(), "at sensitivity 1 every token takes the full width"
+    assert labels.unique().numel() > 2
+
+
+def test_wrapped_projections_give_the_same_profile(inputs):
+    """LoRA hides the weights, so the profile goes through the modules instead."""
+    mlp = DynaMoEForCausalLM.from_dense(tiny_dense("starcoder2"), error_weights=[0.3, 0.02]).model.layers[0].mlp
+    with torch.no_grad():
+        hidden = mlp.hidden(inputs)
+        plain = mlp.profile(hidden)
+        mlp.c_proj = torch.nn.Sequential(mlp.c_proj)
+        mlp.c_proj.in_features = mlp.c_proj[0].in_features
+        assert_close("profile", mlp.profile(hidden), plain)
+
+
+def test_projection_at_every_width(inputs):
+    mlp = DynaMoEForCausalLM.from_dense(tiny_dense(), similarity="projection").model.layers[0].mlp
+    with torch.no_grad():
+        hidden = mlp.hidden(inputs).flatten(0, 1)
+        every = projection_at_every_width(hidden, mlp.down_proj.weight)
+        plain = torch.stack(
+            [torch.stack([reference.similarity(mlp, x, e, "projection") for e in range(4)]) for x in inputs.flatten(0, 1)]
+        )
+    assert_close("projection", every[:, [width - 1 for width in mlp.widths]], plain, atol=1e-4)
+
+
+def test_error_weights_equal_autograd(token_ids):
+    """Against gradients of a forward pass that keeps them, layer by layer."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense())
+    measured = error_weights(model, token_ids)
+    expected = []
+    for index, layer in enumerate(model.model.layers):
+        total = 0.0
+        for row in token_ids:
+            kept = []
+            hook = layer.mlp.register_forward_hook(
+                lambda module, args, output, kept=kept: (output.retain_grad(), kept.append(output))[0]
+            )
+            logits = model(row[None]).logits[0]
+            torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
+            hook.remove()
+            total += kept[0].grad.square().sum().item()
+        expected.append(total / token_ids.numel() / 32)
+        assert index < len(measured)
+    assert measured == pytest.approx(expected, rel=1e-3)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is given back as it was"
+    assert not any(layer.training for layer in model.model.layers)
+
+
+def test_sensitivity_for_a_share(token_ids):
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(), error_weights=[0.3, 0.02])
+    reorder(model.model.layers[0].mlp, torch.randperm(64))
+    profiles, shares = similarity_profiles(model, token_ids.repeat(8, 1)), expert_shares(model)
+    assert profiles.shape == (2, 192, 4)
+    for share in (0.5, 0.75):
+        theta = sensitivity_for(profiles, shares, share)
+        assert mean_share(profiles, shares, theta) == pytest.approx(share, abs=0.05)
+    assert mean_share(profiles, shares, 1.0) == 1.0
