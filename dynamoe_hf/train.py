@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune routers and experts: `DynaMoETrainer`, a `transformers.Trainer`, and the stage `train_model` around it."""
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import documents_for, iterate_blocks, token_blocks
+from .folder import TRAINING, carry_records, load_model, load_tokenizer, new_folder, refuse_existing, write_json
+from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
+from .modeling.nested_mlp import label_of
+
+
+TRAINED_PARTS = ("routers", "mlp", "all", "lora")
+TEACHERS = ("frozen", "self", "none")
+
+
+@dataclass
+class DynaMoETrainingArguments(TrainingArguments):
+    r"""
+    `TrainingArguments`, and how nested experts are trained. The loss of a batch is
+
+        lm_loss_coef * LM loss + router_loss_coef * router loss + kd_loss_coef * KL(full width || chosen experts),
+
+    each summed over real tokens and divided by their number in the whole accumulated batch. The paper's is
+    `lm_loss_coef=0.2, router_loss_coef=1, kd_loss_coef=0`.
+
+    > Parameters that control what is trained
+
+    train_parts (`str`, defaults to `"mlp"`):
+        `"routers"`, `"mlp"` (routers and MLPs), `"all"`, or `"lora"` (what the PEFT model has made trainable).
+    teacher (`str`, defaults to `"frozen"`):
+        Whose full-width logits are distilled: `"frozen"`, the model as it was when training began (a second copy in memory
+        where MLPs are trained; none with LoRA or routers), `"self"`, the weights of the moment, or `"none"`.
+
+    > Parameters that control the route
+
+    route (`str`, defaults to `"label"`):
+        Expert of each token while training: its `"label"`, the `"router"`'s choice, or `"random"`.
+    sensitivity_range (`list[float]`, *optional*):
+        Each sequence draws its sensitivity from this range. Defaults to the model's `config.train_sensitivity`.
+
+    > Parameters that control the losses
+
+    lm_loss_coef, router_loss_coef, kd_loss_coef (`float`): weights of the three losses.
+    logit_fraction (`float`, defaults to 0.25):
+        Share of the positions whose logits are computed. Logits over a whole vocabulary are the largest tensor of a
+        step; a random quarter of the positions gives an unbiased estimate of the LM and distillation losses.
+    router_learning_rate (`float`, defaults to 1e-3): learning rate of the routers, which start from nothing.
+    """
+
+    train_parts: str = field(default="mlp", metadata={"help": f"What is trained: {', '.join(TRAINED_PARTS)}."})
+    teacher: str = field(default="frozen", metadata={"help": f"Whose full-width logits are distilled: {', '.join(TEACHERS)}."})
+    route: str = field(default="label", metadata={"help": "Expert of each token while training: label, router or random."})
+    sensitivity_range: list[float] | None = field(default=None, metadata={"help": "Range of the sensitivities drawn."})
+    lm_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the LM loss."})
+    router_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the router loss."})
+    kd_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
+    logit_fraction: float = field(default=0.25, metadata={"help": "Share of the positions whose logits are computed."})
+    router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the routers."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in (("train_parts", TRAINED_PARTS), ("teacher", TEACHERS), ("route", ROUTES[:3])):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is unknown: found {getattr(self, name)!r}. Choose one of {', '.join(allowed)}.")
+        if not 0 < self.logit_fraction <= 1:
+            raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` does not go with the router loss. Leave it at 0.")
+
+
+class DynaMoETrainer(Trainer):
+    """
+    `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
+    `kd_loss`, `mean_width` (share of MLP width on the trained route), `router_accuracy` (agreement of the routers with
+    the labels) and `share_expert_0` ... (of the tokens, on the trained route).
+
+    Raises:
+        ValueError: the model is no DynaMoE model, or `train_parts="lora"` without adapters.
+    """
+
+    def __init__(self, model=None, args=None, **kwargs):
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(getattr(core, "config", None), "model_type", None) != "dynamoe":
+            raise ValueError(
+                f"DynaMoETrainer trains DynaMoE models, found {type(core).__name__}. Run `dynamoe convert` first."
+            )
+        if args.train_parts == "lora" and core is model:
+            raise ValueError(
+                '`train_parts="lora"` needs adapters: wrap the model with `get_peft_model(model, lora_config())`.'
+            )
+        self.core = core
+        choose_trainable(core, args.train_parts)
+        self.teacher = None
+        if args.kd_loss_coef and args.teacher == "frozen" and args.train_parts in ("mlp", "all"):
+            self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
+        self._metrics: dict[str, list[torch.Tensor]] = {}
+        super().__init__(model=model, args=args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+
+    def create_optimizer(self, model=None):
+        """As the base class, with the routers in a group of their own, at `router_learning_rate`."""
+        if self.optimizer is None:
+            super().create_optimizer(*([] if model is None else [model]))
+            routers = {id(p) for name, p in self.model.named_parameters() if ".router." in name}
+            for group in list(self.optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in routers]
+                group["params"] = [p for p in group["params"] if id(p) not in routers]
+                if moved:
+                    own = {**group, "params": moved, "lr": self.args.router_learning_rate}
+                    own.pop("initial_lr", None)
+                    self.optimizer.add_param_group(own)
+            # An empty group has no step to make, and some schedulers and savers trip over it.
+            self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        args, core = self.args, self.core
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        low, high = args.sensitivity_range or core.config.train_sensitivity
+        sensitivity = low + (high - low) * torch.rand(labels.shape[0], device=labels.device)
+        positions = self._sample_positions(labels)
+        with core.routing(route=args.route, sensitivity=sensitivity, needs_labels=True, records=[]) as routing:
+            outputs = model(**inputs, logits_to_keep=positions)
+
+        mask = loss_mask(labels)
+        items = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        sampled = mask[:, positions]
+        # A sum over the sampled positions stands for the sum over all of them.
+        scale = mask.sum() / sampled.sum().clamp_min(1) / items
+        targets = torch.where(mask, F.pad(labels[:, 1:], (0, 1)), -100)[:, positions]
+        logits = outputs.logits.float()
+        lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") * scale
+        router_loss = mean_router_loss(routing.records, mask, items)
+        kd_loss = self._distil(model, inputs, logits, positions, sampled) * scale if self._distils else logits.new_zeros(())
+        loss = args.lm_loss_coef * lm_loss + args.router_loss_coef * router_loss + args.kd_loss_coef * kd_loss
+        self._record(routing.records, sensitivity, mask, lm_loss=lm_loss, router_loss=router_loss, kd_loss=kd_loss)
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _distils(self):
+        # With only routers trained, no gradient would reach anything through the experts.
+        return bool(self.args.kd_loss_coef) and self.args.teacher != "none" and self.args.train_parts != "routers"
+
+    def _sample_positions(self, labels):
+        """Sorted positions, the same for all sequences of a batch: `logits_to_keep` selects along the sequence."""
+        length = labels.shape[1] - 1
+        count = max(1, math.ceil(self.args.logit_fraction * length))
+        return torch.randperm(length, device=labels.device)[:count].sort().values
+
+    def _distil(self, model, inputs, logits, positions, sampled):
+        """KL of the full-width distribution from the chosen experts', summed over the sampled real positions."""
+        full = self.core.config.expert_count - 1
+        lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
+        unwrapped = self.accelerator.unwrap_model(model)
+        teacher = self.teacher if self.teacher is not None else unwrapped
+        with torch.no_grad(), unwrapped.disable_adapter() if lora else nullcontext():
+            teacher.eval()
+            with (self.teacher if self.teacher is not None else self.core).routing(force_expert=full):
+                target = teacher(**inputs, logits_to_keep=positions).logits.float().log_softmax(-1)
+            model.train()
+        kl = F.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none").sum(-1)
+        return (kl * sampled).sum()
+
+    @torch.no_grad()
+    def _record(self, records, sensitivity, mask, **losses):
+        """Keep the parts of the loss and the use of experts as device tensors; `log` is where the host reads them."""
+        layers = self.core.model.layers
+        mask = mask.to(torch.float32)
+        shares, agreement = 0.0, 0.0
+        used = torch.zeros(self.core.config.expert_count, device=mask.device)
+        for layer, record in zip(layers, records):
+            expert = record.expert.to(mask.device)
+            width = torch.tensor(layer.mlp.widths, device=mask.device) / layer.mlp.widths[-1]
+            shares += (width[expert] * mask).sum()
+            used += torch.stack([((expert == index) * mask).sum() for index in range(len(used))])
+            chosen = layer.mlp.router.choose(record.router_logits, sensitivity)
+            agreement += ((chosen == record.label).to(mask.device) * mask).sum()
+        tokens = mask.sum() * len(records)
+        metrics = {**losses, "mean_width": shares / tokens, "router_accuracy": agreement / tokens}
+        metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used)}
+        for name, value in metrics.items():
+            self._metrics.setdefault(name, []).append(value.detach())
+
+    def log(self, logs, start_time=None):
+        """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
+        if "loss" in logs and self._metrics:
+            steps = self.args.gradient_accumulation_steps
+            for name, values in self._metrics.items():
+                mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+                logs[name] = round(mean * steps if name.endswith("_loss") else mean, 6)
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+
+def choose_trainable(model: DynaMoEForCausalLM, parts: str) -> None:
+    """Set `requires_grad` of every parameter for `parts`: routers, mlp (routers and MLPs), all; lora leaves them as PEFT set them."""
+    if parts == "lora":
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts == "all" or ".mlp." in name and (parts == "mlp" or ".router." in name))
+
+
+def lora_config(rank: int = 16, alpha: int = 32, **settings):
+    """A PEFT `LoraConfig` that fits: adapters on the MLP projections of any supported family, routers trained in full."""
+    from peft import LoraConfig
+
+    projections = r".*\.mlp\.(gate_proj|up_proj|gate_up_proj|down_proj|c_fc|c_proj|fc1|fc2|dense_h_to_4h|dense_4h_to_h)"
+    settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
+    return LoraConfig(r=rank, lora_alpha=alpha, **settings)
+
+
+def fit_routers(
+    model: DynaMoEForCausalLM,
+    blocks: torch.Tensor,
+    steps: int = 800,
+    batch_size: int = 512,
+    learning_rate: float = 2e-2,
+    cache_bytes: int = 2**31,
+    seed: int = 0,
+) -> dict:
+    """
+    Fit every router anew to the difficulty of tokens, layer by layer, on cached inputs: nothing else of the model is run
+    again, so hundreds of steps cost less than a few of full training. Tokens follow their labels while they are collected,
+    at sensitivities drawn as in training, since narrow experts in early layers change what later routers read.
+
+    Args:
+        blocks: token ids (N, S); the last tenth is not fitted to, and measures the agreement.
+        steps, batch_size, learning_rate: of each router, AdamW with a one-cycle schedule.
+        cache_bytes: inputs cached at a time, as 16-bit numbers; more layers than fit take further passes over the text.
+
+    Returns:
+        `tokens`, `router_agreement` with the labels on the tokens held out, and `label_frequency`, that of the commonest label.
+    """
+    torch.manual_seed(seed)
+    model.eval()
+    layers = model.model.layers
+    held_out = max(1, blocks.numel() // 10)
+    a_layer = blocks.numel() * model.config.hidden_size * 2
+    group = max(1, cache_bytes // a_layer)
+    agreement, commonest = [], []
+    progress = tqdm(total=len(layers), desc="Fitting routers", leave=False)
+    for start in range(0, len(layers), group):
+        inputs, profiles, thetas = _collect(model, layers[start : start + group], blocks)
+        for layer, x, profile in zip(layers[start : start + group], inputs, profiles):
+            router = layer.mlp.router
+            _fit(router, x[:-held_out], profile[:-held_out], thetas[:-held_out], steps, batch_size, learning_rate)
+            with torch.no_grad():
+                label = label_of(profile[-held_out:], thetas[-held_out:])
+                logits = router(x[-held_out:].to(router.input.weight.dtype))
+                chosen = router.choose(logits[:, None], thetas[-held_out:])[:, 0]
+            agreement.append((chosen == label).float().mean().item())
+            commonest.append(label.bincount().max().item() / label.numel())
+            progress.update()
+    progress.close()
+    return {
+        "tokens": blocks.numel(),
+        "router_agreement": round(sum(agreement) / len(agreement), 4),
+        "label_frequency": round(sum(commonest) / len(commonest), 4),
+    }
+
+
+@torch.no_grad()
+def _collect(model, layers, blocks):
+    """Router inputs (T, D), profiles (T, E) of each of `layers`, and the sensitivity of each token (T,)."""
+    inputs, profiles, thetas = [[] for _ in layers], [[] for _ in layers], []
+    hooks = [
+        layer.mlp.router.register_forward_pre_hook(
+            lambda module, args, kept=kept: kept.append(args[0].flatten(0, 1).to(torch.bfloat16))
+        )
+        for layer, kept in zip(layers, inputs)
+    ]
+    first = next(index for index, layer in enumerate(model.model.layers) if layer is layers[0])
+    low, high = model.config.train_sensitivity
+    try:
+        for batch in tqdm(blocks.split(4), desc="Collecting router inputs", leave=False):
+            batch = batch.to(model.device)
+            sensitivity = low + (high - low) * torch.rand(len(batch), device=batch.device)
+            with model.routing(route="label", sensitivity=sensitivity, needs_labels=True, records=[]) as routing:
+                model.model(batch, use_cache=False)
+            thetas.append(sensitivity.repeat_interleave(batch.shape[1]))
+            for kept, record in zip(profiles, routing.records[first : first + len(layers)]):
+                kept.append(record.profile.flatten(0, 1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(kept) for kept in inputs], [torch.cat(kept) for kept in profiles], torch.cat(thetas)
+
+
+def _fit(router, x, profile, thetas, steps, batch_size, learning_rate):
+    """Train one router from nothing, its first layer scaled to the size of what it reads."""
+    dtype = router.input.weight.dtype
+    router.float().requires_grad_()
+    with torch.no_grad():
+        router.reset()
+        router.input.weight /= x[:4096].float().square().mean().sqrt().clamp_min(1e-6)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=learning_rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    label = label_of(profile, thetas)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (batch_size,), device=x.device)
+        loss = router.loss(router(x[rows].float()), profile[rows], label[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    router.zero_grad()
+    router.to(dtype)
+
+
+class _Blocks(Dataset):
+    """Token blocks (N, S) as the Trainer reads them, repeated so that one epoch is the whole training."""
+
+    def __init__(self, blocks, count):
+        self.blocks, self.count = blocks, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        # Each pass over the text comes in another order, the same in every run.
+        rounds, place = divmod(index, len(self.blocks))
+        order = torch.randperm(len(self.blocks), generator=torch.Generator().manual_seed(rounds))
+        block = self.blocks[order[place]]
+        return {"input_ids": block, "labels": block}
+
+
+class _StreamedBlocks(IterableDataset):
+    """Blocks of a streamed dataset, of which only one batch is ever in memory."""
+
+    def __init__(self, documents, tokenizer, block_size):
+        self.documents, self.tokenizer, self.block_size = documents, tokenizer, block_size
+
+    def __iter__(self):
+        for block in iterate_blocks(self.documents(), self.tokenizer, self.block_size):
+            block = torch.tensor(block)
+            yield {"input_ids": block, "labels": block}
+
+
+def train_model(
+    folder: str | Path,
+    out: str | Path,
+    text: str | Sequence[str] | None = None,
+    dataset: str | None = None,
+    column: str = "text",
+    max_tokens: int = 100_000,
+    train: str = "mlp",
+    route: str = "label",
+    teacher: str = "frozen",
+    resume: bool = False,
+    block_size: int = 256,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    learning_rate: float = 2e-4,
+    router_learning_rate: float = 1e-3,
+    lm_loss_coef: float = 0.0,
+    router_loss_coef: float = 1.0,
+    kd_loss_coef: float = 1.0,
+    logit_fraction: float = 0.25,
+    router_tokens: int = 16384,
+    lora_rank: int = 16,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    save_steps: int = 50,
+    seed: int = 0,
+) -> dict:
+    """
+    Train a DynaMoE folder and write the result as another one.
+
+    Checkpoints lie in `OUT.checkpoints` while training goes on; each is a model folder of its own. An interrupted run
+    goes on with `resume=True`. With `train="lora"` the adapters are merged into the weights that are written.
+
+    Args:
+        folder, out: model folder to read, and to write.
+        text: text files; by default the training split of Python's own documentation topics.
+        dataset, column: or a dataset id (streamed) and the name of its text column.
+        max_tokens: tokens to train on; shorter texts are repeated.
+        train: what is trained: routers, mlp (routers and MLPs), all, or lora.
+        route, teacher, ..._coef, logit_fraction: see `DynaMoETrainingArguments`.
+        router_tokens: after the training, routers are fitted anew on the first so many of its tokens (`fit_routers`), and with
+            `route="router"` before it too; 0 leaves them as the training made them. With `train="routers"` the fit, on
+            all `max_tokens`, is the whole training.
+        save_steps: steps between checkpoints.
+
+    Returns:
+        The training record, also written to `training.json`: settings, tokens, the logged history.
+
+    Raises:
+        ValueError: no DynaMoE folder, unknown setting, too little text, or an unfinished run without `resume`.
+        FileExistsError: `out` exists.
+    """
+    refuse_existing(out)
+    work = Path(f"{out}.checkpoints")
+    last = get_last_checkpoint(work) if work.is_dir() else None
+    if last is not None and not resume:
+        raise ValueError(f"{work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
+    if last is None and resume:
+        raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    block_size = min(block_size, longest) if longest else block_size
+    tokens_a_step = block_size * batch_size * gradient_accumulation_steps
+    steps = max(1, max_tokens // tokens_a_step)
+
+    def fit_blocks(tokens):
+        return token_blocks(documents_for("training", text, dataset, column), tokenizer, block_size, tokens)
+
+    if dataset is not None:
+        blocks = _StreamedBlocks(lambda: documents_for("training", text, dataset, column), tokenizer, block_size)
+    else:
+        distinct = fit_blocks(max_tokens)
+        blocks = _Blocks(distinct, steps * batch_size * gradient_accumulation_steps)
+    started = time.monotonic()
+    history, steps_done = [], 0
+    if train == "routers":
+        router_tokens = max_tokens
+    elif route == "router" and router_tokens:
+        fit_routers(model, fit_blocks(router_tokens), seed=seed)
+    if train != "routers":
+        args = DynaMoETrainingArguments(
+            output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, adam_beta2=0.95,
+            warmup_steps=min(10, steps // 10), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
+            bf16=bf16, gradient_checkpointing=gradient_checkpointing, save_steps=save_steps, save_total_limit=2,
+            logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
+            teacher=teacher, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
+            logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(), accelerator_config={"dispatch_batches": False},
+        )  # fmt: skip
+        if train == "lora":
+            from peft import get_peft_model
+
+            model = get_peft_model(model, lora_config(lora_rank, 2 * lora_rank))
+        trainer = DynaMoETrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=last)
+        steps_done = trainer.state.global_step
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        model = model.merge_and_unload() if train == "lora" else model
+    model.requires_grad_(True)
+    fit = fit_routers(model, fit_blocks(router_tokens), seed=seed) if router_tokens else None
+    record = {
+        "from": str(folder),
+        "text": dataset or ("pydoc_data.topics" if text is None else [str(t) for t in ([text] if isinstance(text, str) else text)]),
+        "tokens": steps_done * tokens_a_step,
+        "distinct_tokens": None if dataset is not None else distinct.numel(),
+        "steps": steps_done,
+        "router_fit": fit,
+        "seconds": round(time.monotonic() - started, 1),
+        "settings": {
+            "train": train, "route": route, "teacher": teacher, "block_size": block_size, "batch_size": batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
+            "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
+            "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction, "bf16": bf16, "seed": seed,
+        },
+        "history": history,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
+    with new_folder(out) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        carry_records(folder, target)
+        write_json(target / TRAINING, record)
+    shutil.rmtree(work, ignore_errors=True)
+    return record

@@ -1,0 +1,307 @@
+"""Training: what moves, what is logged, and that batching, resuming and LoRA change nothing they should not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_dense, tiny_tokenizer
+from reference import assert_close
+from transformers import Trainer, TrainingArguments
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.convert import convert_model, scale_difficulty
+from dynamoe_hf.folder import load_model
+from dynamoe_hf.train import DynaMoETrainer, DynaMoETrainingArguments, choose_trainable, fit_routers, lora_config, train_model
+
+
+@pytest.fixture(scope="module")
+def converted(dense_folder, tmp_path_factory):
+    """A converted tiny Llama. Treat it as read-only."""
+    out = tmp_path_factory.mktemp("converted") / "model"
+    convert_model(dense_folder, out, max_tokens=512, block_size=64)
+    return out
+
+
+def tiny_model(**settings):
+    return DynaMoEForCausalLM.from_dense(tiny_dense(), error_weights=[0.05, 0.02], **settings)
+
+
+def rows(count=8, length=16, seed=0, ignored=True):
+    """Training examples of which some positions do not count, differently in each."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        ids = torch.randint(3, 128, (length,), generator=generator)
+        labels = ids.clone()
+        if ignored:
+            labels[: index % 5] = -100
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+def train(model, folder, trainer_class=DynaMoETrainer, examples=None, **settings):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 8, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+                "learning_rate": 1e-3, "disable_tqdm": True, "use_cpu": True, **settings}  # fmt: skip
+    arguments = DynaMoETrainingArguments if trainer_class is DynaMoETrainer else TrainingArguments
+    args = arguments(output_dir=str(folder), **settings)
+    trainer = trainer_class(model=model, args=args, train_dataset=examples or rows())
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("parts", ["routers", "mlp", "all"])
+def test_exactly_the_chosen_parts_move(parts, tmp_path):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, tmp_path, train_parts=parts, lm_loss_coef=0.2, max_steps=3)
+    for name, parameter in model.named_parameters():
+        meant = parts == "all" or ".router." in name or parts == "mlp" and ".mlp." in name
+        moved = not torch.equal(before[name], parameter)
+        assert moved == meant, f"{name} {'moved' if moved else 'did not move'} with train_parts={parts!r}"
+
+
+@pytest.mark.parametrize("route", ["label", "router", "random"])
+@pytest.mark.parametrize("teacher", ["frozen", "self", "none"])
+def test_all_parts_are_logged(route, teacher, tmp_path):
+    trainer = train(tiny_model(), tmp_path, route=route, teacher=teacher, lm_loss_coef=0.2, max_steps=2)
+    log = trainer.state.log_history[0]
+    names = {"loss", "lm_loss", "router_loss", "kd_loss", "mean_width", "router_accuracy"} | {
+        f"share_expert_{e}" for e in range(4)
+    }
+    assert names <= set(log)
+    assert sum(log[f"share_expert_{e}"] for e in range(4)) == pytest.approx(1, abs=1e-3)
+    width = sum(log[f"share_expert_{e}"] * (e + 1) / 4 for e in range(4))
+    assert log["mean_width"] == pytest.approx(width, abs=1e-3)
+    assert log["loss"] == pytest.approx(0.2 * log["lm_loss"] + log["router_loss"] + log["kd_loss"], rel=1e-3)
+    assert (log["kd_loss"] > 0) == (teacher != "none")
+
+
+@pytest.mark.parametrize(("size", "steps"), [(4, 2), (2, 4), (1, 8)], ids=["4x2", "2x4", "1x8"])
+@pytest.mark.parametrize("trainer_class", [DynaMoETrainer, Trainer], ids=["ours", "plain"])
+def test_accumulation_gives_the_update_of_one_large_batch(size, steps, trainer_class, tmp_path):
+    settings = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0}
+    if trainer_class is DynaMoETrainer:
+        settings |= {"logit_fraction": 1.0, "lm_loss_coef": 0.2, "sensitivity_range": [0.5, 0.5]}
+    results = []
+    for batch, accumulation in ((8, 1), (size, steps)):
+        model = tiny_model(train_sensitivity=[0.5, 0.5])
+        trainer = train(
+            model,
+            tmp_path,
+            trainer_class,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        )
+        log = trainer.state.log_history[0]
+        results.append((model.state_dict(), {k: v for k, v in log.items() if k.endswith("loss") or k == "grad_norm"}))
+    (large, large_log), (small, small_log) = results
+    assert small_log == pytest.approx(large_log, rel=1e-3)
+    for name, tensor in large.items():
+        assert_close(name, small[name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def test_plain_trainer_trains_router_and_experts(tmp_path):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = train(model, tmp_path, Trainer, max_steps=60, learning_rate=3e-3)
+    still = [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
+    assert not still, f"{still} did not move"
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_router_learns_the_difficulty_in_training(tmp_path):
+    model = tiny_model()
+    trainer = train(
+        model, tmp_path, train_parts="routers", max_steps=150, examples=rows(ignored=False), router_learning_rate=1e-2
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["router_accuracy"] > logs[0]["router_accuracy"] + 0.2, (logs[0], logs[-1])
+    assert logs[-1]["router_accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("router_type", ["profile", "argmax"])
+def test_fitted_routers_beat_the_best_constant(router_type):
+    model = tiny_model(router_type=router_type)
+    blocks = torch.randint(3, 128, (200, 16), generator=torch.Generator().manual_seed(0))
+    model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks[:40])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if ".router." not in name}
+    whole = fit_routers(model, blocks, steps=300)
+    assert whole["router_agreement"] > whole["label_frequency"] + 0.15, whole
+    assert whole["tokens"] == 3200
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
+    # One layer at a time, as where memory is short, must do as well.
+    by_layer = fit_routers(model, blocks, steps=300, cache_bytes=1)
+    assert by_layer["router_agreement"] == pytest.approx(whole["router_agreement"], abs=0.06)
+
+
+def test_training_routers_alone_leaves_the_rest(converted, text_file, tmp_path):
+    record = train_model(converted, tmp_path / "out", text=str(text_file), train="routers", max_tokens=2048, block_size=32)
+    ours, theirs = load_model(tmp_path / "out").state_dict(), load_model(converted).state_dict()
+    assert record["router_fit"]["tokens"] == 2048
+    assert all(torch.equal(ours[name], tensor) == (".router." not in name) for name, tensor in theirs.items())
+
+
+def test_sampled_logits_are_unbiased(tmp_path):
+    """The mean of many quarter samples is the loss over all positions."""
+    model, totals = tiny_model(), {}
+    for fraction, repeats in ((1.0, 1), (0.25, 200)):
+        args = DynaMoETrainingArguments(str(tmp_path), report_to="none", use_cpu=True, logit_fraction=fraction, lm_loss_coef=1.0,
+                                        router_loss_coef=0.0, sensitivity_range=[0.5, 0.5])  # fmt: skip
+        trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
+        batch = {name: torch.stack([row[name] for row in rows()]) for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            totals[fraction] = sum(trainer.compute_loss(model, batch).item() for _ in range(repeats)) / repeats
+    assert totals[0.25] == pytest.approx(totals[1.0], rel=0.02)
+
+
+def test_full_width_stays_where_distilled(tmp_path):
+    """Distillation from the frozen full width pulls the narrow experts towards it."""
+    model = tiny_model()
+    ids = torch.stack([row["input_ids"] for row in rows(ignored=False)])
+    target = model(ids).logits.softmax(-1)
+
+    def distance():
+        with torch.no_grad():
+            narrow = model.eval()(ids, force_expert=1).logits.log_softmax(-1)
+        return torch.nn.functional.kl_div(narrow, target, reduction="batchmean").item()
+
+    before = distance()
+    train(model, tmp_path, max_steps=80, examples=rows(ignored=False), router_loss_coef=0.0, sensitivity_range=[0.2, 0.5])
+    assert distance() < 0.7 * before
+
+
+def test_resume_continues_the_same_losses(converted, text_file, tmp_path, monkeypatch):
+    settings = {"text": str(text_file), "max_tokens": 32 * 64, "block_size": 32, "batch_size": 4, "save_steps": 8}
+    whole = train_model(converted, tmp_path / "whole", **settings)
+
+    class Stopped(Exception):
+        pass
+
+    original = DynaMoETrainer.training_step
+
+    def stop_later(self, *args, **kwargs):
+        if self.state.global_step == 11:
+            raise Stopped
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynaMoETrainer, "training_step", stop_later)
+    with pytest.raises(Stopped):
+        train_model(converted, tmp_path / "parts", **settings)
+    monkeypatch.setattr(DynaMoETrainer, "training_step", original)
+    assert not (tmp_path / "parts").exists()
+    with pytest.raises(ValueError, match="unfinished run"):
+        train_model(converted, tmp_path / "parts", **settings)
+    resumed = train_model(converted, tmp_path / "parts", resume=True, **settings)
+    losses = [{entry["step"]: entry["loss"] for entry in record["history"]} for record in (whole, resumed)]
+    assert len(losses[0]) > 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    ours, theirs = load_model(tmp_path / "parts").state_dict(), load_model(tmp_path / "whole").state_dict()
+    for name, tensor in theirs.items():
+        assert_close(name, ours[name], tensor)
+    assert not (tmp_path / "parts.checkpoints").exists()
+    record = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert record["tokens"] == 32 * 64
+    assert (tmp_path / "whole" / "conversion.json").exists()
+
+
+def test_every_checkpoint_is_a_model_folder(converted, text_file, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    original = shutil.rmtree
+
+    def keep(path, **options):
+        if str(path).endswith(".checkpoints"):
+            shutil.copytree(path, kept)
+        original(path, **options)
+
+    monkeypatch.setattr("dynamoe_hf.train.shutil.rmtree", keep)
+    train_model(converted, tmp_path / "out", text=str(text_file), max_tokens=512, block_size=32, batch_size=4, save_steps=2)
+    checkpoints = sorted(kept.glob("checkpoint-*"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert (checkpoint / "modeling_dynamoe.py").exists()
+        assert load_model(checkpoint)(torch.tensor([[5, 6, 7]]), sensitivity=0.5).logits.isfinite().all()
+
+
+def test_lora(converted, text_file, tmp_path, token_ids):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), lora_config(4))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, tmp_path, train_parts="lora", max_steps=3, lm_loss_coef=0.2, learning_rate=1e-2)
+    for name, parameter in model.named_parameters():
+        meant = "lora_" in name or "modules_to_save" in name
+        moved = not torch.equal(before[name], parameter)
+        assert moved == meant, f"{name} {'moved' if moved else 'did not move'}"
+    model.eval()
+    wrapped = {s: model(token_ids, sensitivity=s).logits for s in (0.4, 0.6, 1.0)}
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
+    merged = model.merge_and_unload()
+    for sensitivity, expected in wrapped.items():  # masks while wrapped, prefixes after merging
+        assert_close("reloaded", again(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
+        assert_close("merged", merged(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
+    train_model(
+        converted,
+        tmp_path / "out",
+        text=str(text_file),
+        train="lora",
+        max_tokens=512,
+        block_size=32,
+        batch_size=4,
+        lora_rank=2,
+    )
+    assert not any("lora" in name for name in load_model(tmp_path / "out").state_dict())
+
+
+def test_streamed_dataset(converted, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text('{"text": "some words of a document"}\n' * 100)
+    record = train_model(
+        converted, tmp_path / "out", dataset=str(tmp_path / "data"), max_tokens=256, block_size=32, batch_size=2
+    )
+    assert record["tokens"] == 256
+    assert record["distinct_tokens"] is None
+
+
+def test_activation_checkpointing_gives_the_same_losses(tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = train(tiny_model(), tmp_path, max_steps=4, gradient_checkpointing=checkpointing, lm_loss_coef=0.2)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_bf16_autocast(tmp_path):
+    trainer = train(tiny_model(), tmp_path, max_steps=2, bf16=True)
+    assert trainer.state.log_history[0]["loss"] > 0
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu` where there is one")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_on_a_gpu(bf16, tmp_path):
+    trainer = train(tiny_model(), tmp_path, max_steps=30, bf16=bf16, use_cpu=False, learning_rate=3e-3)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_bad_settings(converted, tmp_path):
+    for settings, message in (({"train_parts": "half"}, "`train_parts` is unknown"), ({"teacher": "x"}, "`teacher` is unknown"),
+                              ({"route": "shuffled"}, "`route` is unknown"), ({"logit_fraction": 0}, "must be in"),
+                              ({"label_smoothing_factor": 0.1}, "does not go with")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            DynaMoETrainingArguments(str(tmp_path), **settings)
+    with pytest.raises(ValueError, match="found LlamaForCausalLM"):
+        DynaMoETrainer(model=tiny_dense(), args=DynaMoETrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="needs adapters"):
+        DynaMoETrainer(model=tiny_model(), args=DynaMoETrainingArguments(str(tmp_path), train_parts="lora", use_cpu=True))
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train_model(converted, tmp_path / "out", resume=True)
+    with pytest.raises(FileExistsError):
+        train_model(converted, converted)
+    choose_trainable(model := tiny_model(), "routers")
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"router"}
+    assert tiny_tokenizer().eos_token_id == 2
