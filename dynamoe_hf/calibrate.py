@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budgets -> sensitivities: find where the dial must stand for a mean share of MLP width, and write it into the config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .data import documents_for, token_blocks
+from .folder import CALIBRATION, load_model, load_tokenizer, update_config, write_json
+from .label import expert_shares
+from .modeling import DynaMoEForCausalLM
+
+
+TOLERANCE = 0.02  # a budget is reached when the mean share is this near on the calibration text
+
+
+def calibrate_budgets(
+    folder: str | Path,
+    budgets: Sequence[float] = (0.5, 0.6, 0.75, 0.9),
+    text: str | Sequence[str] | None = None,
+    max_tokens: int = 8192,
+    block_size: int = 512,
+    batch_size: int = 4,
+) -> dict:
+    """
+    Find the sensitivity that reaches each budget, a mean share of MLP width over tokens and layers.
+
+    Narrow experts in early layers change what later routers read, so a threshold cannot be read off one pass: the model is
+    run at each candidate, and the next one is solved for on the router outputs of that run.
+
+    Args:
+        folder: trained model folder; its config gets `budgets`, and the largest budget as default sensitivity.
+        budgets: shares in (0, 1).
+        text: text files that were not trained on; by default a split of Python's own documentation topics.
+
+    Returns:
+        The calibration record, also written to `calibration.json`: sensitivity and reached share of each budget, tokens.
+
+    Raises:
+        ValueError: a budget is out of reach, for example because the routers are untrained; nothing is written then.
+    """
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if model.config.router_type == "argmax":
+        raise ValueError('The argmax router has no dial to calibrate. Convert with router_type="profile" for budgets.')
+    shares = expert_shares(model)
+    smallest = shares[:, 0].mean().item()
+    budgets = sorted({float(budget) for budget in budgets}, reverse=True)
+    for budget in budgets:
+        if not smallest < budget < 1:
+            raise ValueError(
+                f"budget={budget:g} is out of reach: the smallest experts take {smallest:.2f} of the MLP width on average, the "
+                "full width 1. Choose budgets between."
+            )
+    blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, max_tokens)
+    found, run = {}, _run(model, blocks, shares, 0.5, batch_size)
+    for budget in tqdm(budgets, desc="Calibrating", leave=False):
+        (sensitivity, reached), run = _solve(model, blocks, shares, budget, run, batch_size)
+        if abs(reached - budget) > TOLERANCE:
+            raise ValueError(
+                f"budget={budget:g} cannot be reached: the nearest mean share is {reached:.3f}, at sensitivity {sensitivity:.4f}. "
+                "Routers that see no difference between tokens cannot divide them: run `dynamoe train` first, or train longer."
+            )
+        found[f"{budget:g}"] = {"sensitivity": sensitivity, "mean_share": round(reached, 4)}
+    found = dict(sorted(found.items(), key=lambda item: float(item[0])))
+    thetas = [entry["sensitivity"] for entry in found.values()]
+    if thetas != sorted(thetas):
+        raise ValueError(f"The dial is not monotone: budgets {', '.join(found)} need sensitivities {thetas}. Train longer.")
+    record = {
+        "budgets": found,
+        "text": "pydoc_data.topics" if text is None else [str(t) for t in ([text] if isinstance(text, str) else text)],
+        "tokens": blocks.numel(),
+    }
+    update_config(folder, budgets={budget: entry["sensitivity"] for budget, entry in found.items()}, sensitivity=max(thetas))
+    write_json(Path(folder) / CALIBRATION, record)
+    return record
+
+
+def _solve(model, blocks, shares, budget, run, batch_size, rounds=5):
+    """The sensitivity nearest to `budget` and the mean share it reaches, starting from an earlier run; and the last run."""
+    best = (2.0, 1.0, 1.0)
+    for _ in range(rounds):
+        # The share that the logits of the last run give is a rising step function of the threshold.
+        low, high = -30.0, 30.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _share(run[1], shares, middle) < budget else (low, middle)
+        sensitivity = min(max(torch.tensor(high, dtype=torch.float64).sigmoid().item(), 1e-9), 1 - 1e-7)
+        run = _run(model, blocks, shares, sensitivity, batch_size)
+        best = min(best, (abs(run[0] - budget), sensitivity, run[0]))
+        if best[0] < 0.004:
+            break
+    return best[1:], run
+
+
+def _share(logits_LTE, shares_LE, threshold):
+    return shares_LE.gather(1, (logits_LTE < threshold).sum(-1)).mean().item()
+
+
+@torch.no_grad()
+def _run(model: DynaMoEForCausalLM, blocks, shares, sensitivity, batch_size):
+    """Mean share at `sensitivity`, and the router logits (L, T, E - 1) of that run."""
+    chosen, logits = [], []
+    with model.routing(sensitivity=sensitivity, records=[]) as routing:
+        for batch in blocks.split(batch_size):
+            model.model(batch.to(model.device), use_cache=False)
+            chosen.append(torch.stack([record.expert.flatten().cpu() for record in routing.records]))
+            logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in routing.records]))
+            routing.records.clear()
+    return shares.gather(1, torch.cat(chosen, 1)).mean().item(), torch.cat(logits, 1)

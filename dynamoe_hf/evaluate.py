@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality at a setting of the dial: perplexity against the dense base on the same tokens, use of experts, lm-eval tasks."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm.auto import tqdm
+
+from .convert import dense_prefix, load_dense
+from .data import documents_for, token_blocks
+from .folder import RESULTS, active_parameters, count_parameters, load_model, load_tokenizer, read_json, write_json
+from .label import expert_shares, sensitivity_for, similarity_profiles
+
+from .modeling.configuration_dynamoe import check_sensitivity
+
+
+# The set of the literature on dynamic computation, with its numbers of examples in the prompt.
+TASKS = {"arc_easy": 0, "lambada_openai": 0, "piqa": 0, "winogrande": 0, "mmlu": 5, "hellaswag": 10}
+BASELINES = ("static", "shuffled", "label")
+
+
+def evaluate_model(
+    folder: str | Path,
+    text: str | Sequence[str] | None = None,
+    budget: float | Sequence[float] | None = None,
+    sensitivity: float | Sequence[float] | None = None,
+    force_expert: int | None = None,
+    base: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
+    max_tokens: int = 16384,
+    block_size: int = 512,
+    batch_size: int = 4,
+) -> list[dict]:
+    """
+    Evaluate one or more settings of the dial on the same tokens, and add the entries to the folder's `results.json`.
+
+    Args:
+        folder: model folder or Hub id; results are kept where it is a folder.
+        text: text files; by default the held-out split of Python's own documentation topics.
+        budget, sensitivity, force_expert: settings, at most one kind of them; by default what the config says.
+        base: the dense base (folder or id), to state ratios of perplexity; none are stated without it.
+        baselines: for each setting also, with the same weights: `"static"`, a prefix of the same share for every token;
+            `"shuffled"`, the routers' choices dealt to other tokens of the layer; `"label"`, the true labels (oracle).
+        tasks: lm-eval task names, paths of task files (`.yaml`), or `"literature"` for `TASKS`.
+        task_limit: examples of each task at most.
+
+    Returns:
+        One entry a setting: `perplexity` with a 95% interval over blocks, `tokens`, `mean_share`, `active_parameters`,
+        `expert_use` (L x E shares of the tokens), `router_agreement`, and with a base `ratio_to_dense` with a paired interval.
+
+    Raises:
+        ValueError: more than one kind of setting, an uncalibrated budget, or too little text.
+    """
+    if sum(value is not None for value in (budget, sensitivity, force_expert)) > 1:
+        raise ValueError("More than one of budget, sensitivity and force_expert was given. Give one of them.")
+    if unknown := set(baselines) - set(BASELINES):
+        raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    settings = _settings(model.config, budget, sensitivity, force_expert)
+    blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, max_tokens)
+    if len(blocks) < 2:
+        raise ValueError(
+            f"One block of {block_size} tokens gives no interval. Give more text or tokens, or a smaller --block-size."
+        )
+    dense_nll = None
+    if base is not None:
+        dense, _ = load_dense(base)
+        dense_nll = block_nll(dense, blocks, batch_size, "Dense base")
+        del dense
+    counts, shares = count_parameters(model), expert_shares(model)
+    named = "pydoc_data.topics (held-out)" if text is None else [str(t) for t in ([text] if isinstance(text, str) else text)]
+    entries = []
+    for name, routing in settings:
+        full = routing.get("force_expert") is not None
+        nll, use, agreement = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
+        share = (use * shares).sum(-1).mean().item()
+        entry = {
+            "setting": name, **routing, "text": named, "tokens": nll.numel() * (blocks.shape[1] - 1),
+            **_perplexity(nll), "mean_share": round(share, 4),
+            "active_parameters": active_parameters(counts, share), "total_parameters": counts["total"],
+            "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": agreement,
+        }  # fmt: skip
+        if dense_nll is not None:
+            entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **_ratio(nll, dense_nll)}
+        entry["baselines"] = {
+            kind: _baseline(model, blocks, batch_size, kind, routing, share, dense_nll, shares) for kind in baselines
+        }
+        if tasks:
+            entry["tasks"] = run_tasks(model, tokenizer, tasks, routing, task_limit, batch_size)
+        entry["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        entries.append(entry)
+    if Path(folder).is_dir():
+        kept = (read_json(Path(folder) / RESULTS) or {"evaluations": []})["evaluations"]
+        replaced = {(entry["setting"], str(entry["text"])) for entry in entries}
+        kept = [entry for entry in kept if (entry["setting"], str(entry["text"])) not in replaced]
+        write_json(Path(folder) / RESULTS, {"evaluations": kept + entries})
+    return entries
+
+
+def _settings(config, budget, sensitivity, force_expert):
+    """(name, fields of `Routing`) of each setting to evaluate."""
+
+    def many(value):
+        return value if isinstance(value, Sequence) else [value]
+
+    if budget is not None:
+        return [(f"budget {b:g}", {"sensitivity": config.sensitivity_of(b)}) for b in many(budget)]
+    if force_expert is not None:
+        type(config)(**{**config.to_dict(), "force_expert": force_expert})  # the same check as when loading
+        return [(f"expert {force_expert}", {"force_expert": force_expert})]
+    if sensitivity is None and config.force_expert is not None:
+        return [(f"expert {config.force_expert}", {"force_expert": config.force_expert})]
+    values = many(config.sensitivity if sensitivity is None else sensitivity)
+    for value in values:
+        check_sensitivity(value)
+    return [(f"sensitivity {value:.4g}", {"sensitivity": value}) for value in values]
+
+
+def _perplexity(nll):
+    """Perplexity and its 95% interval, from the mean negative log-likelihood of each block (N,)."""
+    mean, error = nll.mean().item(), _standard_error(nll)
+    return {
+        "perplexity": math.exp(mean),
+        "perplexity_interval": [math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error)],
+    }
+
+
+def _ratio(nll, dense_nll):
+    """Ratio of perplexities on the same blocks, and its 95% interval: paired, so what makes a block hard cancels."""
+    difference = nll - dense_nll
+    mean, error = difference.mean().item(), _standard_error(difference)
+    return {"ratio_to_dense": math.exp(mean), "ratio_interval": [math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error)]}
+
+
+def _standard_error(values):
+    return values.std().item() / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def block_nll(model, blocks: torch.Tensor, batch_size: int = 4, description: str = "Evaluating", each=None, **options):
+    """Mean negative log-likelihood of each block's tokens under any causal language model: (N, S) -> (N,) float64."""
+    values = []
+    for batch in tqdm(blocks.split(batch_size), desc=description, leave=False):
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False, **options).logits
+        for row, ids in zip(logits, batch):  # one sequence at a time: float32 logits of a batch would be the largest tensor
+            values.append(F.cross_entropy(row[:-1].float(), ids[1:]).item())
+        if each is not None:
+            each()
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Evaluating", **routing):
+    """
+    Block losses of a DynaMoE model with `routing` (fields of `Routing`), the use of experts (L, E) as shares of the tokens,
+    and the agreement of the routers with the labels (None without `needs_labels`).
+    """
+    experts = model.config.expert_count
+    use = torch.zeros(len(model.model.layers), experts)
+    agreement = []
+    with model.routing(needs_labels=needs_labels, records=[], **routing) as state:
+
+        def count():
+            for index, record in enumerate(state.records):
+                use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
+                if needs_labels:
+                    agreement.append((record.expert == record.label).flatten().float().cpu())
+
+        nll = block_nll(model, blocks, batch_size, description, count)
+    mean = torch.cat(agreement).mean().item() if agreement else None
+    return nll, use / use.sum(-1, keepdim=True), mean
+
+
+def _baseline(model, blocks, batch_size, kind, routing, share, dense_nll, shares):
+    """One baseline with the weights of `model` at the mean share of the setting it is compared with."""
+    if kind == "static":
+        nll, reached = block_nll(dense_prefix(model, share), blocks, batch_size, f"Static {share:.2f}"), share
+    else:
+        torch.manual_seed(0)
+        if kind == "label":  # theta of the labels that gives them the same share as the routers
+            profiles = similarity_profiles(model, blocks, batch_size)
+            routing = {**routing, "sensitivity": sensitivity_for(profiles, shares, share)}
+        nll, use, _ = routed_nll(model, blocks, batch_size, description=kind.capitalize(), route=kind, **routing)
+        reached = (use * shares).sum(-1).mean().item()
+    return {**_perplexity(nll), "mean_share": round(reached, 4), **({} if dense_nll is None else _ratio(nll, dense_nll))}
+
+
+def run_tasks(model, tokenizer, tasks, routing, limit=None, batch_size=4) -> dict:
+    """
+    lm-evaluation-harness at one setting: {task: {metric: value}}. `"literature"` stands for `TASKS`, whose data is downloaded;
+    a path names a local task file, which needs no network.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"Tasks need lm-evaluation-harness ({error}). Install it: `pip install 'dynamoe_hf[eval]'`."
+        ) from error
+    wanted = [name for task in tasks for name in (TASKS if task == "literature" else [task])]
+    local = {Path(name).parent for name in wanted if name.endswith(".yaml")}
+    online = any(not name.endswith(".yaml") for name in wanted)
+    manager = TaskManager(include_path=[str(folder) for folder in local] or None, include_defaults=online)
+    results = {}
+    with model.routing(**routing):
+        for name in wanted:
+            task = Path(name).stem if name.endswith(".yaml") else name
+            out = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=[task], num_fewshot=TASKS.get(name), task_manager=manager, limit=limit, bootstrap_iters=0,
+            )  # fmt: skip
+            metrics = out["results"][task]
+            results[task] = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return results

@@ -1,0 +1,74 @@
+"""Calibration: budgets are reached on other text, the dial is monotone, and a failure writes nothing."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_dense, tiny_tokenizer
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.calibrate import calibrate_budgets
+from dynamoe_hf.evaluate import evaluate_model
+from dynamoe_hf.folder import load_model
+
+
+FAST = {"max_tokens": 16384, "block_size": 64, "batch_size": 32}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder whose routers tell tokens apart, though nothing has been learnt."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(num_hidden_layers=3), error_weights=[0.01] * 3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router.output." in name:
+                parameter.normal_(std=1.0)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_budgets_are_reached_on_other_text(folder):
+    budgets = (0.5, 0.6, 0.75, 0.9)
+    record = calibrate_budgets(folder, budgets, **FAST)
+    assert list(record["budgets"]) == ["0.5", "0.6", "0.75", "0.9"]
+    config = load_model(folder).config
+    thetas = list(config.budgets.values())
+    assert thetas == sorted(thetas)
+    assert config.sensitivity == thetas[-1], "the default is the largest budget"
+    for budget, entry in zip(budgets, evaluate_model(folder, budget=budgets, **FAST)):
+        assert abs(entry["mean_share"] - budget) < 0.02, f"budget {budget} reached {entry['mean_share']} on held-out text"
+
+
+def test_weights_are_not_touched(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    calibrate_budgets(folder, (0.6,), **FAST)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_calibrating_again_replaces_the_budgets(folder):
+    calibrate_budgets(folder, (0.6, 0.8), **FAST)
+    first = load_model(folder).config.budgets
+    calibrate_budgets(folder, (0.6,), **FAST)
+    second = load_model(folder).config.budgets
+    assert list(second) == ["0.6"]
+    assert second["0.6"] == pytest.approx(first["0.6"], abs=0.02)
+
+
+def test_failures_write_nothing(folder):
+    before = (folder / "config.json").read_text()
+    for budgets, message in (((0.2,), "out of reach"), ((1.0,), "out of reach"), ((0.6, 0.25), "out of reach")):
+        with pytest.raises(ValueError, match=message):
+            calibrate_budgets(folder, budgets, **FAST)
+    model = load_model(folder)
+    for layer in model.model.layers:
+        layer.mlp.router.reset()
+    untrained = folder.with_name("untrained")
+    model.save_pretrained(untrained)
+    tiny_tokenizer().save_pretrained(untrained)
+    with pytest.raises(ValueError, match=r"cannot be reached.*dynamoe train"):
+        calibrate_budgets(untrained, (0.6,), **FAST)
+    assert (folder / "config.json").read_text() == before
+    assert not (folder / "calibration.json").exists()
+    assert json.loads((untrained / "config.json").read_text())["budgets"] == {}
