@@ -1,0 +1,171 @@
+"""The report: pictures are drawn of what results.json says, and a coloured text is the text, every character of it."""
+
+import base64
+import html
+import json
+import math
+import re
+import struct
+import sys
+
+import pytest
+import torch
+from conftest import tiny_dense, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.report import draw_frontier, draw_tokens, report_folder, token_difficulty, tokens_page
+
+
+NASTY = "Price: $5 and $6 <script>alert('x')</script> &amp; “naïve” 🙂👩‍👧 東京\n\n\tdef f(x):  # ok\n" + "long" * 40
+
+
+def tiny_dynamoe(**settings):
+    """A tiny DynaMoE whose routers disagree from token to token."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(num_hidden_layers=3, vocab_size=300), **settings)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router.output." in name:
+                parameter.normal_(std=3.0)
+    return model
+
+
+def byte_tokenizer():
+    """Byte-level, as of Llama and Qwen, without a merge: every character that is not ASCII is cut into several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def evaluation(share, text="held-out", dense=14.0, **fields):
+    """A plausible entry of results.json."""
+
+    def point(ratio):
+        bounds = {
+            "perplexity_interval": [dense * ratio * 0.9, dense * ratio * 1.1],
+            "ratio_interval": [ratio - 0.1, ratio + 0.1],
+        }
+        return {"perplexity": dense * ratio, "ratio_to_dense": ratio, "mean_share": share, **bounds}
+
+    spared = 1 - share
+    return {
+        "setting": f"budget {share:g}", "sensitivity": share, "text": text, "tokens": 4088, **point(1 + spared),
+        "active_parameters": 100_000, "total_parameters": 150_000, "expert_use": [[0.1, 0.2, 0.3, 0.4]] * 3,
+        "router_agreement": 0.7, "dense_perplexity": dense,
+        "baselines": {"static": point(1 + 3 * spared), "shuffled": point(1 + 2 * spared), "label": point(1 + spared / 2)},
+        **fields,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder with results, as `dynamoe evaluate` leaves it."""
+    path = tmp_path / "tiny-dynamoe"
+    tiny_dynamoe(budgets={"0.5": 0.3, "0.75": 0.6}).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    entries = [evaluation(share, text) for text in ("held-out", ["books/a.txt", "<b>.txt"]) for share in (0.9, 0.5, 0.75)]
+    (path / "results.json").write_text(json.dumps({"evaluations": entries}))
+    return path
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82"), f"{path} is no whole PNG"
+    return struct.unpack(">II", content[16:24])
+
+
+def shown_text(page):
+    """What a browser shows of the coloured text: tags dropped, then entities read."""
+    inside = re.search(r'<div id="text"[^>]*>(.*?)</div>', page, re.DOTALL)[1]
+    return html.unescape(re.sub(r"<[^>]*>", "", inside))
+
+
+def test_report_of_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    text = tmp_path / "nasty.txt"
+    text.write_text(NASTY, encoding="utf-8")
+    paths = report_folder(folder, text=text, budget=0.5)
+    assert [path.name for path in paths] == ["frontier.png", "experts.png", "tokens.png", "tokens.html", "index.html"]
+    assert {path.parent for path in paths} == {folder / "report"}
+    for path in paths[:3]:
+        width, height = png_size(path)
+        assert width == 1800 and 400 < height < 2400, f"{path.name} is {width} x {height}"
+    assert "matplotlib.pyplot" not in sys.modules, "the caller's figures and back-end are not ours"
+    tokens, index = (path.read_text(encoding="utf-8") for path in paths[3:])
+    assert shown_text(tokens) == NASTY
+    for page in (tokens, index):
+        assert not re.search(r"https?://|<link|@import|\bsrc=(?!\"data:)", page), "a page must not load anything"
+        assert "<script>alert" not in page and "<b>.txt" not in page
+    inlined = [base64.b64decode(image) for image in re.findall(r'src="data:image/png;base64,([^"]+)"', index)]
+    assert inlined == [path.read_bytes() for path in paths[:3]]
+    for wanted in ("budget 0.75", "one width for all tokens", "21.00", "1.500×", "loss_weighted", "a.txt, &lt;b&gt;.txt"):
+        assert wanted in index, wanted
+    assert report_folder(folder, out=tmp_path / "other")[0] == tmp_path / "other" / "frontier.png"  # the default text
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, tiny_tokenizer])
+def test_token_difficulty(tokenizer):
+    model, tokenizer, text = tiny_dynamoe(), tokenizer(), "A <b> of 5 $\n\nand"
+    tokens, shares = token_difficulty(model, tokenizer, text, 0.5)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    experts = model(ids, sensitivity=0.5, output_router_logits=True).expert_indices
+    expected = [[(expert + 1) / 4 for expert in layer[0].tolist()] for layer in experts]
+    assert shares.tolist() == expected and shares.unique().numel() > 2, "the routers must be mixed, or this proves nothing"
+    assert tokens == [tokenizer.decode([i]) for i in ids[0].tolist()] == list(text)
+    assert token_difficulty(model, tokenizer, text)[1].unique().tolist() == [1.0]  # the config says 1: the dense model
+
+
+def test_characters_of_several_tokens_stay_whole():
+    tokens, shares = token_difficulty(tiny_dynamoe(), byte_tokenizer(), NASTY, 0.5)
+    assert "".join(tokens) == NASTY and len(tokens) == shares.shape[1] == len(NASTY.encode())
+    start = tokens.index("🙂")
+    assert tokens[start : start + 5] == ["🙂", "", "", "", "👩"]
+
+
+def test_page_holds_the_exact_numbers():
+    shares = torch.tensor([[0.25, 1.0, 0.5], [0.25, 0.5, 1.0]])
+    page = tokens_page(["a", "\n", "<"], shares, "budget 0.5")
+    assert "const rows = [[250,750,750],[250,1000,500],[250,500,1000]]" in page
+    titles = re.findall(r'title="([^"]+)"', page)
+    assert titles[1] == "75.0% of the MLP width, mean over 2 layers (50% to 100%)"
+    assert shown_text(page) == "a\n<"
+    # The colour is the mean: lightest for the easiest token, the same for equal means.
+    assert re.findall(r"--share:([\d.]+)", page) == ["0.000", "1.000", "1.000"]
+
+
+def test_frontier_falls_back_to_perplexity():
+    """Ratios only where every point has one; a single block has no interval, and a forced expert is one width for all."""
+    entries = [evaluation(0.5), evaluation(0.75, baselines={}, perplexity_interval=[math.nan, math.nan])]
+    del entries[1]["ratio_to_dense"]
+    forced = evaluation(0.25, setting="expert 0", baselines={})
+    del forced["sensitivity"]
+    axis = draw_frontier([*entries, forced]).axes[0]
+    points = {tuple(line.get_xdata()): tuple(line.get_ydata()) for line in axis.lines if line.get_marker() in "os"}
+    assert points == {(50.0, 75.0): (21.0, 17.5), (25.0, 50.0): (24.5, 35.0)}
+    assert any(list(line.get_ydata()) == [14.0, 14.0] for line in axis.lines), "the dense model is drawn"
+    assert "50% of the MLP width gives 21.00 perplexity" in " ".join(axis.texts[-1].get_text().split())
+
+
+def test_long_text_stays_a_picture():
+    figure = draw_tokens(["\n"] * 3000 + ["end"], torch.rand(2, 3001), "budget 0.5")
+    assert figure.get_size_inches()[1] < 15
+
+
+def test_errors(folder, monkeypatch):
+    with pytest.raises(ValueError, match=r"outside the calibrated range 0\.5 to 1"):
+        report_folder(folder, budget=0.2)
+    with pytest.raises(ValueError, match=r"The text has no tokens: found ''"):
+        token_difficulty(tiny_dynamoe(), tiny_tokenizer(), "")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ValueError, match=r"pip install 'dynamoe_hf\[report\]'"):
+            report_folder(folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match=r"nothing to draw.*results\.json.*Run `dynamoe evaluate "):
+        report_folder(folder)
+    assert not (folder / "report").exists(), "a report that fails leaves nothing"
