@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--batch-size", type=int, default=4)
 
     c = add("evaluate", "Perplexity, mean width and use of experts at a setting of the dial -> results.json.",
-            "dynamoe evaluate trained --budget 0.5,0.75 --base HuggingFaceTB/SmolLM2-135M-Instruct --baselines static shuffled\n"
+            "dynamoe evaluate trained --budget 0.5,0.75 --base HuggingFaceTB/SmolLM2-135M-Instruct --baselines static random\n"
             "dynamoe evaluate trained --force-expert 3 --json\n"
             "dynamoe evaluate trained --budget 0.75 --tasks literature",
             evaluate_model, show_evaluation)  # fmt: skip
@@ -145,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     setting.add_argument("--force-expert", type=int, metavar="E", help="one expert for every token")
     c.add_argument("--base", help="the dense base, to state ratios")
     c.add_argument(
-        "--baselines", nargs="+", default=(), metavar="NAME", help="static, shuffled, label: same weights, same share"
+        "--baselines", nargs="+", default=(), metavar="NAME", help="static, random, label: same weights, same share"
     )
     c.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="lm-eval tasks, task files, or `literature`")
     c.add_argument("--task-limit", type=int, help="examples of each task at most")

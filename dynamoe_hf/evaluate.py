@@ -14,13 +14,12 @@ from .convert import dense_prefix, load_dense
 from .data import documents_for, token_blocks
 from .folder import RESULTS, active_parameters, count_parameters, load_model, load_tokenizer, read_json, write_json
 from .label import expert_shares, sensitivity_for, similarity_profiles
-
 from .modeling.configuration_dynamoe import check_sensitivity
 
 
 # The set of the literature on dynamic computation, with its numbers of examples in the prompt.
 TASKS = {"arc_easy": 0, "lambada_openai": 0, "piqa": 0, "winogrande": 0, "mmlu": 5, "hellaswag": 10}
-BASELINES = ("static", "shuffled", "label")
+BASELINES = ("static", "random", "label")
 
 
 def evaluate_model(
@@ -46,7 +45,7 @@ def evaluate_model(
         budget, sensitivity, force_expert: settings, at most one kind of them; by default what the config says.
         base: the dense base (folder or id), to state ratios of perplexity; none are stated without it.
         baselines: for each setting also, with the same weights: `"static"`, a prefix of the same share for every token;
-            `"shuffled"`, the routers' choices dealt to other tokens of the layer; `"label"`, the true labels (oracle).
+            `"random"`, experts drawn with the routers' own frequencies in each layer; `"label"`, the true labels (oracle).
         tasks: lm-eval task names, paths of task files (`.yaml`), or `"literature"` for `TASKS`.
         task_limit: examples of each task at most.
 
@@ -88,9 +87,7 @@ def evaluate_model(
         }  # fmt: skip
         if dense_nll is not None:
             entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **_ratio(nll, dense_nll)}
-        entry["baselines"] = {
-            kind: _baseline(model, blocks, batch_size, kind, routing, share, dense_nll, shares) for kind in baselines
-        }
+        entry["baselines"] = {kind: _baseline(model, blocks, batch_size, kind, routing, use, dense_nll) for kind in baselines}
         if tasks:
             entry["tasks"] = run_tasks(model, tokenizer, tasks, routing, task_limit, batch_size)
         entry["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -177,16 +174,20 @@ def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Eva
     return nll, use / use.sum(-1, keepdim=True), mean
 
 
-def _baseline(model, blocks, batch_size, kind, routing, share, dense_nll, shares):
-    """One baseline with the weights of `model` at the mean share of the setting it is compared with."""
+def _baseline(model, blocks, batch_size, kind, routing, use, dense_nll):
+    """One baseline with the weights of `model`, at the mean share of the setting whose use of experts (L, E) is given."""
+    shares = expert_shares(model)
+    share = (use * shares).sum(-1).mean().item()
     if kind == "static":
         nll, reached = block_nll(dense_prefix(model, share), blocks, batch_size, f"Static {share:.2f}"), share
     else:
-        torch.manual_seed(0)
         if kind == "label":  # theta of the labels that gives them the same share as the routers
             profiles = similarity_profiles(model, blocks, batch_size)
-            routing = {**routing, "sensitivity": sensitivity_for(profiles, shares, share)}
-        nll, use, _ = routed_nll(model, blocks, batch_size, description=kind.capitalize(), route=kind, **routing)
+            routing = {"route": "label", "sensitivity": sensitivity_for(profiles, shares, share)}
+        else:
+            routing = {"route": "random", "histogram": use}
+        torch.manual_seed(0)
+        nll, use, _ = routed_nll(model, blocks, batch_size, description=kind.capitalize(), **routing)
         reached = (use * shares).sum(-1).mean().item()
     return {**_perplexity(nll), "mean_share": round(reached, 4), **({} if dense_nll is None else _ratio(nll, dense_nll))}
 

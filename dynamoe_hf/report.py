@@ -29,7 +29,7 @@ EASY, HARD = "#f4f8fe", "#428ce4"  # both carry black text
 SERIES = {
     "router": ("router", "#0072B2", "o", "-"),
     "static": ("one width\nfor all tokens", "#D55E00", "s", "--"),
-    "shuffled": ("shuffled\nrouting", "#A6608A", "^", "-."),
+    "random": ("random\nrouting", "#A6608A", "^", "-."),
     "label": ("true difficulty\n(oracle)", "#009E73", "D", ":"),
 }
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import documents_for, iterate_blocks, token_blocks
@@ -74,7 +75,7 @@ class DynaMoETrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (("train_parts", TRAINED_PARTS), ("teacher", TEACHERS), ("route", ROUTES[:3])):
+        for name, allowed in (("train_parts", TRAINED_PARTS), ("teacher", TEACHERS), ("route", ROUTES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is unknown: found {getattr(self, name)!r}. Choose one of {', '.join(allowed)}.")
         if not 0 < self.logit_fraction <= 1:
@@ -166,7 +167,7 @@ class DynaMoETrainer(Trainer):
         """Sorted positions, the same for all sequences of a batch: `logits_to_keep` selects along the sequence."""
         length = labels.shape[1] - 1
         count = max(1, math.ceil(self.args.logit_fraction * length))
-        return torch.randperm(length, device=labels.device)[:count].sort().values
+        return torch.rand(length, device=labels.device).argsort()[:count].sort().values
 
     def _distil(self, model, inputs, logits, positions, sampled):
         """KL of the full-width distribution from the chosen experts', summed over the sampled real positions."""
@@ -185,17 +186,15 @@ class DynaMoETrainer(Trainer):
     @torch.no_grad()
     def _record(self, records, sensitivity, mask, **losses):
         """Keep the parts of the loss and the use of experts as device tensors; `log` is where the host reads them."""
-        layers = self.core.model.layers
         mask = mask.to(torch.float32)
-        shares, agreement = 0.0, 0.0
-        used = torch.zeros(self.core.config.expert_count, device=mask.device)
-        for layer, record in zip(layers, records):
-            expert = record.expert.to(mask.device)
-            width = torch.tensor(layer.mlp.widths, device=mask.device) / layer.mlp.widths[-1]
-            shares += (width[expert] * mask).sum()
-            used += torch.stack([((expert == index) * mask).sum() for index in range(len(used))])
+        used, shares, agreement = 0.0, 0.0, 0.0
+        for layer, record in zip(self.core.model.layers, records):
+            expert, widths = record.expert.to(mask.device), layer.mlp.widths
+            counts = [((expert == index) * mask).sum() for index in range(len(widths))]
+            used = used + torch.stack(counts)
+            shares = shares + sum(count * (width / widths[-1]) for count, width in zip(counts, widths))
             chosen = layer.mlp.router.choose(record.router_logits, sensitivity)
-            agreement += ((chosen == record.label).to(mask.device) * mask).sum()
+            agreement = agreement + ((chosen == record.label).to(mask.device) * mask).sum()
         tokens = mask.sum() * len(records)
         metrics = {**losses, "mean_width": shares / tokens, "router_accuracy": agreement / tokens}
         metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used)}
@@ -328,6 +327,15 @@ def _fit(router, x, profile, thetas, steps, batch_size, learning_rate):
     router.to(dtype)
 
 
+class _Progress(ProgressCallback):
+    """A bar that carries the numbers to watch, where the base class prints a dictionary at every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            shown = {"loss": "loss", "distillation": "kd_loss", "router": "router_loss", "width": "mean_width"}
+            self.training_bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs})
+
+
 class _Blocks(Dataset):
     """Token blocks (N, S) as the Trainer reads them, repeated so that one epoch is the whole training."""
 
@@ -451,7 +459,12 @@ def train_model(
             from peft import get_peft_model
 
             model = get_peft_model(model, lora_config(lora_rank, 2 * lora_rank))
-        trainer = DynaMoETrainer(model=model, args=args, train_dataset=blocks, processing_class=tokenizer)
+        # Blocks are of one length, so nothing is padded: many tokenizers have no padding token.
+        trainer = DynaMoETrainer(
+            model=model, args=args, train_dataset=blocks, processing_class=tokenizer, data_collator=default_data_collator
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress)
         trainer.train(resume_from_checkpoint=last)
         steps_done = trainer.state.global_step
         history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -10,6 +10,7 @@ DynaMoE: a dense causal language model whose MLPs are nested experts, chosen tok
 Shapes: B batch, S sequence, T = B * S tokens, D hidden size, H MLP width, E experts.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
@@ -31,7 +32,7 @@ from .nested_mlp import Projections, label_of, prefix_mlp, similarity_profile, s
 
 logger = logging.get_logger(__name__)
 
-ROUTES = ("router", "label", "random", "shuffled")
+ROUTES = ("router", "label", "random")
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Routing:
     force_expert: int | None = None
     route: str = "router"
     needs_labels: bool = False
+    histogram: torch.Tensor | None = None  # (L, E) frequencies of the random route; uniform where it is None
     records: list[LayerRecord] | None = None  # filled layer by layer where it is a list
 
 
@@ -116,10 +118,10 @@ class TokenRouter(nn.Module):
         if self.router_type == "argmax":
             return logits.argmax(-1)
         if isinstance(sensitivity, torch.Tensor):
-            sensitivity = sensitivity.to(logits.device, torch.float32).view(-1, 1, 1)
+            threshold = torch.logit(sensitivity.to(logits.device, torch.float32)).view(-1, 1, 1)
         else:
-            sensitivity = torch.tensor(sensitivity, dtype=torch.float32, device=logits.device)
-        return (logits.float() < torch.logit(sensitivity)).sum(-1)
+            threshold = math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
+        return (logits.float() < threshold).sum(-1)
 
     def loss(self, logits, profile, label):
         """Binary cross-entropy for each token, (B, S): against the profile, or the one-hot label for the argmax router."""
@@ -227,11 +229,9 @@ class NestedMLP(nn.Module):
         elif routing.route == "label":
             expert = label
         elif routing.route == "random":
-            expert = torch.randint(len(self.widths), x.shape[:2], device=x.device)
+            expert = self._random(routing.histogram, x)
         else:
             expert = self.router.choose(logits, sensitivity)
-            if routing.route == "shuffled":
-                expert = expert.flatten()[torch.randperm(expert.numel(), device=x.device)].view_as(expert)
         if record:
             extra = (profile, label, self.router.loss(logits, profile, label)) if needs_labels else ()
             routing.records.append(LayerRecord(logits, expert, *extra))
@@ -305,9 +305,17 @@ class NestedMLP(nn.Module):
         return self.down_linear(self._mask(self.hidden(x), expert))
 
     def _mask(self, hidden, expert):
-        widths = torch.tensor(self.widths, device=hidden.device)
-        width = widths[expert].unsqueeze(-1)
-        return hidden.masked_fill(torch.arange(hidden.shape[-1], device=hidden.device) >= width, 0)
+        """Zero the neurons beyond each token's expert: (B, S, H), (B, S) -> (B, S, H)."""
+        # Filled on the device: a tensor made from a list would make the host wait for the copy.
+        sizes = [high - low for low, high in zip([0, *self.widths], self.widths)]
+        needs = torch.cat([torch.full((size,), index, device=hidden.device) for index, size in enumerate(sizes)])
+        return hidden.masked_fill(needs > expert.unsqueeze(-1), 0)
+
+    def _random(self, histogram, x):
+        if histogram is None:
+            return torch.randint(len(self.widths), x.shape[:2], device=x.device)
+        frequency = histogram[self.layer].to(x.device)
+        return torch.multinomial(frequency, x.shape[0] * x.shape[1], replacement=True).view(x.shape[:2])
 
     def _for_each_token(self, sensitivity, x):
         if isinstance(sensitivity, torch.Tensor):
@@ -479,8 +487,7 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 For this call only; a tensor gives each sequence its own. Defaults to `config.sensitivity`.
             force_expert (`int`, *optional*): one expert for every token, for this call only.
             route (`str`, *optional*):
-                `"router"`, or for training and as baselines: `"label"` (true difficulty), `"random"` (uniform) and
-                `"shuffled"` (the router's own choices, dealt to other tokens).
+                `"router"`, or for training and as baselines `"label"` (true difficulty) and `"random"` (uniform).
             output_router_logits (`bool`, *optional*): return `router_logits` and `expert_indices`.
 
         In training mode with `labels`, the tokens follow `config.train_route` at a sensitivity drawn for each sequence

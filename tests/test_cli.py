@@ -40,7 +40,7 @@ def test_the_whole_way(folders, dense_folder, capsys):
         str(dense_folder),
         "--baselines",
         "static",
-        "shuffled",
+        "random",
         *small,
     ]
     assert cli.main(arguments) == 0

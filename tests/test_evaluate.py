@@ -59,20 +59,23 @@ def test_ratio_to_the_dense_base(folder):
 
 
 def test_baselines(folder):
-    entry = evaluate_model(folder, budget=0.6, baselines=("static", "shuffled", "label"), **FAST)[0]
-    assert set(entry["baselines"]) == {"static", "shuffled", "label"}
-    assert entry["baselines"]["shuffled"]["mean_share"] == pytest.approx(entry["mean_share"], abs=0.02)
+    entry = evaluate_model(folder, budget=0.6, baselines=("static", "random", "label"), **FAST)[0]
+    assert set(entry["baselines"]) == {"static", "random", "label"}
+    assert entry["baselines"]["random"]["mean_share"] == pytest.approx(entry["mean_share"], abs=0.02)
     assert entry["baselines"]["label"]["mean_share"] == pytest.approx(entry["mean_share"], abs=0.05)
     assert entry["baselines"]["static"]["perplexity"] > 1
 
 
-def test_shuffled_routes_keep_the_histogram(token_ids):
+def test_random_routes_follow_the_histogram():
     model = tiny_dynamoe()
-    counts = []
-    for route in ("router", "shuffled"):
-        experts = model(token_ids, sensitivity=0.4, route=route, output_router_logits=True).expert_indices
-        counts.append(torch.bincount(experts[0].flatten(), minlength=4).tolist())
-    assert counts[0] == counts[1]
+    histogram = torch.tensor([[0.7, 0.1, 0.2, 0.0], [0.0, 0.0, 0.5, 0.5]])
+    ids = torch.randint(3, 128, (8, 200))
+    with torch.no_grad(), model.routing(route="random", histogram=histogram, records=[]) as routing:
+        model(ids)
+        for row, record in zip(histogram, routing.records):
+            drawn = record.expert.flatten().bincount(minlength=4) / ids.numel()
+            assert torch.allclose(drawn, row, atol=0.05), (drawn, row)
+            assert (drawn[row == 0] == 0).all()
 
 
 def test_results_are_kept_and_replaced(folder):

@@ -1,6 +1,7 @@
 """The model: every family equals its dense base at full width, every route equals the plain loop, the dial turns."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -233,6 +234,25 @@ def test_bfloat16(token_ids):
     loss = model.train()(token_ids, labels=token_ids).loss
     loss.backward()
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("route", ["label", "router", "random"])
+def test_training_forward_never_waits_for_the_device(route, monkeypatch):
+    """On the meta device there are no numbers to read back, and a tensor made from a list would be a copy to wait for."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(), train_route=route).to("meta").train()
+    ids = torch.zeros(2, 12, dtype=torch.long, device="meta")
+
+    make_tensor = torch.tensor
+
+    def refuse(*args, **kwargs):
+        assert "modeling_dynamoe" not in sys._getframe(1).f_code.co_filename, "the host made a tensor from numbers"
+        return make_tensor(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    out = model(ids, labels=ids, attention_mask=None)
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        out.loss.item()
 
 
 def test_deepcopy_is_independent(token_ids):

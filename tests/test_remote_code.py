@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import dynamoe_hf
 from dynamoe_hf import DynaMoEConfig
+from dynamoe_hf.convert import convert_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,20 @@ def test_folder_needs_no_package(family, tied, tmp_path, token_ids):
     assert torch.equal(results["sampled"], model.generate(token_ids, do_sample=True, **options))
     for folder in ("model", "again"):
         assert {path.name for path in (tmp_path / folder).glob("*.py")} == TRAVELLING
+
+
+def test_converted_folder_needs_no_package(dense_folder, tmp_path, token_ids):
+    """The whole folder that `convert` writes, tokenizer and records included."""
+    convert_model(dense_folder, tmp_path / "model", max_tokens=512, block_size=64)
+    torch.save(token_ids, tmp_path / "model" / "ids.pt")
+    run_without_package(tmp_path / "model", tmp_path / "again", tmp_path / "results.pt")
+    mask = torch.ones_like(token_ids)
+    mask[0, :5] = 0
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder)
+    assert_close(
+        "logits", torch.load(tmp_path / "results.pt")["logits"], dense(token_ids, attention_mask=mask).logits, atol=1e-4
+    )
+    assert {path.name for path in (tmp_path / "model").glob("*.py")} == TRAVELLING
 
 
 def test_folder_with_package_needs_no_trust(tmp_path, token_ids):

@@ -57,7 +57,7 @@ def evaluation(share, text="held-out", dense=14.0, **fields):
         "setting": f"budget {share:g}", "sensitivity": share, "text": text, "tokens": 4088, **point(1 + spared),
         "active_parameters": 100_000, "total_parameters": 150_000, "expert_use": [[0.1, 0.2, 0.3, 0.4]] * 3,
         "router_agreement": 0.7, "dense_perplexity": dense,
-        "baselines": {"static": point(1 + 3 * spared), "shuffled": point(1 + 2 * spared), "label": point(1 + spared / 2)},
+        "baselines": {"static": point(1 + 3 * spared), "random": point(1 + 2 * spared), "label": point(1 + spared / 2)},
         **fields,
     }  # fmt: skip
 
