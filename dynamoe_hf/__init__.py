@@ -17,6 +17,7 @@ from .calibrate import calibrate_budgets
 from .convert import convert_model, export_dense
 from .evaluate import evaluate_model
 from .label import difficulty_labels
+from .publish import publish_model
 from .report import report_folder
 from .train import DynaMoETrainer, DynaMoETrainingArguments, lora_config, train_model
 
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate_model",
     "export_dense",
     "lora_config",
+    "publish_model",
     "report_folder",
     "train_model",
 ]

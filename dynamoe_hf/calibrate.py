@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .data import documents_for, token_blocks
+from .data import documents_for, text_names, token_blocks
 from .folder import CALIBRATION, load_model, load_tokenizer, update_config, write_json
 from .label import expert_shares
 from .modeling import DynaMoEForCausalLM
@@ -69,7 +69,7 @@ def calibrate_budgets(
         raise ValueError(f"The dial is not monotone: budgets {', '.join(found)} need sensitivities {thetas}. Train longer.")
     record = {
         "budgets": found,
-        "text": "pydoc_data.topics" if text is None else [str(t) for t in ([text] if isinstance(text, str) else text)],
+        "text": text_names(text),
         "tokens": blocks.numel(),
     }
     update_config(folder, budgets={budget: entry["sensitivity"] for budget, entry in found.items()}, sensitivity=max(thetas))

@@ -6,12 +6,14 @@ import json
 import sys
 
 from ._version import __version__
+from .benchmark import SHAPES, bench_folder
 from .calibrate import calibrate_budgets
 from .convert import convert_model, export_dense
 from .demo import run_demo
 from .evaluate import evaluate_model
 from .folder import inspect_folder
 from .generate import generate_text
+from .publish import publish_model
 from .report import report_folder
 from .train import train_model
 
@@ -172,12 +174,42 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("folder", help="model folder")
     add_json(c)
 
+    c = add("bench", "Wall-clock against the dense model in the same run -> benchmark.json.",
+            "dynamoe bench trained\ndynamoe bench trained --budgets 0.5 --threads 2 --json",
+            bench_folder, show_benchmark)  # fmt: skip
+    c.add_argument("folder", help="calibrated model folder")
+    c.add_argument("--budgets", type=numbers, metavar="A,B,..", help="marks of the dial (all calibrated ones)")
+    c.add_argument("--threads", type=int, default=1, help="of torch (1: steady on a busy machine)")
+    c.add_argument("--rounds", type=int, default=7, help="counted rounds of each pair (7)")
+    c.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in each round (32)")
+    c.add_argument(
+        "--shapes", nargs="+", default=("SmolLM2-135M", "Llama-3.2-1B"), metavar="NAME", help=f"MLPs: {', '.join(SHAPES)}"
+    )
+    add_json(c)
+
     c = add("report", "Pictures: frontier, use of experts by layer, a text coloured by difficulty.",
             "dynamoe report trained\ndynamoe report trained --text story.txt --budget 0.5", report_folder, show_paths)  # fmt: skip
     c.add_argument("folder", help="evaluated model folder")
     c.add_argument("--out", help="folder for the pictures (FOLDER/report)")
     c.add_argument("--text", metavar="FILE", help="text to colour")
     c.add_argument("--budget", type=float, metavar="B", help="budget at which it is coloured")
+
+    c = add("publish", "Variants on the Hub: cards, repositories or branches, a Collection.",
+            "dynamoe publish trained user/SmolLM2-135M-DynaMoE --dry-run\n"
+            "dynamoe publish trained user/SmolLM2-135M-DynaMoE --variants 0.5,0.75 --layout revisions",
+            publish_model, show_publication)  # fmt: skip
+    c.add_argument("folder", help="evaluated model folder")
+    c.add_argument("repo", help="user/NAME or organisation/NAME; you are known by `hf auth login` or HF_TOKEN")
+    c.add_argument("--variants", type=numbers, metavar="A,B,..", help="calibrated budgets (all)")
+    c.add_argument(
+        "--layout", default="repos", choices=("repos", "revisions"), help="a repository or a branch for each (repos)"
+    )
+    c.add_argument("--dry-run", action="store_true", help="send nothing; write what would be sent")
+    c.add_argument("--out", help="folder of a dry run (FOLDER.publish)")
+    c.add_argument("--private", action="store_true", help="create private repositories")
+    c.add_argument("--create-pr", action="store_true", help="open pull requests instead of committing")
+    c.add_argument("--commit-message", help="names the variant by default")
+    c.add_argument("--base-model", help="Hub id of the dense base, if it was converted from a local copy")
 
     c = add("export", "One width as a plain smaller dense model, for runtimes without routers.",
             "dynamoe export trained small --width 0.5", export_dense, show_record)  # fmt: skip
@@ -251,6 +283,25 @@ def show_evaluation(entries):
             print(f"  {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
+def show_benchmark(record):
+    machine = record["machine"]
+    print(f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['date']}")
+    print(f"Parity at full width: largest relative difference {record['parity']['largest_relative_difference']:.1g}\n")
+    print(f"{'what':44} {'share':>6} {'time to dense (range)':>24} {'limit':>7} {'reached':>8}")
+    for row in record["mlp"]:
+        show_time(f"MLP {row['shape']}, {row['tokens']} tokens, {row['case']}", row)
+    for row in record["decode"]:
+        show_time(f"decode, batch {row['batch']}, {row['setting']}", row)
+    for row in record["prefill"]:
+        show_time(f"prefill {row['tokens']}, {row['setting']}", row)
+
+
+def show_time(what, row):
+    low, high = row["range"]
+    spread = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+    print(f"{what:44} {row['share']:6.1%} {spread:>24} {row['limit']:7.3f} {row['reached']:8.2f}")
+
+
 def show_inspection(facts):
     counts, widths = facts["parameters"], facts["expert_widths"]
     print(f"{facts['folder']}: DynaMoE of {facts['base'] or 'an unknown base'} ({facts['family']})")
@@ -282,6 +333,17 @@ def show_inspection(facts):
         )
     if not facts["results"]:
         print("  evaluated     no: run `dynamoe evaluate`")
+
+
+def show_publication(summary):
+    for variant in summary["variants"]:
+        budget = "the dial" if variant["budget"] is None else f"budget {variant['budget']:g}"
+        sent = f"{variant['new_bytes'] / 1e6:.2f} MB new of {variant['bytes'] / 1e6:.2f}"
+        print(f"{variant['repo']}@{variant['revision']}: {budget}, sensitivity {variant['sensitivity']:.4f}, {sent}")
+    if summary["dry_run"]:
+        print(f"Nothing was sent. What would be is in {summary['out']}")
+    elif summary["collection"]:
+        print(f"Collection: {summary['collection']}")
 
 
 def show_paths(paths):

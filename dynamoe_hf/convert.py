@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import documents_for, token_blocks
+from .data import documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, refuse_existing, write_json
 from .label import error_weights, expert_shares, mean_share, recompute_layers, sensitivity_for, similarity_profiles
 from .modeling import DynaMoEForCausalLM
@@ -82,13 +82,14 @@ def convert_model(
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
 
     record = {
-        "base": str(base),
+        "base": _name(base),
         "importance": importance,
-        "calibration": {"text": _named(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
+        "calibration": {"text": text_names(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
         "seed": seed,
         "parity": parity,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    model.config.base_config._name_or_path = _name(base)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -136,8 +137,9 @@ def _longest(dense):
     return getattr(dense.config, "max_position_embeddings", None) or 1 << 30
 
 
-def _named(text):
-    return "pydoc_data.topics" if text is None else [str(t) for t in ([text] if isinstance(text, str | Path) else text)]
+def _name(base):
+    """A Hub id as it is; of a folder its name alone, since records travel and its place is nobody's business."""
+    return Path(base).resolve().name if Path(base).is_dir() else str(base)
 
 
 @torch.no_grad()

@@ -113,3 +113,10 @@ def documents_for(stage_split: str, text=None, dataset: str | None = None, colum
     if dataset is not None:
         return dataset_documents(dataset, column=column)
     return topic_documents(stage_split) if text is None else read_documents(text)
+
+
+def text_names(text) -> str | list[str]:
+    """What a record says of the text that a stage read: file names, without their place on this machine."""
+    if text is None:
+        return "pydoc_data.topics"
+    return [Path(path).name for path in ([text] if isinstance(text, str | Path) else text)]

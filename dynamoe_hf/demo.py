@@ -12,7 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from .benchmark import decode_speed
+from .benchmark import bench_decode
 from .calibrate import calibrate_budgets
 from .convert import convert_model
 from .data import documents_for, token_blocks
@@ -69,8 +69,9 @@ def run_demo(
     step("Drawing the report")
     report_folder(out / "trained", budget=budgets[1])
     step("Timing greedy decoding against the dense model, interleaved")
-    prompt = token_blocks(documents_for("held-out"), tokenizer, 64, 64)
-    speeds = decode_speed(model, prompt, [model.config.sensitivity_of(b) for b in budgets] + [1.0])
+    tokens = token_blocks(documents_for("held-out"), tokenizer, 96, 96)
+    thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in (*budgets, 1.0)}
+    speeds = bench_decode(model, tokens, thetas, rounds=5)
     step("Generating")
     print(f"Prompt: {PROMPT}")
     for budget in budgets:
@@ -80,6 +81,7 @@ def run_demo(
     rows = []
     for budget, entry, speed in zip([*budgets, 1.0], evaluations, speeds):
         baselines = {kind: entry["baselines"][kind]["ratio_to_dense"] for kind in entry["baselines"]}
+        speed = {"tokens_per_second": speed["tokens_per_second"], "speed_ratio": 1 / speed["ratio"]}
         rows.append({"budget": budget, **entry, **speed, "baseline_ratios": baselines})
     print_table(rows)
     print(

@@ -11,7 +11,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from .convert import dense_prefix, load_dense
-from .data import documents_for, token_blocks
+from .data import documents_for, text_names, token_blocks
 from .folder import RESULTS, active_parameters, count_parameters, load_model, load_tokenizer, read_json, write_json
 from .label import expert_shares, sensitivity_for, similarity_profiles
 from .modeling.configuration_dynamoe import check_sensitivity
@@ -73,7 +73,7 @@ def evaluate_model(
         dense_nll = block_nll(dense, blocks, batch_size, "Dense base")
         del dense
     counts, shares = count_parameters(model), expert_shares(model)
-    named = "pydoc_data.topics (held-out)" if text is None else [str(t) for t in ([text] if isinstance(text, str) else text)]
+    named = "pydoc_data.topics (held-out)" if text is None else text_names(text)
     entries = []
     for name, routing in settings:
         full = routing.get("force_expert") is not None

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .modeling import DynaMoEForCausalLM
 
 
-CONVERSION, TRAINING, CALIBRATION, RESULTS = "conversion.json", "training.json", "calibration.json", "results.json"
+CONVERSION, TRAINING, CALIBRATION = "conversion.json", "training.json", "calibration.json"
+RESULTS, BENCHMARK = "results.json", "benchmark.json"
 
 
 def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:

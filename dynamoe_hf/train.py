@@ -19,7 +19,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import documents_for, iterate_blocks, token_blocks
+from .card import render_card
+from .data import documents_for, iterate_blocks, text_names, token_blocks
 from .folder import TRAINING, carry_records, load_model, load_tokenizer, new_folder, refuse_existing, write_json
 from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
 from .modeling.nested_mlp import label_of
@@ -200,6 +201,13 @@ class DynaMoETrainer(Trainer):
         metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used)}
         for name, value in metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
+
+    def _save_checkpoint(self, model, trial):
+        """As the base class, and a model card: a run that stops here can still be published truthfully."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and (folder / "config.json").is_file():  # a LoRA checkpoint is an adapter alone
+            render_card(folder, local_files_only=True).save(folder / "README.md")
 
     def log(self, logs, start_time=None):
         """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
@@ -472,8 +480,8 @@ def train_model(
     model.requires_grad_(True)
     fit = fit_routers(model, fit_blocks(router_tokens), seed=seed) if router_tokens else None
     record = {
-        "from": str(folder),
-        "text": dataset or ("pydoc_data.topics" if text is None else [str(t) for t in ([text] if isinstance(text, str) else text)]),
+        "from": Path(folder).name,
+        "text": dataset or text_names(text),
         "tokens": steps_done * tokens_a_step,
         "distinct_tokens": None if dataset is not None else distinct.numel(),
         "steps": steps_done,
@@ -493,5 +501,6 @@ def train_model(
         tokenizer.save_pretrained(target)
         carry_records(folder, target)
         write_json(target / TRAINING, record)
+        render_card(target, local_files_only=True).save(target / "README.md")
     shutil.rmtree(work, ignore_errors=True)
     return record

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
-from .nested_mlp import Projections, label_of, prefix_mlp, similarity_profile, staircase_mlp
+from .nested_mlp import Projections, dense_mlp, label_of, routed_mlp, routed_mlp_op, similarity_profile
 
 
 logger = logging.get_logger(__name__)
@@ -113,6 +113,10 @@ class TokenRouter(nn.Module):
         # diff with a plain router: each logit adds a positive step to the one before, so the profile rises.
         return torch.cat([logits[..., :1], F.softplus(logits[..., 1:])], -1).cumsum(-1)
 
+    def is_off(self, sensitivity):
+        """Whether this sensitivity gives the full width to every token, so that there is nothing to predict."""
+        return self.router_type == "profile" and not isinstance(sensitivity, torch.Tensor) and sensitivity >= 1
+
     def choose(self, logits, sensitivity):
         """Expert of each token: logits, a number or (B,) -> (B, S) int64. Compared as logits: theta = 1 is never reached."""
         if self.router_type == "argmax":
@@ -122,6 +126,21 @@ class TokenRouter(nn.Module):
         else:
             threshold = math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
         return (logits.float() < threshold).sum(-1)
+
+    def choose_one(self, x, sensitivity):
+        """Expert of a single token, as an index: x of D numbers in all. Once a layer in decoding, so few and small steps."""
+        first, second = self.input, self.output
+        steps = F.linear(F.silu(F.linear(x, first.weight, first.bias)), second.weight, second.bias).flatten().tolist()
+        if self.router_type == "argmax":
+            return steps.index(max(steps))
+        sensitivity = float(sensitivity)
+        threshold = math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
+        logit = 0.0
+        for expert, step in enumerate(steps):
+            logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
+            if logit >= threshold:
+                return expert
+        return len(steps)
 
     def loss(self, logits, profile, label):
         """Binary cross-entropy for each token, (B, S): against the profile, or the one-hot label for the argmax router."""
@@ -184,7 +203,10 @@ class NestedMLP(nn.Module):
         if not isinstance(getattr(dense, self.layout.act), nn.Module):
             setattr(self, self.layout.act, getattr(dense, self.layout.act))
         self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
+        # A compiled graph cannot hold the activation module, but its name.
+        self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
+        self._sliced = (None, None)
         width, hidden_size = self.down_linear.in_features, self.down_linear.out_features
         self.widths = config.layer_widths(layer, width)
         self.router = TokenRouter(
@@ -205,16 +227,18 @@ class NestedMLP(nn.Module):
 
     def forward(self, x):
         routing, full = self.slot.current, len(self.widths) - 1
-        forced = routing.force_expert
-        if forced is None and routing.sensitivity is None:  # what a call asks for outranks the config
-            forced = self.config.force_expert
-        sensitivity = self.config.sensitivity if routing.sensitivity is None else routing.sensitivity
+        sensitivity, forced = routing.sensitivity, routing.force_expert
+        if sensitivity is None:  # the backbone is called alone; the model's own `forward` has asked the config
+            sensitivity, forced = self.config.sensitivity, self.config.force_expert if forced is None else forced
         record = routing.records is not None
         if not record and not routing.needs_labels and routing.route == "router":
             # Nothing to ask the router: the dense kernels, in the dense order, or one prefix for all.
-            dense = self.config.router_type == "profile" and isinstance(sensitivity, float | int) and sensitivity >= 1
-            if forced == full or forced is None and dense:
+            if forced is None and self.router.is_off(sensitivity):
+                forced = full
+            if forced == full:
                 return self._drop(self.down_linear(self.hidden(x)))
+            if forced is None and x.shape[0] * x.shape[1] == 1 and not self.training and not torch.compiler.is_compiling():
+                forced = self.router.choose_one(x, sensitivity)
             if forced is not None:
                 return self._drop(self._run(x, forced))
 
@@ -258,8 +282,9 @@ class NestedMLP(nn.Module):
         (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
         """
         output, tails = self.down_linear(hidden), []
+        plain = self.prefixes(hidden) is not None
         for low, high in reversed(list(zip(self.widths, self.widths[1:]))):
-            if self._sliceable(self.down_linear, hidden):
+            if plain:
                 block = F.linear(hidden[..., low:high], self.down_linear.weight[:, low:high])
             else:
                 only = torch.zeros_like(hidden)
@@ -272,36 +297,59 @@ class NestedMLP(nn.Module):
         profile = similarity_profile(output, tail_ETD, self.config.similarity, error_weight)
         return profile.view(*hidden.shape[:2], -1)
 
-    def weights(self):
-        """The projections as plain tensors, for the fast paths."""
-        up, bias, width = self.up_linear.weight, self.up_linear.bias, self.down_linear.in_features
+    def prefixes(self, x):
+        """
+        The `Projections` of each expert, as views, or None where a projection is wrapped, quantised, offloaded or elsewhere
+        than `x`. Kept between calls without gradients: making them anew costs as much as the router.
+        """
+        linears = [self._modules[name] for name in self.layout[:3] if name is not None]
+        weights = [linear._parameters["weight"] if type(linear) is nn.Linear else None for linear in linears]
+        if any(type(weight) is not nn.Parameter or weight.device != x.device for weight in weights):
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._slice(linears)
+        # The trap: moving or casting a module swaps the tensor inside its parameter, so identity is not enough.
+        places = [weight.data_ptr() for weight in weights]
+        if self._sliced[0] != places:
+            self._sliced = places, self._slice(linears)
+        return self._sliced[1]
+
+    def _slice(self, linears):
+        *gate, up, down = linears
+        up_weight, up_bias, width = up.weight, up.bias, down.in_features
+        gate_weight, gate_bias = (gate[0].weight, gate[0].bias) if gate else (None, None)
         if self.layout.fused:
-            split = (None, None) if bias is None else (bias[:width], bias[width:])
-            gate, gate_bias, up, bias = up[:width], split[0], up[width:], split[1]
-        elif self.layout.gate is None:
-            gate, gate_bias = None, None
-        else:
-            linear = getattr(self, self.layout.gate)
-            gate, gate_bias = linear.weight, linear.bias
-        return Projections(gate, gate_bias, up, bias, self.down_linear.weight, self.down_linear.bias, self.activation)
+            gate_weight, up_weight = up_weight[:width], up_weight[width:]
+            gate_bias, up_bias = (None, None) if up_bias is None else (up_bias[:width], up_bias[width:])
+        whole = Projections(gate_weight, gate_bias, up_weight, up_bias, down.weight, down.bias, self.activation)
+        return [whole.block(0, width) for width in self.widths]
+
+    def _apply(self, *args, **kwargs):
+        self._sliced = (None, None)  # or the old tensors would live on beside the moved ones
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_sliced": (None, None)}
 
     def _run(self, x, expert):
         """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""
         one_for_all = not isinstance(expert, torch.Tensor)
-        names = filter(None, self.layout[:3])
-        if not all(self._sliceable(getattr(self, name), x) for name in names):
+        prefixes = self.prefixes(x)
+        if prefixes is None:
             logger.warning_once(
                 "DynaMoE: the MLP projections are wrapped, quantised or offloaded, so every neuron is computed and the unused "
                 "ones are masked: the same numbers, no speed-up. Merging adapters (`merge_and_unload`) brings it back."
             )
         elif one_for_all:
-            return prefix_mlp(x, self.weights(), self.widths[expert])
+            return dense_mlp(x.flatten(0, 1), prefixes[expert]).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():
-            if expert.numel() == 1:
-                return prefix_mlp(x, self.weights(), self.widths[expert.item()])
-            y = staircase_mlp(x.flatten(0, 1), expert.flatten(), self.weights(), self.widths)
-            return y.view_as(x)
+            return routed_mlp(x.flatten(0, 1), expert.flatten(), prefixes).view_as(x)
+        elif not self.training and self.act_name is not None:
+            *weights, _ = prefixes[-1]
+            return routed_mlp_op(x.flatten(0, 1), expert.flatten(), *weights, self.act_name, self.widths).view_as(x)
         # In training the mask keeps the host out of the way: reading the counts would wait for the device.
+        if one_for_all:
+            expert = torch.full(x.shape[:2], expert, device=x.device)
         return self.down_linear(self._mask(self.hidden(x), expert))
 
     def _mask(self, hidden, expert):
@@ -325,11 +373,6 @@ class NestedMLP(nn.Module):
     def _drop(self, y):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
-    @staticmethod
-    def _sliceable(linear, x):
-        weight = linear.weight if type(linear) is nn.Linear else None
-        return type(weight) is nn.Parameter and type(weight.data) is torch.Tensor and weight.device == x.device
-
 
 def default_router_dim(hidden_size, mlp_width):
     """Hidden size of a router that costs about 1% of a gated MLP of this shape, a multiple of 8: 48 for SmolLM2-135M."""
@@ -347,6 +390,7 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = DynaMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    model_tags = ["dynamoe", "dynamic-moe", "conditional-computation"]
     # Routers stay float32 in float16 models, and quantisers skip what is listed here.
     _keep_in_fp32_modules = ["router"]
 
@@ -519,6 +563,10 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 low, high = config.train_sensitivity
                 device = (input_ids if input_ids is not None else inputs_embeds).device
                 routing.sensitivity = low + (high - low) * torch.rand(batch, device=device)
+        if routing.sensitivity is None:
+            routing.sensitivity = config.sensitivity
+            if routing.force_expert is None:
+                routing.force_expert = config.force_expert
         if routing.records is not None:
             routing.records.clear()
         elif output_router_logits or train_routers:

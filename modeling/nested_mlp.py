@@ -5,10 +5,17 @@ Shapes: T tokens, D hidden size, H MLP width, E experts. Expert e is the first `
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
+
+
+# A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
+# tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
+SMALLEST_BLOCK = 600_000
 
 
 class Projections(NamedTuple):
@@ -22,40 +29,88 @@ class Projections(NamedTuple):
     down_bias: torch.Tensor | None  # (D,)
     act: Callable[[torch.Tensor], torch.Tensor]
 
-    def hidden(self, x_TD, low, high):
-        """Activations of neurons `low` to `high`, the input of the down projection: (T, high - low)."""
+    def block(self, low, high):
+        """Neurons `low` to `high` alone."""
+        rows = (None if tensor is None else tensor[low:high] for tensor in self[:4])
+        return Projections(*rows, self.down[:, low:high], self.down_bias, self.act)
 
-        def project(weight, bias):
-            return F.linear(x_TD, weight[low:high], None if bias is None else bias[low:high])
-
-        up = project(self.up, self.up_bias)
-        return self.act(up) if self.gate is None else self.act(project(self.gate, self.gate_bias)) * up
-
-
-def prefix_mlp(x_TD, weights, width):
-    """The first `width` neurons for every token: (T, D) -> (T, D). Memory traffic and FLOPs fall with the width."""
-    return F.linear(weights.hidden(x_TD, 0, width), weights.down[:, :width], weights.down_bias)
+    def hidden(self, x_TD):
+        """Activations, the input of the down projection: (T, D) -> (T, H)."""
+        up = F.linear(x_TD, self.up, self.up_bias)
+        return self.act(up) if self.gate is None else self.act(F.linear(x_TD, self.gate, self.gate_bias)) * up
 
 
-def staircase_mlp(x_TD, expert_T, weights, widths):
+def dense_mlp(x_TD, weights):
+    """All neurons of `weights` for every token: (T, D) -> (T, D)."""
+    return F.linear(weights.hidden(x_TD), weights.down, weights.down_bias)
+
+
+def staircase_mlp(x_TD, expert_T, prefixes):
     """
-    Each token through its own prefix: (T, D), (T,) int -> (T, D).
+    Each token through its own prefix: (T, D), (T,) int -> (T, D). `prefixes` are the `Projections` of each expert.
 
-    Tokens are sorted by expert, largest first; the block of neurons that expert e adds to expert e-1 then serves a
-    prefix of the sorted tokens. So there are E dense products, each weight is read at most once, and nothing is padded.
+    Tokens are sorted by expert, largest first; the block of neurons between two widths then serves a prefix of the
+    sorted tokens. So there are at most E dense products, each weight is read at most once, and nothing is padded.
     """
+    counts = torch.bincount(expert_T, minlength=len(prefixes)).tolist()
+    rows = going_on = len(expert_T)
+    if max(counts) == rows:
+        return dense_mlp(x_TD, prefixes[counts.index(rows)])
     order_T = torch.argsort(expert_T, descending=True, stable=True)
-    counts = torch.bincount(expert_T, minlength=len(widths)).tolist()
-    if max(counts) == len(order_T):
-        return prefix_mlp(x_TD, weights, widths[counts.index(len(order_T))])
-    x_TD = x_TD[order_T]
+    x_TD, weights = x_TD[order_T], prefixes[-1]
     y_TD = torch.zeros_like(x_TD) if weights.down_bias is None else weights.down_bias.expand_as(x_TD).clone()
-    low, served = 0, len(order_T)
-    for count, high in zip(counts, widths):
-        if high > low and served:
-            y_TD[:served].addmm_(weights.hidden(x_TD[:served], low, high), weights.down[:, low:high].t())
-        low, served = high, served - count
-    return torch.empty_like(y_TD).index_copy(0, order_T, y_TD)
+    low, stops = 0, []
+    for count, prefix in zip(counts, prefixes):
+        if count == 0:  # nobody stops at this width, so the next block takes its neurons along
+            continue
+        high = prefix.down.shape[1]
+        going_on -= count
+        if going_on and count * (high - low) * x_TD.shape[1] < SMALLEST_BLOCK:
+            stops.append((going_on, high))
+            continue
+        if high > low:
+            block = weights.block(low, high)
+            hidden = block.hidden(x_TD[:rows])
+            for row, stop in stops:
+                hidden[row:, stop - low :] = 0
+            y_TD[:rows].addmm_(hidden, block.down.t())
+        low, rows, stops = high, going_on, []
+    return torch.empty_like(y_TD).index_copy_(0, order_T, y_TD)
+
+
+def routed_mlp(x_TD, expert_T, prefixes):
+    """Each token through its own prefix, by the cheapest way for their number: (T, D), (T,) int -> (T, D)."""
+    if len(expert_T) == 1:
+        return dense_mlp(x_TD, prefixes[expert_T.item()])
+    return staircase_mlp(x_TD, expert_T, prefixes)
+
+
+@torch.library.custom_op("dynamoe::routed_mlp", mutates_args=())
+def routed_mlp_op(
+    x_TD: torch.Tensor,
+    expert_T: torch.Tensor,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    act: str,
+    widths: list[int],
+) -> torch.Tensor:
+    """`routed_mlp` as one node of a compiled graph: what it computes depends on numbers that a compiler does not have."""
+    weights = Projections(gate, gate_bias, up, up_bias, down, down_bias, _activation(act))
+    return routed_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
+
+
+@routed_mlp_op.register_fake
+def _(x_TD, expert_T, gate, gate_bias, up, up_bias, down, down_bias, act, widths):
+    return torch.empty_like(x_TD)
+
+
+@cache
+def _activation(name):
+    return ACT2FN[name]
 
 
 def similarity_profile(output_TD, tail_ETD, similarity, error_weight=None):

@@ -10,7 +10,7 @@ import pytest
 from dynamoe_hf import cli
 
 
-STAGES = ("convert", "train", "calibrate", "evaluate", "generate", "inspect", "report", "export", "demo")
+STAGES = ("convert", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export", "demo")
 
 
 @pytest.fixture(scope="module")

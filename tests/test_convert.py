@@ -80,7 +80,7 @@ def test_taylor_equals_autograd(token_ids):
 
 def test_folder_holds_the_proof_and_the_dial(converted, dense_folder, token_ids):
     record = json.loads((converted / "conversion.json").read_text())
-    assert record["base"] == str(dense_folder)
+    assert record["base"] == dense_folder.name, "a record travels, so it names no place on this machine"
     assert record["parity"]["largest_relative_difference"] < 1e-5
     model = load_model(converted)
     dense = AutoModelForCausalLM.from_pretrained(dense_folder)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_config, tiny_dense
 from reference import assert_close, nested_mlp
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 
@@ -255,6 +255,31 @@ def test_training_forward_never_waits_for_the_device(route, monkeypatch):
         out.loss.item()
 
 
+def test_kept_slices_follow_the_weights(token_ids):
+    """Slices are kept between calls; moved, cast, loaded, replaced or edited weights must show."""
+    model = tiny_dynamoe()
+    with torch.no_grad():
+        before = model(token_ids, sensitivity=0.4).logits
+        fresh = tiny_dynamoe(seed=4)
+        expected = fresh(token_ids, sensitivity=0.4).logits
+        model.load_state_dict(fresh.state_dict())
+        assert_close("loaded", model(token_ids, sensitivity=0.4).logits, expected)
+        model.double()
+        assert_close("cast", model(token_ids, sensitivity=0.4).logits.float(), expected, atol=1e-3)
+        model.float()
+        other = tiny_dynamoe()
+        for layer, source in zip(model.model.layers, other.model.layers):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                getattr(layer.mlp, name).weight = getattr(source.mlp, name).weight
+            layer.mlp.router = source.mlp.router
+        model.model.layers[0].mlp.up_proj.weight.data = other.model.layers[0].mlp.up_proj.weight.data.clone()
+        for index, layer in enumerate(model.model.layers):
+            x = torch.randn(2, 5, 32)
+            other.set_sensitivity(0.4), model.set_sensitivity(0.4)
+            assert_close("replaced", layer.mlp(x), other.model.layers[index].mlp(x))
+        assert not torch.allclose(before, expected)
+
+
 def test_deepcopy_is_independent(token_ids):
     model = tiny_dynamoe()
     other = copy.deepcopy(model)
@@ -335,3 +360,28 @@ def test_converting_twice_or_a_vision_model():
         DynaMoEForCausalLM.from_dense(tiny_dynamoe())
     with pytest.raises(ValueError, match="no causal language model"):
         DynaMoEForCausalLM(DynaMoEConfig(base_config=AutoConfig.for_model("vit")))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "starcoder2"])
+def test_compiled_decoding_equals_eager(family, token_ids):
+    """One graph for all tokens: no break, no recompilation, with the static cache."""
+    torch._dynamo.reset()
+    model = tiny_dynamoe(family)
+    model.set_sensitivity(0.4)
+    compiled, seen = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    for ids in (token_ids, token_ids[:1]):
+        results = []
+        for run in (model, compiled):
+            cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=16)
+            logits = [model(ids[:, :8], past_key_values=cache).logits[:, -1]]
+            with torch.no_grad():
+                for position in range(8, 12):
+                    places = torch.tensor([[position]])
+                    step = run(ids[:, position : position + 1], past_key_values=cache, position_ids=places)
+                    logits.append(step.logits[:, -1])
+                    if run is compiled:
+                        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            results.append(torch.stack(logits))
+        assert_close(f"{family}, batch {len(ids)}", results[1], results[0])
+    assert seen[0] == seen[3], "the graph was compiled again for a later token"
+    assert not torch._dynamo.utils.counters["graph_break"]

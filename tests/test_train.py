@@ -236,9 +236,11 @@ def test_lora(converted, text_file, tmp_path, token_ids):
         assert moved == meant, f"{name} {'moved' if moved else 'did not move'}"
     model.eval()
     wrapped = {s: model(token_ids, sensitivity=s).logits for s in (0.4, 0.6, 1.0)}
+    forced = model(token_ids, force_expert=1).logits
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
     merged = model.merge_and_unload()
+    assert_close("forced", merged(token_ids, force_expert=1).logits, forced, atol=1e-4)
     for sensitivity, expected in wrapped.items():  # masks while wrapped, prefixes after merging
         assert_close("reloaded", again(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
         assert_close("merged", merged(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
