@@ -35,7 +35,7 @@ def run_demo(
     out: str | Path = "runs/demo", budgets: tuple[float, ...] = (0.9, 0.75, 0.5), max_tokens: int = 40_960
 ) -> list[dict]:
     """
-    Run the whole way on SmolLM2-135M-Instruct and print one table. About 13 minutes on two cores after the download.
+    Run the whole way on SmolLM2-135M-Instruct and print one table. About 14 minutes on two cores after the download.
 
     Args:
         out: folder for everything that is made; stages already done there are made anew.
@@ -71,7 +71,7 @@ def run_demo(
     step("Timing greedy decoding against the dense model, interleaved")
     tokens = token_blocks(documents_for("held-out"), tokenizer, 96, 96)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in (*budgets, 1.0)}
-    speeds = bench_decode(model, tokens, thetas, rounds=5)
+    speeds = bench_decode(model, tokens, thetas, rounds=3)
     step("Generating")
     print(f"Prompt: {PROMPT}")
     for budget in budgets:

@@ -284,13 +284,11 @@ def _spread(heights, gap):
 
 def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     """
-    Use of experts by layer at up to four settings on the first text: a matplotlib `Figure`.
+    Use of experts by layer as a heat map, at up to four settings on the first text: a matplotlib `Figure`.
 
     Args:
         shares_LE: width of each expert as a share of the layer's MLP, as `expert_shares` gives it.
     """
-    from matplotlib import colormaps
-
     entries = next(iter(_by_text(evaluations).values()))
     entries = [entry for entry in _routed(entries) if entry["mean_share"] < 1] or entries
     entries = entries[:: math.ceil(len(entries) / 4)]
@@ -298,20 +296,21 @@ def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     height = 1.75 + 0.155 * max(layers, 6)
     figure = _figure(9, height)
     axes = figure.subplots(1, len(entries), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.055, right=0.945, bottom=0.5 / height, top=1 - 1.3 / height, wspace=0.24)
-    colours = [colormaps["Blues"](0.16 + 0.78 * e / max(experts - 1, 1)) for e in range(experts)]
+    figure.subplots_adjust(left=0.055, right=0.945, bottom=0.55 / height, top=1 - 1.2 / height, wspace=0.24)
+    same = bool((shares_LE == shares_LE[0]).all())
+    names = [f"{share:.0%}" for share in shares_LE[0].tolist()] if same else [str(e) for e in range(experts)]
     for axis, entry in zip(axes, entries):
         use_LE = torch.tensor(entry["expert_use"])
-        starts_LE = use_LE.cumsum(1) - use_LE
-        for e in range(experts):
-            axis.barh(range(layers), 100 * use_LE[:, e], left=100 * starts_LE[:, e], height=0.86, color=colours[e])
+        axis.imshow(use_LE.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for layer, row in enumerate(use_LE.tolist()):
+            for e, use in enumerate(row):
+                axis.text(e, layer, f"{use:.0%}", fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
         for layer, mean in enumerate((use_LE * shares_LE).sum(1).tolist()):
-            _note(axis, f"{mean:.0%}", (100, layer), (5, 0), xycoords="data", fontsize=8, color=INK, va="center")
+            _note(axis, f"{mean:.0%}", (experts - 0.5, layer), (5, 0), xycoords="data", fontsize=8, color=INK, va="center")
         _note(axis, "mean\nwidth", (1, 1), (5, 4), fontsize=8)
         axis.set_title(entry["setting"], loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
-        axis.set(xlim=(0, 100), ylim=(layers - 0.4, -0.6))
-        axis.set_xticks([0, 50, 100], ["0", "50", "100%"])
-        axis.set_xlabel("of the tokens", fontsize=9, color=FAINT)
+        axis.set_xticks(range(experts), names)
+        axis.set_xlabel("width of the expert" if same else "expert", fontsize=9, color=FAINT)
         axis.set_yticks(range(0, layers, 1 if layers <= 12 else 5))
         axis.tick_params(colors=FAINT, labelsize=9, length=0)
         axis.spines[:].set_visible(False)
@@ -320,14 +319,7 @@ def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     thrifty, hungry = mean_L.argmin().item(), mean_L.argmax().item()
     claim = f"Layer {thrifty} gets by with {mean_L[thrifty]:.0%} of its width, layer {hungry} takes {mean_L[hungry]:.0%}"
     figure.text(0.02, 1 - 0.32 / height, f"{claim}, at {entries[0]['setting']}", fontsize=12, fontweight="bold", color=INK)
-    same = bool((shares_LE == shares_LE[0]).all())
-    names = [f"{share:.0%}" for share in shares_LE[0].tolist()] if same else [f"expert {e}" for e in range(experts)]
-    names[-1] = "full width"
-    x = 0.02
-    for colour, name in zip(colours, names):
-        figure.text(x, 1 - 0.66 / height, "■", fontsize=13, color=colour, va="center")
-        figure.text(x + 0.02, 1 - 0.655 / height, name, fontsize=9.5, color=INK, va="center")
-        x += 0.045 + 0.0095 * len(name)
+    figure.text(0.02, 1 - 0.62 / height, "Share of a layer's tokens that take each expert", fontsize=9.5, color=FAINT)
     return figure
 
 

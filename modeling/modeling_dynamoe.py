@@ -406,12 +406,7 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if not adopting:
             config.base_config._attn_implementation = config._attn_implementation
             dense = dense_class(config.base_config)
-        layers = getattr(dense.base_model, "layers", None)
-        if dense.base_model_prefix != "model" or layers is None or not all(hasattr(layer, "mlp") for layer in layers):
-            raise ValueError(
-                f"{dense_class.__name__} cannot be converted: its layers are not at `model.layers.*.mlp`. "
-                "Supported are decoder families built like Llama, for example llama, mistral, qwen3, gemma2 or phi3."
-            )
+        layers = layers_of(dense)
         self.dense_class = dense_class
         self.slot = RoutingSlot()
         self.model, self.lm_head = dense.model, dense.lm_head
@@ -453,15 +448,20 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the family, or one of its layers, cannot be split; nothing has been changed then.
         """
+        return cls(cls.config_for(dense, **config), dense=dense)
+
+    @classmethod
+    def config_for(cls, dense, **config):
+        """The config that `from_dense` would give, with all its checks and without touching the model."""
         if getattr(dense.config, "model_type", None) == cls.config_class.model_type:
             raise ValueError("The model is a DynaMoE model already. Convert its dense base, or train it as it is.")
         dense_class_of(dense.config)
-        for index, layer in enumerate(getattr(dense.base_model, "layers", ())):
-            if hasattr(layer, "mlp"):
-                layout_of(layer.mlp, f"model.layers.{index}.mlp")
         own = cls.config_class(base_config=dense.config, **config)
         own.dtype = dense.config.dtype
-        return cls(own, dense=dense)
+        for index, layer in enumerate(layers_of(dense)):
+            layout = layout_of(layer.mlp, f"model.layers.{index}.mlp")
+            own.layer_widths(index, getattr(layer.mlp, layout.down).in_features)
+        return own
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -630,6 +630,17 @@ def dense_class_of(base_config):
             "Give a decoder of a family built like Llama, for example llama, mistral, qwen3, gemma2 or phi3."
         )
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(base_config)]
+
+
+def layers_of(dense):
+    """The decoder layers of a dense model. Raises `ValueError` unless they are at `model.layers` and each has an `mlp`."""
+    layers = getattr(dense.base_model, "layers", None)
+    if dense.base_model_prefix != "model" or layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+        raise ValueError(
+            f"{type(dense).__name__} cannot be converted: its layers are not at `model.layers.*.mlp`. "
+            "Supported are decoder families built like Llama, for example llama, mistral, qwen3, gemma2 or phi3."
+        )
+    return layers
 
 
 def loss_mask(labels, shift_labels=None):

@@ -99,6 +99,12 @@ def test_dense_checkpoint_plus_routers(converted, dense_folder):
                            tensor.sort().values if ".mlp." not in name else tensor.flatten().sort().values), name  # fmt: skip
 
 
+def test_bfloat16_base(dense_folder, tmp_path, token_ids):
+    record = convert_model(dense_folder, tmp_path / "model", dtype="bfloat16", **FAST)
+    assert record["parity"]["largest_relative_difference"] < record["parity"]["bound"] < 0.1
+    assert load_model(tmp_path / "model").dtype == torch.bfloat16
+
+
 def test_widths_and_argmax(dense_folder, tmp_path):
     convert_model(dense_folder, tmp_path / "a", widths=(0, 0.5, 1), router_type="argmax", similarity="projection", **FAST)
     model = load_model(tmp_path / "a")
@@ -214,6 +220,16 @@ class TestBadInput:
         ).save_pretrained(tmp_path / "bert")
         tiny_tokenizer().save_pretrained(tmp_path / "bert")
         self.refused(tmp_path, "not a causal language model|not at `model.layers", tmp_path / "bert")
+
+    @pytest.mark.parametrize(
+        ("family", "message"), [("mixtral", r"model\.layers\.0\.mlp.*MixtralSparseMoeBlock"), ("gpt2", "not at `model.layers")]
+    )
+    def test_families(self, family, message, tmp_path, monkeypatch):
+        AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(tmp_path / family)
+        tiny_tokenizer().save_pretrained(tmp_path / family)
+        for name in IMPORTANCES:
+            monkeypatch.setitem(IMPORTANCES, name, lambda *args: pytest.fail("ranked neurons before looking at the family"))
+        self.refused(tmp_path, message, tmp_path / family)
 
     def test_already_dynamoe(self, converted, tmp_path):
         self.refused(tmp_path, "DynaMoE model already", converted)

@@ -83,8 +83,11 @@ def test_only_the_chosen_prefix_is_computed(monkeypatch, token_ids):
             layer.mlp.gate_proj.weight[32:] = float("nan")
             layer.mlp.down_proj.weight[:, 32:] = float("nan")
         assert_close("logits", model(token_ids, force_expert=1).logits, expected)
-        # A single token with cache takes the same prefixes.
-        assert not torch.isnan(model(token_ids[:1, :1], force_expert=1).logits).any()
+        # A single token takes the same prefix, and a mixed batch no more than its widest token needs.
+        mlp = model.model.layers[1].mlp
+        assert not torch.isnan(mlp._run(torch.randn(1, 1, 32), torch.tensor([[1]]))).any()
+        assert not torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 1, 1, 0]]))).any()
+        assert torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
 
 
 def test_sensitivity_is_a_dial(token_ids):
