@@ -32,10 +32,7 @@ def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
         raise ValueError(
             f"{folder} holds a dense {config.model_type} model, not a DynaMoE one. Run `dynamoe convert {folder} OUT` first."
         )
-    model = _load(folder, **options)
-    if isinstance(model, tuple):  # output_loading_info=True
-        return model
-    return model.eval()
+    return _load(folder, **options).eval()
 
 
 def load_config(folder: str | Path):

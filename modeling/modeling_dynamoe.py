@@ -124,7 +124,7 @@ class TokenRouter(nn.Module):
         if isinstance(sensitivity, torch.Tensor):
             threshold = torch.logit(sensitivity.to(logits.device, torch.float32)).view(-1, 1, 1)
         else:
-            threshold = math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
+            threshold = logit_of(sensitivity)
         return (logits.float() < threshold).sum(-1)
 
     def choose_one(self, x, sensitivity):
@@ -133,9 +133,7 @@ class TokenRouter(nn.Module):
         steps = F.linear(F.silu(F.linear(x, first.weight, first.bias)), second.weight, second.bias).flatten().tolist()
         if self.router_type == "argmax":
             return steps.index(max(steps))
-        sensitivity = float(sensitivity)
-        threshold = math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
-        logit = 0.0
+        threshold, logit = logit_of(float(sensitivity)), 0.0
         for expert, step in enumerate(steps):
             logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
             if logit >= threshold:
@@ -147,6 +145,11 @@ class TokenRouter(nn.Module):
         target = F.one_hot(label, profile.shape[-1]) if self.router_type == "argmax" else profile[..., :-1].clamp(0, 1)
         loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
         return loss.mean(-1) if loss.shape[-1] else loss.sum(-1)
+
+
+def logit_of(sensitivity):
+    """The logit that a predicted similarity must reach, on the host: infinite at sensitivity 1."""
+    return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
 
 
 class Layout(NamedTuple):
