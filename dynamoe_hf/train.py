@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -28,6 +30,8 @@ from .modeling.nested_mlp import label_of
 
 TRAINED_PARTS = ("routers", "mlp", "all", "lora")
 TEACHERS = ("frozen", "self", "none")
+# Positions whose logits are in memory at a time: 100 MB each of logits and of their gradient for 49,152 tokens in float32.
+LOGIT_ROWS = 512
 
 
 @dataclass
@@ -141,7 +145,7 @@ class DynaMoETrainer(Trainer):
         sensitivity = low + (high - low) * torch.rand(labels.shape[0], device=labels.device)
         positions = self._sample_positions(labels)
         with core.routing(route=args.route, sensitivity=sensitivity, needs_labels=True, records=[]) as routing:
-            outputs = model(**inputs, logits_to_keep=positions)
+            hidden = self._hidden_states(model, core, inputs)
 
         mask = loss_mask(labels)
         items = mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -149,15 +153,14 @@ class DynaMoETrainer(Trainer):
         # A sum over the sampled positions stands for the sum over all of them.
         scale = mask.sum() / sampled.sum().clamp_min(1) / items
         targets = torch.where(mask, F.pad(labels[:, 1:], (0, 1)), -100)[:, positions]
-        logits = outputs.logits.float()
-        lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") * scale
+        target_hidden = self._full_width_hidden(model, inputs)[:, positions] if self._distils else None
+        lm_loss, kd_loss = self._losses_at(hidden[:, positions], targets, target_hidden) * scale
         router_loss = mean_router_loss(routing.records, mask, items)
-        kd_loss = self._distil(model, inputs, logits, positions, sampled) * scale if self._distils else logits.new_zeros(())
         loss = args.lm_loss_coef * lm_loss + args.router_loss_coef * router_loss + args.kd_loss_coef * kd_loss
         self._record(routing.records, sensitivity, mask, lm_loss=lm_loss, router_loss=router_loss, kd_loss=kd_loss)
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     @property
     def _distils(self):
@@ -170,19 +173,54 @@ class DynaMoETrainer(Trainer):
         count = max(1, math.ceil(self.args.logit_fraction * length))
         return torch.rand(length, device=labels.device).argsort()[:count].sort().values
 
-    def _distil(self, model, inputs, logits, positions, sampled):
-        """KL of the full-width distribution from the chosen experts', summed over the sampled real positions."""
-        full = self.core.config.expert_count - 1
+    @staticmethod
+    def _hidden_states(model, core, inputs):
+        """(B, S, D), what the head reads. By `model`'s own `forward` over no position: wrappers such as DDP must see the call."""
+        kept = []
+        with core.model.register_forward_hook(lambda module, args, output: kept.append(output[0])):
+            model(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device))
+        return kept[0]
+
+    @torch.no_grad()
+    def _full_width_hidden(self, model, inputs):
         lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
         unwrapped = self.accelerator.unwrap_model(model)
-        teacher = self.teacher if self.teacher is not None else unwrapped
-        with torch.no_grad(), unwrapped.disable_adapter() if lora else nullcontext():
+        teacher, core = (unwrapped, self.core) if self.teacher is None else (self.teacher, self.teacher)
+        with unwrapped.disable_adapter() if lora else nullcontext():
             teacher.eval()
-            with (self.teacher if self.teacher is not None else self.core).routing(force_expert=full):
-                target = teacher(**inputs, logits_to_keep=positions).logits.float().log_softmax(-1)
+            with core.routing(force_expert=core.config.expert_count - 1):
+                hidden = self._hidden_states(teacher, core, inputs)
             model.train()
-        kl = F.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none").sum(-1)
-        return (kl * sampled).sum()
+        return hidden
+
+    def _losses_at(self, hidden, targets, target_hidden):
+        """
+        Sums over positions of the LM loss and of KL(full width || chosen experts): (B, P, D), (B, P), (B, P, D) or None -> (2,).
+
+        In chunks whose logits are computed again in backward, so that no more than `LOGIT_ROWS` of them are ever in memory.
+        """
+        teacher = self.core if self.teacher is None else self.teacher
+
+        def losses(hidden, targets, target_hidden):
+            log_probs = self.core.logits_of(hidden).float().log_softmax(-1)
+            lm_loss = F.nll_loss(log_probs.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+            kd_loss = log_probs.new_zeros(())
+            if target_hidden is not None:
+                with torch.no_grad():
+                    target = teacher.logits_of(target_hidden).float().log_softmax(-1)
+                kl = F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1)
+                kd_loss = (kl * (targets != -100)).sum()
+            return torch.stack([lm_loss, kd_loss])
+
+        size = max(1, LOGIT_ROWS // len(hidden))
+        if hidden.shape[1] <= size:
+            return losses(hidden, targets, target_hidden)
+        chunks = zip(
+            hidden.split(size, 1),
+            targets.split(size, 1),
+            repeat(None) if target_hidden is None else target_hidden.split(size, 1),
+        )
+        return sum(checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks)
 
     @torch.no_grad()
     def _record(self, records, sensitivity, mask, **losses):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
@@ -606,6 +606,13 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
             return outputs.to_tuple()
         return outputs
 
+    def logits_of(self, hidden_states):
+        """
+        Logits of what the backbone returned, (B, S, D) -> (B, S, V), with the base's own scales and soft-caps: for losses that
+        take the positions in chunks, since the logits of a whole batch are the largest tensor of a training step.
+        """
+        return self.dense_class.forward(_AfterBackbone(self, hidden_states), return_dict=True).logits
+
     def set_sensitivity(self, sensitivity):
         """Set the dial, theta in (0, 1], and release `force_expert`. Stored in the config, so it is saved with the model."""
         check_sensitivity(sensitivity)
@@ -623,6 +630,19 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 'This model has the argmax router, whose sensitivity is fixed by its training. Convert with router_type="profile" '
                 "for a dial, or set `config.force_expert`."
             )
+
+
+class _AfterBackbone:
+    """A causal language model whose backbone has run, so that the base's `forward` is its head alone."""
+
+    def __init__(self, causal_lm, hidden_states):
+        self._causal_lm, self._hidden_states = causal_lm, hidden_states
+
+    def __getattr__(self, name):
+        return getattr(self._causal_lm, name)
+
+    def model(self, **kwargs):
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden_states)
 
 
 def dense_class_of(base_config):

@@ -41,3 +41,17 @@ def label(mlp, x, sensitivity, name, error_weight=1.0):
         if similarity(mlp, x, expert, name, error_weight) >= sensitivity:
             return expert
     return len(mlp.widths) - 1
+
+
+def causal_losses(logits, target_logits, labels):
+    """Sums over the positions that count of the LM loss and of KL(target || logits): (B, S, V), (B, S, V), (B, S)."""
+    lm_loss = kd_loss = torch.zeros(())
+    for log_probs, target, following in zip(
+        logits[:, :-1].log_softmax(-1).flatten(0, 1),
+        target_logits[:, :-1].log_softmax(-1).flatten(0, 1),
+        labels[:, 1:].flatten(),
+    ):
+        if following != -100:
+            lm_loss = lm_loss - log_probs[following]
+            kd_loss = kd_loss + (target.exp() * (target - log_probs)).sum()
+    return lm_loss, kd_loss

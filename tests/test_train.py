@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_dense, tiny_tokenizer
-from reference import assert_close
+from conftest import FAMILIES, tiny_dense, tiny_tokenizer
+from reference import assert_close, causal_losses
 from transformers import Trainer, TrainingArguments
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -155,6 +155,37 @@ def test_sampled_logits_are_unbiased(tmp_path):
         with torch.no_grad():
             totals[fraction] = sum(trainer.compute_loss(model, batch).item() for _ in range(repeats)) / repeats
     assert totals[0.25] == pytest.approx(totals[1.0], rel=0.02)
+
+
+@pytest.mark.parametrize("logit_rows", [8, 24, 10**6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_path, monkeypatch):
+    """Outputs and gradients, whatever the head does after its product, and with the teacher's logits in chunks too."""
+    monkeypatch.setattr("dynamoe_hf.train.LOGIT_ROWS", logit_rows)
+    model = DynaMoEForCausalLM.from_dense(
+        tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
+    )
+    args = DynaMoETrainingArguments(str(tmp_path), report_to="none", use_cpu=True, logit_fraction=1.0, train_parts="all",
+                                    lm_loss_coef=0.3, router_loss_coef=0.0, kd_loss_coef=0.7, route="random")  # fmt: skip
+    trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
+    batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".router." not in name}
+    model.zero_grad()
+    torch.manual_seed(0)
+    torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+    target = trainer.teacher(batch["input_ids"], force_expert=3).logits
+    with model.routing(route="random", sensitivity=0.5, needs_labels=True, records=[]):
+        lm_loss, kd_loss = causal_losses(model(batch["input_ids"]).logits, target, batch["labels"])
+    expected = (0.3 * lm_loss + 0.7 * kd_loss) / (batch["labels"][:, 1:] != -100).sum()
+    expected.backward()
+    assert_close("loss", loss, expected)
+    assert kd_loss > 0
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            assert_close(name, gradients[name], parameter.grad, atol=1e-4)
 
 
 def test_full_width_stays_where_distilled(tmp_path):
