@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wall-clock against the dense model in the same run, each figure beside the limit that bytes and FLOPs allow."""
 
+import ctypes
 import datetime
+import gc
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from .convert import dense_prefix, prove_parity
 from .data import documents_for, token_blocks
@@ -20,9 +23,18 @@ from .label import expert_shares
 from .modeling import DynaMoEForCausalLM
 
 
-# (hidden size, MLP width) of what people serve.
-SHAPES = {"SmolLM2-135M": (576, 1536), "Llama-3.2-1B": (2048, 8192), "Llama-3.1-8B": (4096, 14336)}
+# (hidden size, MLP width) of what people serve. Mistral-7B's MLPs have the shape of Llama-3.1-8B's.
+SHAPES = {
+    "SmolLM2-135M": (576, 1536),
+    "Llama-3.2-1B": (2048, 8192),
+    "Llama-3.1-8B": (4096, 14336),
+    "Mistral-7B": (4096, 14336),
+}
 TOKENS = (1, 2, 4, 8, 16, 64, 512)  # of single MLPs
+BATCHES = (1, 8, 32)  # of decoding
+PROMPTS = (512, 2048)  # of prefill
+RAPL = Path("/sys/class/powercap")
+COLD_BYTES = 2**28  # of single MLPs, more than a cache holds
 
 
 @torch.no_grad()
@@ -30,27 +42,30 @@ def bench_folder(
     folder: str | Path,
     budgets: Sequence[float] | None = None,
     threads: int = 1,
-    rounds: int = 7,
-    new_tokens: int = 32,
+    rounds: int = 5,
+    new_tokens: int = 16,
     shapes: Sequence[str] = ("SmolLM2-135M", "Llama-3.2-1B"),
+    compile: bool = False,
 ) -> dict:
     """
     Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes.
 
-    Parity comes first, and nothing is timed where it fails. Both sides then run in turn in one process, and every ratio is
-    the median of those of its pairs, so that a machine whose speed drifts slows both.
+    Parity comes first, and nothing is timed where it fails. All settings then run in turn in one process, and every ratio is
+    the median of those of its rounds, so that a machine whose speed drifts slows them all.
 
     Args:
         folder: calibrated model folder; `benchmark.json` is written into it.
         budgets: marks of the dial; all calibrated ones by default.
         threads: of torch. Two threads on a busy machine can be a hundred times slower than one, so one is the default.
-        rounds: counted rounds of each pair, after one to warm up.
-        new_tokens: tokens decoded in each round.
+        rounds: counted rounds, after one to warm up.
+        new_tokens: tokens decoded in each round; `generate` makes twice as many.
         shapes: names in `SHAPES` of the single MLPs.
+        compile: also decode one sequence with `torch.compile` and a static cache on both sides, which takes minutes to compile.
 
     Returns:
-        `machine`, `parity`, and rows of `mlp`, `decode`, `prefill`. A row has `share` (of MLP width), `ratio` (time over the
-        dense side's), its `range`, the `limit` of that ratio, and `reached` (limit / ratio: 1 is perfect).
+        `machine`, `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for. A row has `share`
+        (of MLP width), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached` (limit / ratio: 1
+        is perfect), and `energy_ratio` where the machine counts energy.
 
     Raises:
         ValueError: no calibrated budgets, or full-width logits differ from the dense ones.
@@ -60,18 +75,29 @@ def bench_folder(
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+
+    def texts(count, length):
+        return token_blocks(documents_for("held-out"), tokenizer, length, count * length)
+
     try:
-        tokens = token_blocks(documents_for("held-out"), tokenizer, 512, 8 * 512)
         dense = dense_prefix(model, 1.0)
         full = {"force_expert": model.config.expert_count - 1}
-        parity = prove_parity(dense(tokens[:1, :64]).logits, model(tokens[:1, :64], **full).logits, model.dtype)
+        tokens = texts(1, 64)
+        parity = prove_parity(dense(tokens).logits, model(tokens, **full).logits, model.dtype)
         record = {
             "machine": machine(threads),
             "parity": parity,
             "mlp": [row for name in shapes for row in bench_mlp(*SHAPES[name], rounds=rounds, name=name)],
-            "decode": [row for batch in (1, 8) for row in bench_decode(model, tokens[:batch], thetas, new_tokens, rounds)],
-            "prefill": bench_prefill(model, tokens[:1], thetas, rounds),
+            "decode": [
+                row
+                for batch in BATCHES
+                for row in bench_decode(model, texts(batch, 64 + new_tokens), thetas, new_tokens, rounds)
+            ],
+            "prefill": [row for length in PROMPTS for row in bench_prefill(model, texts(1, length), thetas, rounds)],
+            "generate": bench_generate(model, texts(1, 64), thetas, 2 * new_tokens, rounds),
         }
+        if compile:
+            record["compiled"] = bench_decode(model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True)
     finally:
         torch.set_num_threads(before)
     if Path(folder).is_dir():
@@ -98,22 +124,59 @@ def _cpu_info():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def paired(dense: Callable[[], None], other: Callable[[], None], rounds: int) -> dict:
-    """Run both in turn; the median of `other`'s time over `dense`'s, pair by pair, its range, and the median seconds of each."""
-    times = [(_seconds(dense), _seconds(other)) for _ in range(rounds + 1)][1:]
-    ratios = [b / a for a, b in times]
-    return {
-        "ratio": statistics.median(ratios),
-        "range": [min(ratios), max(ratios)],
-        "dense_seconds": statistics.median(a for a, _ in times),
-        "seconds": statistics.median(b for _, b in times),
-    }
+def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict]:
+    """
+    Run all in turn, `rounds` times after one to warm up. For each but the first: the median of its time over the first's, round
+    by round, the range of that, the median `seconds` and those of the first, and the ratio of energy where it is counted.
+    """
+    measured = [{name: _measured(run) for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    first, *others = runs
+    rows = {}
+    for name in others:
+        ratios = [each[name][0] / each[first][0] for each in measured]
+        rows[name] = {
+            "ratio": statistics.median(ratios),
+            "range": [min(ratios), max(ratios)],
+            "dense_seconds": statistics.median(each[first][0] for each in measured),
+            "seconds": statistics.median(each[name][0] for each in measured),
+        }
+        if all(each[side][1] for each in measured for side in (first, name)):
+            rows[name]["energy_ratio"] = statistics.median(each[name][1] / each[first][1] for each in measured)
+    return rows
 
 
-def _seconds(run):
-    start = time.perf_counter()
+def _measured(run):
+    """Seconds, and microjoules where the processor counts them."""
+    energy, start = _microjoules(), time.perf_counter()
     run()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return seconds, None if energy is None else _microjoules() - energy
+
+
+def _microjoules():
+    """What the RAPL counters of all packages say, or None where there are none or they may not be read."""
+    try:
+        return sum(int(path.read_text()) for path in RAPL.glob("intel-rapl:?/energy_uj")) or None
+    except OSError:
+        return None
+
+
+def peak_memory(run: Callable[[], None]) -> int | None:
+    """Bytes of main memory that `run` needs at its peak beyond what is held before; None where the system does not say."""
+    status = Path("/proc/self/status")
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+
+    def kilobytes(name):
+        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(name)))
+
+    before = kilobytes("VmRSS")
+    run()
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
 def _against(row, limit):
@@ -128,66 +191,83 @@ def bench_mlp(
     One nested MLP against the dense one: forced experts for one token, and experts drawn uniformly for more. The router is
     not part of it; the limit is the share of the width, the mean over tokens for mixed experts.
     """
+    # As many layers as no cache holds: in a model the weights of each layer come from memory.
+    layers = max(1, round(COLD_BYTES / (12 * hidden_size * mlp_width)))
     config = LlamaConfig(
-        vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=1, num_attention_heads=8
+        vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=8
     )
-    mlp = DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config)).eval().model.layers[0].mlp
+    mlps = [layer.mlp for layer in DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config)).eval().model.layers]
+    widths = mlps[0].widths
     generator = torch.Generator().manual_seed(0)
     rows = []
 
     def measure(x, expert, share, case):
-        repeats = min(100, max(1, int(3e9 / (6 * hidden_size * mlp_width * x.shape[1]))))
-
         def dense():
-            for _ in range(repeats):
+            for mlp in mlps:
                 mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
 
         def nested():
-            for _ in range(repeats):
+            for mlp in mlps:
                 mlp._run(x, expert)
 
-        row = _against(paired(dense, nested, rounds), share)
+        row = _against(interleaved({"dense": dense, "nested": nested}, rounds)["nested"], share)
         rows.append({"shape": name or f"{hidden_size}x{mlp_width}", "tokens": x.shape[1], "case": case, "share": share, **row})
 
     one = torch.randn(1, 1, hidden_size, generator=generator)
-    for index, width in enumerate(mlp.widths[:-1]):
+    for index, width in enumerate(widths[:-1]):
         measure(one, index, width / mlp_width, "forced")
     for count in tqdm([count for count in tokens or TOKENS if count > 1], desc=f"MLP {name}", leave=False):
         x = torch.randn(1, count, hidden_size, generator=generator)
-        expert = torch.randint(len(mlp.widths), (1, count), generator=generator)
-        share = torch.tensor(mlp.widths)[expert].float().mean().item() / mlp_width
+        expert = torch.randint(len(widths), (1, count), generator=generator)
+        share = torch.tensor(widths)[expert].float().mean().item() / mlp_width
         measure(x, expert, share, "mixed")
     return rows
 
 
 @torch.no_grad()
 def bench_decode(
-    model: DynaMoEForCausalLM, tokens: torch.Tensor, sensitivities: dict[str, float], new_tokens: int = 32, rounds: int = 7
+    model: DynaMoEForCausalLM,
+    tokens: torch.Tensor,
+    sensitivities: dict[str, float],
+    new_tokens: int = 32,
+    rounds: int = 7,
+    compile: bool = False,
 ) -> list[dict]:
     """
     Decoding with a cache, token by token, over the same given text on both sides: token ids (B, S), prefill not counted.
 
     The limit counts bytes: all weights that a step reads, of the MLPs the widest expert that a sequence of the batch takes.
+    With `compile`, both sides are compiled whole (`fullgraph`) and use static caches.
     """
     dense, start = dense_prefix(model, 1.0), tokens.shape[1] - new_tokens
     prompt, steps = tokens[:, :start], tokens[:, start:].split(1, dim=1)
-    caches = {side: side(prompt, use_cache=True, logits_to_keep=1).past_key_values for side in (dense, model)}
 
-    def decode(side, **options):
-        for step in steps:
-            side(step, past_key_values=caches[side], use_cache=True, **options)
-        caches[side].crop(-new_tokens)  # as it was before, for the next round
+    def decoder(side, **options):
+        cache = StaticCache(config=dense.config, max_cache_len=tokens.shape[1]) if compile else None
+        cache = side(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        step_of = torch.compile(partial(side, **options), fullgraph=True) if compile else partial(side, **options)
 
+        def decode():
+            for position, step in enumerate(steps, start):
+                places = {"position_ids": torch.tensor([[position]])} if compile else {}
+                step_of(step, past_key_values=cache, use_cache=True, **places)
+            if compile:  # back to where the prompt ends, as it was before
+                for layer in cache.layers:
+                    layer.cumulative_length.fill_(start)
+            else:
+                cache.crop(-new_tokens)
+
+        return decode
+
+    timed = {name: decoder(model, sensitivity=theta) for name, theta in sensitivities.items()}
+    timed = interleaved({"dense": decoder(dense), **timed}, rounds)
     bytes_all, bytes_mlp, bytes_router = _bytes(model)
     rows = []
-    for name, theta in tqdm(sensitivities.items(), desc=f"Decoding, batch {len(tokens)}", leave=False):
-        row = paired(lambda: decode(dense), lambda theta=theta: decode(model, sensitivity=theta), rounds)
+    for name, theta in sensitivities.items():
         share, widest = _decode_shares(model, prompt, steps, theta)
         limit = (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all
-        rate = {"tokens_per_second": tokens.shape[0] * new_tokens / row["seconds"]}
-        rows.append(
-            {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(row, limit), **rate}
-        )
+        row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
+        rows.append({**row, "tokens_per_second": tokens.shape[0] * new_tokens / row["seconds"]})
     return rows
 
 
@@ -196,23 +276,49 @@ def bench_prefill(
     model: DynaMoEForCausalLM, tokens: torch.Tensor, sensitivities: dict[str, float], rounds: int = 7
 ) -> list[dict]:
     """One pass over token ids (B, S), logits of the last position only. The limit counts FLOPs, attention scores included."""
-    dense, rows = dense_prefix(model, 1.0), []
-    for name, theta in tqdm(sensitivities.items(), desc="Prefill", leave=False):
+    dense = dense_prefix(model, 1.0)
+    runs = {"dense": partial(dense, tokens, use_cache=False, logits_to_keep=1)}
+    for name, theta in sensitivities.items():
+        runs[name] = partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)
+    timed, rows = interleaved(runs, rounds), []
+    layers = model.model.layers
+    mlp = sum(p.numel() for layer in layers for n, p in layer.mlp.named_parameters() if not n.startswith("router"))
+    routers = sum(p.numel() for layer in layers for p in layer.mlp.router.parameters())
+    rest = sum(p.numel() for layer in layers for n, p in layer.named_parameters() if not n.startswith("mlp."))
+    rest += len(layers) * tokens.shape[1] * model.config.hidden_size  # q k and p v, causal, for each token
+    for name, theta in sensitivities.items():
         with model.routing(sensitivity=theta, records=[]) as routing:
             model.model(tokens, use_cache=False)
             share = _mean_share(model, routing.records)
-        row = paired(
-            lambda: dense(tokens, use_cache=False, logits_to_keep=1),
-            lambda theta=theta: model(tokens, use_cache=False, logits_to_keep=1, sensitivity=theta),
-            rounds,
-        )
-        layers = model.model.layers
-        mlp = sum(p.numel() for layer in layers for n, p in layer.mlp.named_parameters() if not n.startswith("router"))
-        router = sum(p.numel() for layer in layers for p in layer.mlp.router.parameters()) if theta < 1 else 0
-        rest = sum(p.numel() for layer in layers for n, p in layer.named_parameters() if not n.startswith("mlp."))
-        attention = len(layers) * tokens.shape[1] * model.config.hidden_size  # q k and p v, causal, for each token
-        limit = (share * mlp + router + rest + attention) / (mlp + rest + attention)
-        rows.append({"setting": name, "sensitivity": theta, "tokens": tokens.shape[1], "share": share, **_against(row, limit)})
+        limit = (share * mlp + (routers if theta < 1 else 0) + rest) / (mlp + rest)
+        row = {"setting": name, "sensitivity": theta, "tokens": tokens.shape[1], "share": share}
+        rows.append({**row, **_against(timed[name], limit)})
+    return rows
+
+
+@torch.no_grad()
+def bench_generate(
+    model: DynaMoEForCausalLM, tokens: torch.Tensor, sensitivities: dict[str, float], new_tokens: int = 32, rounds: int = 7
+) -> list[dict]:
+    """
+    `generate` end to end, greedy, equally many tokens on both sides, whose texts may differ: prompts (B, S). Also the memory
+    that it needs beyond the weights. The limit is that of decoding the model's own text; the prompt is left out of it.
+    """
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    dense = dense_prefix(model, 1.0)
+    runs = {"dense": partial(dense.generate, tokens, **options)}
+    for name, theta in sensitivities.items():
+        runs[name] = partial(model.generate, tokens, sensitivity=theta, **options)
+    timed, rows = interleaved(runs, rounds), []
+    bytes_all, bytes_mlp, bytes_router = _bytes(model)
+    for name, theta in sensitivities.items():
+        written = runs[name]()
+        steps = written[:, tokens.shape[1] : -1].split(1, dim=1)
+        share, widest = _decode_shares(model, tokens, steps, theta)
+        limit = (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all
+        row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
+        memory = {"dense_peak_bytes": peak_memory(runs["dense"]), "peak_bytes": peak_memory(runs[name])}
+        rows.append({**row, "tokens_per_second": len(tokens) * new_tokens / row["seconds"], **memory})
     return rows
 
 

@@ -180,11 +180,12 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("folder", help="calibrated model folder")
     c.add_argument("--budgets", type=numbers, metavar="A,B,..", help="marks of the dial (all calibrated ones)")
     c.add_argument("--threads", type=int, default=1, help="of torch (1: steady on a busy machine)")
-    c.add_argument("--rounds", type=int, default=7, help="counted rounds of each pair (7)")
-    c.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in each round (32)")
+    c.add_argument("--rounds", type=int, default=5, help="counted rounds, after one to warm up (5)")
+    c.add_argument("--new-tokens", type=int, default=16, help="tokens decoded in each round (16)")
     c.add_argument(
         "--shapes", nargs="+", default=("SmolLM2-135M", "Llama-3.2-1B"), metavar="NAME", help=f"MLPs: {', '.join(SHAPES)}"
     )
+    c.add_argument("--compile", action="store_true", help="also decode with torch.compile on both sides (minutes)")
     add_json(c)
 
     c = add("report", "Pictures: frontier, use of experts by layer, a text coloured by difficulty.",
@@ -294,6 +295,10 @@ def show_benchmark(record):
         show_time(f"decode, batch {row['batch']}, {row['setting']}", row)
     for row in record["prefill"]:
         show_time(f"prefill {row['tokens']}, {row['setting']}", row)
+    for row in record["generate"]:
+        show_time(f"generate, {row['setting']}", row)
+    for row in record.get("compiled", []):
+        show_time(f"decode, compiled, {row['setting']}", row)
 
 
 def show_time(what, row):

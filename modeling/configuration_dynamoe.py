@@ -2,7 +2,6 @@
 """Configuration of a DynaMoE model: the dense base's own config, unmodified, plus how its MLPs are nested and routed."""
 
 import copy
-import math
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -194,7 +193,7 @@ class DynaMoEConfig(PreTrainedConfig):
 
 def check_sensitivity(value):
     """Raise `ValueError` unless `value` is a number in (0, 1]."""
-    if not isinstance(value, (int, float)) or math.isnan(value) or not 0 < value <= 1:
+    if not isinstance(value, (int, float)) or not 0 < value <= 1:  # NaN fails the comparison
         raise ValueError(
             f"sensitivity must be in (0, 1], found {value!r}. 1 is the dense model; lower values let more tokens take "
             "smaller experts. To aim at a share of compute instead, use `set_budget`."

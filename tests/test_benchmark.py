@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_tokenizer
 from test_modeling import tiny_dynamoe
 
-from dynamoe_hf.benchmark import _bytes, bench_decode, bench_folder, bench_mlp, bench_prefill, paired
+from dynamoe_hf.benchmark import _bytes, bench_decode, bench_folder, bench_mlp, bench_prefill, interleaved, peak_memory
 from dynamoe_hf.folder import load_model
 
 
@@ -19,27 +19,55 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_ratio_is_the_median_of_pairs(monkeypatch):
-    clock = iter([0, 9, 0, 9, 0, 2, 0, 1, 0, 4, 0, 1, 0, 1, 0, 5])  # warm-up, then pairs 2:1, 4:1, 1:5
+def test_ratio_is_the_median_of_rounds(monkeypatch, tmp_path):
+    clock = iter([0, 9, 0, 9, 0, 2, 0, 1, 0, 4, 0, 1, 0, 1, 0, 5])  # warm-up, then rounds of 2:1, 4:1, 1:5
+    monkeypatch.setattr("dynamoe_hf.benchmark.RAPL", tmp_path)
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    row = paired(lambda: None, lambda: None, rounds=3)
+    row = interleaved({"dense": lambda: None, "ours": lambda: None}, rounds=3)["ours"]
     assert row["ratio"] == 0.5
     assert row["range"] == [0.25, 5]
+    assert "energy_ratio" not in row, "nothing counts energy here"
+
+
+def test_energy_where_the_processor_counts_it(monkeypatch, tmp_path):
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.parent.mkdir()
+    counter.write_text("1000")
+    monkeypatch.setattr("dynamoe_hf.benchmark.RAPL", tmp_path)
+
+    def use(energy):
+        return lambda: counter.write_text(str(int(counter.read_text()) + energy))
+
+    assert interleaved({"dense": use(40), "ours": use(30)}, rounds=2)["ours"]["energy_ratio"] == 0.75
+
+
+def test_peak_memory():
+    if peak_memory(lambda: None) is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    torch.ones(10)  # what torch loads at its first call is not the call's
+    small, large = (peak_memory(lambda size=size: torch.ones(size).sum()) for size in (2**18, 2**24))
+    assert large == pytest.approx(4 * 2**24, rel=0.1)
+    assert small < 2**22
 
 
 def test_a_folder(folder, monkeypatch):
     monkeypatch.setattr("dynamoe_hf.benchmark.TOKENS", (1, 4))
     monkeypatch.setattr("dynamoe_hf.benchmark.SHAPES", {"tiny": (32, 64)})
+    monkeypatch.setattr("dynamoe_hf.benchmark.COLD_BYTES", 2**16)
+    monkeypatch.setattr("dynamoe_hf.benchmark.BATCHES", (1, 8))
+    monkeypatch.setattr("dynamoe_hf.benchmark.PROMPTS", (32, 64))
     record = bench_folder(folder, rounds=1, new_tokens=4, shapes=["tiny"])
     assert json.loads((folder / "benchmark.json").read_text()) == record
     assert record["parity"]["largest_relative_difference"] < 1e-5
     assert [(row["setting"], row["batch"]) for row in record["decode"]] == [
         ("budget 0.6", 1), ("full width", 1), ("budget 0.6", 8), ("full width", 8)
     ]  # fmt: skip
-    for row in record["mlp"] + record["decode"] + record["prefill"]:
+    assert [row["tokens"] for row in record["prefill"]] == [32, 32, 64, 64]
+    assert all(row["peak_bytes"] is None or row["peak_bytes"] >= 0 for row in record["generate"])
+    for row in record["mlp"] + record["decode"] + record["prefill"] + record["generate"]:
         assert row["reached"] == pytest.approx(row["limit"] / row["ratio"])
         assert 0 < row["share"] <= 1
-    full = [row for row in record["decode"] + record["prefill"] if row["setting"] == "full width"]
+    full = [row for row in record["decode"] + record["prefill"] + record["generate"] if row["setting"] == "full width"]
     assert all(row["limit"] == 1 and row["share"] == 1 for row in full)
 
 
@@ -57,7 +85,25 @@ def test_limits(folder):
     assert prefill[0]["limit"] < prefill[1]["limit"] == 1
 
 
-def test_single_mlp_cases():
+def test_compiled_decoding(folder, monkeypatch):
+    """The same steps, both sides compiled whole, with static caches."""
+    backends, original = [], torch.compile
+
+    def compile(run, **options):
+        backends.append(options)
+        return original(run, backend="aot_eager", **options)
+
+    monkeypatch.setattr("torch.compile", compile)
+    torch._dynamo.reset()
+    rows = bench_decode(
+        load_model(folder), torch.randint(3, 128, (1, 20)), {"a": 0.4, "full": 1.0}, new_tokens=4, rounds=1, compile=True
+    )
+    assert [row["setting"] for row in rows] == ["a", "full"]
+    assert backends == [{"fullgraph": True}] * 3
+
+
+def test_single_mlp_cases(monkeypatch):
+    monkeypatch.setattr("dynamoe_hf.benchmark.COLD_BYTES", 2**16)
     rows = bench_mlp(32, 64, tokens=(1, 3), rounds=1)
     assert [(row["tokens"], row["case"]) for row in rows] == [(1, "forced")] * 3 + [(3, "mixed")]
     assert [row["limit"] for row in rows[:3]] == [0.25, 0.5, 0.75]
@@ -65,6 +111,6 @@ def test_single_mlp_cases():
 
 def test_nothing_is_timed_where_parity_fails(folder, monkeypatch):
     monkeypatch.setattr("dynamoe_hf.benchmark.dense_prefix", lambda model, width: tiny_dynamoe(seed=3))
-    monkeypatch.setattr("dynamoe_hf.benchmark.paired", lambda *args: pytest.fail("timed before parity"))
+    monkeypatch.setattr("dynamoe_hf.benchmark.interleaved", lambda *args: pytest.fail("timed before parity"))
     with pytest.raises(ValueError, match="does not equal its dense base"):
         bench_folder(folder)
