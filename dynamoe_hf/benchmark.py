@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import gc
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -106,16 +107,19 @@ def bench_folder(
 
 
 def machine(threads: int) -> dict:
-    """What a figure must be read with: processor, threads, versions, day."""
+    """What a figure must be read with: processor, threads, versions, day; `name` is for files, `amd-epyc_202611`."""
     processor = next(
         (line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")), platform.processor()
     )
+    today = datetime.date.today()
+    words = re.findall(r"[a-z0-9]+", processor.lower())
     return {
+        "name": f"{'-'.join(words[:2])}_{today:%Y%m}",
         "processor": processor,
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
+        "date": today.isoformat(),
     }
 
 

@@ -107,7 +107,7 @@ class TokenRouter(nn.Module):
             self.output.bias[-1] = 1.0  # untrained, it takes the full width, as sensitivity 1 does with the other router
 
     def forward(self, x):
-        logits = self.output(F.silu(self.input(x)))
+        logits = self.output(F.silu(self.input(x.to(self.input.weight.dtype))))
         if self.router_type == "argmax" or logits.shape[-1] == 0:
             return logits
         # diff with a plain router: each logit adds a positive step to the one before, so the profile rises.
@@ -130,7 +130,8 @@ class TokenRouter(nn.Module):
     def choose_one(self, x, sensitivity):
         """Expert of a single token, as an index: x of D numbers in all. Once a layer in decoding, so few and small steps."""
         first, second = self.input, self.output
-        steps = F.linear(F.silu(F.linear(x, first.weight, first.bias)), second.weight, second.bias).flatten().tolist()
+        hidden = F.silu(torch.addmv(first.bias, first.weight, x.flatten().to(first.weight.dtype)), inplace=True)
+        steps = torch.addmv(second.bias, second.weight, hidden).tolist()
         if self.router_type == "argmax":
             return steps.index(max(steps))
         threshold, logit = logit_of(float(sensitivity)), 0.0

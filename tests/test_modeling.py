@@ -229,6 +229,16 @@ def test_resize_token_embeddings(tied, token_ids):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
+def test_float16_keeps_float32_routers(token_ids, tmp_path):
+    tiny_dynamoe().save_pretrained(tmp_path)
+    model = DynaMoEForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {p.dtype for n, p in model.named_parameters() if ".router." in n} == {torch.float32}
+    for ids in (token_ids, token_ids[:1, :1]):
+        out = model(ids, sensitivity=0.5)
+        assert out.logits.dtype == torch.float16
+        assert out.logits.isfinite().all()
+
+
 def test_bfloat16(token_ids):
     model = tiny_dynamoe().to(torch.bfloat16)
     out = model(token_ids, sensitivity=0.5)
