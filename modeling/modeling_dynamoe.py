@@ -380,11 +380,12 @@ class NestedMLP(nn.Module):
         one_for_all = not isinstance(expert, torch.Tensor)
         prefixes = self.prefixes(x)
         if prefixes is None:
-            logger.warning_once(
-                "DynaMoE: the MLP projections are wrapped, offloaded, or quantised into something that cannot be sliced here, so "
-                "every neuron is computed and the unused ones are masked: the same numbers, no speed-up. Merging adapters "
-                "(`merge_and_unload`) or int8 weights with one scale for each row (`Int8WeightOnlyConfig` of torchao) bring it back."
-            )
+            if not torch.compiler.is_compiling():  # logging would break the graph
+                logger.warning_once(
+                    "DynaMoE: the MLP projections are wrapped, offloaded, or quantised into something that cannot be sliced, so "
+                    "every neuron is computed and the unused ones are masked: the same numbers, no speed-up. Merged adapters "
+                    "(`merge_and_unload`) and int8 weights of torchao (`Int8WeightOnlyConfig`) are sliced."
+                )
         elif one_for_all:
             return dense_mlp(x.flatten(0, 1), prefixes[expert]).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():

@@ -181,7 +181,7 @@ def test_compiled_equals_eager(token_ids):
     model = quantised()
     model.set_sensitivity(0.4)
     with torch.no_grad():
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_close("logits", compiled(token_ids).logits, model(token_ids).logits, atol=1e-4)
 
 
