@@ -190,13 +190,21 @@ def layout_of(mlp, name="mlp"):
     )
 
 
+def addresses(tensor):
+    """Where the numbers of a tensor are; of a class that wraps other tensors, where theirs are."""
+    if type(tensor) is nn.Parameter or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.data_ptr()]
+    return [place for name in tensor.__tensor_flatten__()[0] for place in addresses(getattr(tensor, name))]
+
+
 class NestedMLP(nn.Module):
     """
     The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
     names, so its checkpoint is the dense one plus `router.*`.
 
-    Plain linear layers are sliced, so that only the chosen prefix is computed. Where a projection is wrapped (LoRA,
-    quantised, offloaded), its module runs in full and the hidden activation is masked: the same numbers, no speed-up.
+    Linear layers are sliced, so that only the chosen prefix is computed; quantised ones too where their tensors can be.
+    Where a projection is wrapped (LoRA), offloaded, or quantised into something that does not slice, its module runs in full
+    and the hidden activation is masked: the same numbers, no speed-up.
     """
 
     def __init__(self, dense, config, layer, slot):
@@ -303,13 +311,13 @@ class NestedMLP(nn.Module):
 
     def prefixes(self, x):
         """
-        The `Projections` of each expert, as views, or None where a projection is wrapped, quantised, offloaded or elsewhere
-        than `x`. Kept between calls without gradients: making them anew costs as much as the router.
+        The `Projections` of each expert, as views, or None where a projection is wrapped, offloaded, elsewhere than `x`, or
+        quantised without slices. Kept between calls without gradients: making them anew costs as much as the router.
         """
         linears = [self._modules[name] for name in self.layout[:3] if name is not None]
         weights = [linear._parameters["weight"] if type(linear) is nn.Linear else None for linear in linears]
         if any(type(weight) is not nn.Parameter or weight.device != x.device for weight in weights):
-            return None
+            return self._quantised_prefixes(linears, weights, x)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._slice(linears)
         # The trap: moving or casting a module swaps the tensor inside its parameter, so identity is not enough.
@@ -317,6 +325,39 @@ class NestedMLP(nn.Module):
         if self._sliced[0] != places:
             self._sliced = places, self._slice(linears)
         return self._sliced[1]
+
+    def _quantised_prefixes(self, linears, weights, x):
+        """As `prefixes`, where a weight is a tensor of a quantiser's own class, such as torchao's int8 with a scale for each row."""
+        if any(weight is None or weight.device != x.device for weight in weights) or torch.compiler.is_compiling():
+            return None
+        places = [place for weight in weights for place in addresses(weight)]
+        if self._sliced[0] != places:
+            self._sliced = places, self._checked_slice(linears, x)
+        prefixes = self._sliced[1]
+        return self._slice(linears) if prefixes is not None and torch.is_grad_enabled() else prefixes
+
+    @torch.no_grad()
+    def _checked_slice(self, linears, x):
+        """
+        `_slice`, or None where the slices do not compute what the modules compute with a mask. A quantiser's tensors may not
+        slice at all, or not where a cut runs through a group with one scale, or may scale each input by its largest number.
+        """
+        x = torch.arange(self.down_linear.out_features, device=x.device).cos().to(x.dtype).view(1, 1, -1)
+        try:
+            prefixes, low = self._slice(linears), 0
+            hidden = self.hidden(x)
+            stairs = self.down_linear(torch.zeros_like(hidden))
+            for expert, high in enumerate(self.widths):
+                expected = self.down_linear(self._mask(hidden, torch.full((1, 1), expert, device=x.device)))
+                block, low = prefixes[-1].block(low, high), high
+                stairs = stairs + F.linear(block.hidden(x), block.down)
+                for y in (dense_mlp(x, prefixes[expert]), stairs):
+                    # Two roundings of a low precision, or the order of a sum in float32.
+                    if not (y - expected).norm() <= max(1e-5, 2 * torch.finfo(x.dtype).eps) * expected.norm():
+                        return None
+        except Exception:  # whatever a foreign tensor class raises where it cannot do this
+            return None
+        return prefixes
 
     def _slice(self, linears):
         *gate, up, down = linears
@@ -340,10 +381,12 @@ class NestedMLP(nn.Module):
         one_for_all = not isinstance(expert, torch.Tensor)
         prefixes = self.prefixes(x)
         if prefixes is None:
-            logger.warning_once(
-                "DynaMoE: the MLP projections are wrapped, quantised or offloaded, so every neuron is computed and the unused "
-                "ones are masked: the same numbers, no speed-up. Merging adapters (`merge_and_unload`) brings it back."
-            )
+            if not torch.compiler.is_compiling():  # logging would break the graph
+                logger.warning_once(
+                    "DynaMoE: the MLP projections are wrapped, offloaded, or quantised into something that cannot be sliced, so "
+                    "every neuron is computed and the unused ones are masked: the same numbers, no speed-up. Merged adapters "
+                    "(`merge_and_unload`) and int8 weights of torchao (`Int8WeightOnlyConfig`) are sliced."
+                )
         elif one_for_all:
             return dense_mlp(x.flatten(0, 1), prefixes[expert]).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():
@@ -395,8 +438,9 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     model_tags = ["dynamoe", "dynamic-moe", "conditional-computation"]
-    # Routers stay float32 in float16 models, and quantisers skip what is listed here.
-    _keep_in_fp32_modules = ["router"]
+    # Routers stay float32 in float16 models, and quantisers skip what is listed here. The trap: they match from the start of
+    # the full name, so that "router" alone would skip nothing.
+    _keep_in_fp32_modules = [".*router"]
 
     def __init__(self, config, dense=None):
         dense_class = dense_class_of(config.base_config)

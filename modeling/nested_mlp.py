@@ -73,7 +73,10 @@ def staircase_mlp(x_TD, expert_T, prefixes):
             hidden = block.hidden(x_TD[:rows])
             for row, stop in stops:
                 hidden[row:, stop - low :] = 0
-            y_TD[:rows].addmm_(hidden, block.down.t())
+            if type(block.down) is torch.Tensor:
+                y_TD[:rows].addmm_(hidden, block.down.t())
+            else:  # the tensors of quantisers know `linear` and little else
+                y_TD[:rows] += F.linear(hidden, block.down)
         low, rows, stops = high, going_on, []
     return torch.empty_like(y_TD).index_copy_(0, order_T, y_TD)
 
