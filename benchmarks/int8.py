@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--new-tokens", type=int, default=8, help="in each round")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8.json")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     dtype, int8 = getattr(torch, args.dtype), Int8WeightOnlyConfig()
@@ -66,7 +66,7 @@ def main():
         caches[name].crop(-args.new_tokens)  # as it was before, for the next round
         return seconds
 
-    # Shuffled: on a busy machine fixed orders gave bars from 0.78 to 0.97 where shuffled ones gave 1.01.
+    # Shuffled: who runs after whom matters on a busy machine, where a fixed order gave bars from 0.78 to 0.99.
     order = random.Random(0)
     rounds = [{n: decode(n) for n in order.sample(list(models), 4)} for _ in tqdm(range(args.rounds + 1), leave=False)][1:]
 
@@ -84,8 +84,8 @@ def main():
         print(f"{name}: {row['median']:.3f} ({row['range'][0]:.3f} to {row['range'][1]:.3f})")
     speed = {name: median(lambda s, name=name: len(steps) / s[name]) for name in models}
     about = machine(1) | {"torchao": torchao.__version__, "dtype": args.dtype, "rounds": args.rounds}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, {"machine": about, "parity": parity, "share": shares, "tokens per second": speed, **ratios})
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / f"int8_{about['name']}.json", {"machine": about, "parity": parity, "share": shares, "tokens per second": speed, **ratios})
 
 
 if __name__ == "__main__":
