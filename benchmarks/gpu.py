@@ -34,7 +34,9 @@ def nested_mlps(hidden_size, mlp_width, dtype):
     config = LlamaConfig(
         vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=COPIES, num_attention_heads=8
     )
-    model = DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config)).to("cuda", dtype).eval()
+    with torch.device("cuda"):
+        base = LlamaForCausalLM(config)
+    model = DynaMoEForCausalLM.from_dense(base).to("cuda", dtype).eval()
     model.set_mlp_implementation("triton")
     return [layer.mlp for layer in model.model.layers]
 
@@ -86,7 +88,7 @@ def paired(base, kernel, rounds):
 
 
 def measure(mlps, x, expert, rounds):
-    """Paired times of every mode. `expert` stays on the device, so the kernel does not know that it may be the same for all."""
+    """Paired times of every mode. `expert` stays on the device, so the kernel does not know whether it is the same for all."""
 
     def forward_dense():
         for mlp in mlps:
@@ -140,9 +142,7 @@ def main():
         for name, expert in routes.items():
             error = largest_error(mlps[0], x, expert)
             if not error < TOLERANCE[dtype]:
-                sys.exit(
-                    f"No parity, so nothing is timed: {tokens} tokens, {name}, largest error {error:.2g} of the largest output."
-                )
+                sys.exit(f"No parity, so nothing is timed: {tokens} tokens, {name}, error {error:.2g} of the largest output.")
             shares = torch.tensor(widths)[expert.cpu()] / args.shape[1]
             limit = (shares.max() if tokens <= MEMORY_BOUND else shares.mean()).item()
             for mode, row in measure(mlps, x, expert, args.rounds).items():

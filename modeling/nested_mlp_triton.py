@@ -6,7 +6,7 @@ Tokens are sorted by width on the device, widest first, so that neighbours share
 MLP; a tile that lies beyond its widest token returns at once. So no shape depends on the routes, and CUDA graphs can
 capture it all. Tokens of several widths in one tile are masked one by one: the numbers are exact for any widths.
 
-Shapes: T tokens, D hidden size, H MLP width, E experts. "row" is a token's place in the input, "place" its place after sorting.
+Shapes: T tokens, D hidden size, H MLP width, E experts. A token has a "row" in the input and a "place" after sorting.
 """
 
 from typing import NamedTuple
@@ -163,7 +163,7 @@ def _output_kernel(
     a_stride_h, a_stride_d, b_stride_h, b_stride_d, widths,
     BLOCK_T: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr, BLOCK_K: constexpr,
 ):  # fmt: skip
-    """out = a a_weight + b b_weight + bias over the neurons that a tile's widest token uses; sorted (T, H) -> (T, D) unsorted."""
+    """out = a a_weight + b b_weight + bias over the neurons that a tile's widest token uses: sorted (T, H) -> (T, D) as x."""
     tile_T, tile_D = _tile(tl.cdiv(T, BLOCK_T), tl.cdiv(D, BLOCK_D), 8)
     place, live, row, width = _tokens(order_ptr, expert_ptr, tile_T, T, widths, BLOCK_T)
     # The trap: what lies beyond the last tile of `_hidden_kernel` was never written. As a multiple of BLOCK_H the end
@@ -275,7 +275,7 @@ def _plan(x_TD, backward=False):
 
 
 def _options(tile, lines, x):
-    """Launch options: as many stages as shared memory holds, at most four. `lines` of `inner` numbers are read at each step."""
+    """Launch options: as many stages as shared memory holds, at most four. Each reads `lines` of `inner` numbers."""
     stages = (_shared_memory(x) - 2048) // (lines * tile.inner * x.element_size())
     return {"num_warps": tile.warps, "num_stages": max(1, min(4, stages))}
 
@@ -294,7 +294,8 @@ def _hidden(x_TD, grad_TD, expert_T, order_T, gate, gate_bias, up, up_bias, down
     _hidden_kernel[(triton.cdiv(T, plan.tokens) * triton.cdiv(H, tile.columns),)](
         x_TD, grad_TD, expert_T, order_T, gate, gate_bias, up, up_bias, down if backward else None,
         hidden_TH, gate_grad_TH, up_grad_TH, T, D, H,
-        *(gate.stride() if gated else (0, 0)), *up.stride(), *down.stride(), tuple(widths), ACT=ACTIVATIONS[act], BLOCK_T=plan.tokens, BLOCK_H=tile.columns, BLOCK_D=tile.inner,
+        *(gate.stride() if gated else (0, 0)), *up.stride(), *down.stride(), tuple(widths),
+        ACT=ACTIVATIONS[act], BLOCK_T=plan.tokens, BLOCK_H=tile.columns, BLOCK_D=tile.inner,
         **_options(tile, (1 + backward) * plan.tokens + (1 + gated + backward) * tile.columns, x_TD),
     )  # fmt: skip
     return hidden_TH, gate_grad_TH, up_grad_TH

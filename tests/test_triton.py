@@ -293,7 +293,7 @@ CALLS = {
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_for_real_chips(chip, tmp_path):
-    """At Mistral-7B's shape: within shared memory, hardly a register spilled, loads of 16 bytes, and a host that never waits."""
+    """At Mistral-7B's shape: within shared memory, hardly a register spilled, loads of 16 bytes; and the host never waits."""
     capability, shared = CHIPS[chip]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
