@@ -127,23 +127,40 @@ def test_activations_and_their_slopes(act):
     assert_close("gradient", *grads, atol=1e-3)
 
 
-def test_nothing_unwritten_or_beyond_the_prefix_is_read():
-    """Fresh memory holds NaN, and so does every neuron beyond the tile that the widest token ends in."""
-    mlp = tiny_mlp(intermediate_size=512, widths=(0.25, 0.4, 0.5, 1))
-    torch.manual_seed(0)
-    expert = torch.randint(3, (150,), device=DEVICE)
-    x = torch.randn(150, 72, device=DEVICE)
+@pytest.fixture
+def fresh_memory_holds_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert x.new_empty(3).isnan().all()
-        assert_equals_the_plain_loop(mlp, x, expert)
-        with torch.no_grad():
-            expected = mlp._run(x[None], expert[None])
-            mlp.gate_proj.weight[256:] = mlp.up_proj.weight[256:] = mlp.down_proj.weight[:, 256:] = float("nan")
-            assert_close("poisoned", mlp._run(x[None], expert[None]), expected)
-            assert torch.isnan(mlp._run(x[None], expert[None] + 1)).any(), "the poison is there"
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tokens", [7, 150])
+def test_nothing_unwritten_or_beyond_the_prefix_is_read(tokens, fresh_memory_holds_nan):
+    """Every neuron beyond the tile that the widest token ends in is poisoned as well."""
+    mlp = tiny_mlp(intermediate_size=512, widths=(0.25, 0.4, 1))
+    torch.manual_seed(0)
+    x, expert = torch.randn(tokens, 72, device=DEVICE), torch.randint(2, (tokens,), device=DEVICE)
+    assert x.new_empty(3).isnan().all()
+    assert_equals_the_plain_loop(mlp, x, expert)
+    with torch.no_grad():
+        expected = mlp._run(x[None], expert[None])
+        mlp.gate_proj.weight[256:] = mlp.up_proj.weight[256:] = mlp.down_proj.weight[:, 256:] = float("nan")
+        assert_close("poisoned", mlp._run(x[None], expert[None]), expected)
+        assert torch.isnan(mlp._run(x[None], expert[None] + 1)).any(), "the poison is there"
+
+
+def test_tiles_beyond_their_widest_token_do_nothing(fresh_memory_holds_nan):
+    mlp = tiny_mlp(intermediate_size=512, widths=(0.25, 0.4, 1))
+    expert = torch.tensor([0, 1, 2] * 64, device=DEVICE)
+    x = torch.randn(len(expert), 72, device=DEVICE)
+    *weights, _ = mlp.prefixes(x)[-1]
+    plan, order = kernels._plan(x), kernels._order(expert)
+    hidden, _, _ = kernels._hidden(x, None, expert, order, *weights[:5], "silu", mlp.widths, plan)
+    assert plan.tokens == plan.hidden.columns == 64
+    for tile, width in enumerate((512, 256, 128)):  # whole tiles of neurons
+        rows = hidden[tile * 64 : tile * 64 + 64]
+        assert torch.isfinite(rows[:, :width]).all()
+        assert torch.isnan(rows[:, width:]).all(), f"tile {tile} computed more than {width} neurons"
 
 
 def test_inputs_with_strides():
