@@ -27,8 +27,12 @@ test-slow: install  ## tests that take minutes or build a wheel
 	$(PIP) lm-eval build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
 
+test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, and compiled for real chips
+	$(PIP) triton
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/test_triton.py
+
 test-gpu: install  ## tests that need an accelerator
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "gpu or triton"
 
 check: install  ## lint and format, as CI does
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ style: install  ## fix what can be fixed
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-gpu check style clean
+.PHONY: help install demo test test-slow test-triton test-gpu check style clean

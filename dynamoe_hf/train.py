@@ -114,7 +114,7 @@ class DynaMoETrainer(Trainer):
         self.teacher = None
         if args.kd_loss_coef and args.teacher == "frozen" and args.train_parts in ("mlp", "all"):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
-        self._metrics: dict[str, list[torch.Tensor]] = {}
+        self._parts: dict[str, list[torch.Tensor]] = {}
         super().__init__(model=model, args=args, **kwargs)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
@@ -238,7 +238,7 @@ class DynaMoETrainer(Trainer):
         metrics = {**losses, "mean_width": shares / tokens, "router_accuracy": agreement / tokens}
         metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used)}
         for name, value in metrics.items():
-            self._metrics.setdefault(name, []).append(value.detach())
+            self._parts.setdefault(name, []).append(value.detach())
 
     def _save_checkpoint(self, model, trial):
         """As the base class, and a model card: a run that stops here can still be published truthfully."""
@@ -249,12 +249,12 @@ class DynaMoETrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
-        if "loss" in logs and self._metrics:
+        if "loss" in logs and self._parts:
             steps = self.args.gradient_accumulation_steps
-            for name, values in self._metrics.items():
+            for name, values in self._parts.items():
                 mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
                 logs[name] = round(mean * steps if name.endswith("_loss") else mean, 6)
-            self._metrics.clear()
+            self._parts.clear()
         super().log(logs, start_time)
 
 
@@ -495,7 +495,7 @@ def train_model(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, adam_beta2=0.95,
             warmup_steps=min(10, steps // 10), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
-            bf16=bf16, gradient_checkpointing=gradient_checkpointing, save_steps=save_steps, save_total_limit=2,
+            bf16=bf16, **({"gradient_checkpointing": True} if gradient_checkpointing else {}), save_steps=save_steps, save_total_limit=2,
             logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
             teacher=teacher, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
             logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,

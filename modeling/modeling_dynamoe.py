@@ -28,11 +28,13 @@ from transformers.utils import logging
 
 from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
 from .nested_mlp import Projections, dense_mlp, label_of, routed_mlp, routed_mlp_op, similarity_profile
+from .nested_mlp_triton import TRITON, runs_triton, triton_mlp
 
 
 logger = logging.get_logger(__name__)
 
 ROUTES = ("router", "label", "random")
+MLP_IMPLEMENTATIONS = ("torch", "triton")
 
 
 @dataclass
@@ -80,6 +82,7 @@ class RoutingSlot:
     """The routing in force, shared by all layers of a model: decoder layers hand nothing but hidden states to their MLP."""
 
     current: Routing = field(default_factory=Routing)
+    mlp_implementation: str = "torch"
 
 
 class TokenRouter(nn.Module):
@@ -130,8 +133,8 @@ class TokenRouter(nn.Module):
     def choose_one(self, x, sensitivity):
         """Expert of a single token, as an index: x of D numbers in all. Once a layer in decoding, so few and small steps."""
         first, second = self.input, self.output
-        hidden = F.silu(torch.addmv(first.bias, first.weight, x.flatten().to(first.weight.dtype)), inplace=True)
-        steps = torch.addmv(second.bias, second.weight, hidden).tolist()
+        hidden = F.silu(F.linear(x.flatten(0, 1).to(first.weight.dtype), first.weight, first.bias))
+        steps = F.linear(hidden, second.weight, second.bias).flatten().tolist()
         if self.router_type == "argmax":
             return steps.index(max(steps))
         threshold, logit = logit_of(float(sensitivity)), 0.0
@@ -249,7 +252,8 @@ class NestedMLP(nn.Module):
                 forced = full
             if forced == full:
                 return self._drop(self.down_linear(self.hidden(x)))
-            if forced is None and x.shape[0] * x.shape[1] == 1 and not self.training and not torch.compiler.is_compiling():
+            one = x.shape[0] * x.shape[1] == 1 and not self._on_device(x)
+            if forced is None and one and not self.training and not torch.compiler.is_compiling():
                 forced = self.router.choose_one(x, sensitivity)
             if forced is not None:
                 return self._drop(self._run(x, forced))
@@ -389,6 +393,8 @@ class NestedMLP(nn.Module):
                 )
         elif one_for_all:
             return dense_mlp(x.flatten(0, 1), prefixes[expert]).view_as(x)
+        elif self._on_device(x) and type(prefixes[-1].down) is torch.Tensor:  # not a quantiser's own class
+            return triton_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.act_name, self.widths).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():
             return routed_mlp(x.flatten(0, 1), expert.flatten(), prefixes).view_as(x)
         elif not self.training and self.act_name is not None:
@@ -398,6 +404,9 @@ class NestedMLP(nn.Module):
         if one_for_all:
             expert = torch.full(x.shape[:2], expert, device=x.device)
         return self.down_linear(self._mask(self.hidden(x), expert))
+
+    def _on_device(self, x):
+        return self.slot.mlp_implementation == "triton" and runs_triton(x, self.act_name)
 
     def _mask(self, hidden, expert):
         """Zero the neurons beyond each token's expert: (B, S, H), (B, S) -> (B, S, H)."""
@@ -668,6 +677,22 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """Set the dial by mean share of MLP width, within the budgets that `dynamoe calibrate` wrote. 1 is the dense model."""
         self._refuse_fixed_router()
         self.config.sensitivity, self.config.force_expert = self.config.sensitivity_of(budget), None
+
+    def set_mlp_implementation(self, name):
+        """
+        `"torch"`, or `"triton"` for a kernel whose routes never leave the GPU, in forward and backward: nothing waits for the
+        device, and CUDA graphs can capture it. It needs an NVIDIA GPU (Ampere or newer); elsewhere, and for wrapped or
+        quantised MLPs, torch goes on. It is not the default, and is not saved, until its speed has been measured.
+        """
+        if name not in MLP_IMPLEMENTATIONS:
+            raise ValueError(
+                f"The MLP implementation is unknown: found {name!r}. Choose one of {', '.join(MLP_IMPLEMENTATIONS)}."
+            )
+        if name == "triton" and not TRITON:
+            raise ImportError(
+                "The Triton kernel needs Triton 3.3 or newer: none is installed. Install torch for CUDA, or `triton`."
+            )
+        self.slot.mlp_implementation = name
 
     def _refuse_fixed_router(self):
         if self.config.router_type == "argmax":

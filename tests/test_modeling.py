@@ -302,6 +302,21 @@ def test_deepcopy_is_independent(token_ids):
     assert_close("copy", other(token_ids, sensitivity=1.0).logits, model(token_ids).logits)
 
 
+def test_mlp_implementation_falls_back_to_torch(monkeypatch, token_ids):
+    """The kernel is chosen by hand and used where it can run: tests/test_triton.py has it run."""
+    model = tiny_dynamoe()
+    expected = model(token_ids, sensitivity=0.4).logits
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, "TRITON", False)
+    with pytest.raises(ImportError, match=r"needs Triton 3\.3"):
+        model.set_mlp_implementation("triton")
+    with pytest.raises(ValueError, match="found 'cuda'.*torch, triton"):
+        model.set_mlp_implementation("cuda")
+    monkeypatch.setattr(module, "TRITON", True)
+    model.set_mlp_implementation("triton")
+    assert torch.equal(model(token_ids, sensitivity=0.4).logits, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu` where there is one")
 def test_gpu_equals_cpu(token_ids):
