@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 From a dense model to a dynamic one in six calls, on a CPU, without a download: a tiny random Llama stands in for a real base.
 
