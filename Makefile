@@ -27,6 +27,10 @@ test-slow: install  ## tests that take minutes or build a wheel
 	$(PIP) lm-eval build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
 
+test-space: install  ## the Space in a headless browser: needs chromium, and DYNAMOE_MODEL=FOLDER of a trained model
+	$(PIP) playwright
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests/test_space.py
+
 test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, and compiled for real chips
 	$(PIP) triton
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/test_triton.py
@@ -45,4 +49,4 @@ style: install  ## fix what can be fixed
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-triton test-gpu check style clean
+.PHONY: help install demo test test-slow test-space test-triton test-gpu check style clean

@@ -85,7 +85,10 @@ def main():
     speed = {name: median(lambda s, name=name: len(steps) / s[name]) for name in models}
     about = machine(1) | {"torchao": torchao.__version__, "dtype": args.dtype, "rounds": args.rounds}
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"int8_{about['name']}.json", {"machine": about, "parity": parity, "share": shares, "tokens per second": speed, **ratios})
+    write_json(
+        args.out / f"int8_{about['name']}.json",
+        {"machine": about, "parity": parity, "share": shares, "tokens per second": speed, **ratios},
+    )
 
 
 if __name__ == "__main__":
