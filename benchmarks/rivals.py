@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,14 +121,10 @@ def perplexity(run, blocks):
 
 
 def decoding(run, tokens, new_tokens):
+    """The steps of decoding a given text, as `interleaved` takes them."""
     cache = run(tokens[:, :-new_tokens], use_cache=True, logits_to_keep=1).past_key_values
-
-    def decode():
-        for step in tokens[:, -new_tokens:].split(1, dim=1):
-            run(step, past_key_values=cache, use_cache=True)
-        cache.crop(-new_tokens)
-
-    return decode
+    steps = [partial(run, step, past_key_values=cache, use_cache=True) for step in tokens[:, -new_tokens:].split(1, dim=1)]
+    return [*steps, partial(cache.crop, -new_tokens)]
 
 
 @torch.no_grad()
@@ -167,7 +164,7 @@ def main():
     cases = {
         "decode, batch 1": lambda run: decoding(run, token_blocks(documents_for("held-out"), tokenizer, 96, 96), 24),
         "decode, batch 8": lambda run: decoding(run, token_blocks(documents_for("held-out"), tokenizer, 96, 8 * 96), 16),
-        "prefill 512": lambda run: lambda: run(blocks[:1], use_cache=False, logits_to_keep=1),
+        "prefill 512": lambda run: [partial(run, blocks[:1], use_cache=False, logits_to_keep=1)],
     }
     rows = {name: {"share": share, "gives_up": loss} for name, (_, share, loss) in contenders.items()}
     for case, prepare in tqdm(cases.items(), desc="Timing"):

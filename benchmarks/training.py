@@ -66,7 +66,7 @@ def main():
     for side in (dense, model):
         side.requires_grad_(True)
     runs = {name: partial(step, name) for name in losses}
-    rows = interleaved(runs, args.rounds)
+    rows = interleaved({name: [run] for name, run in runs.items()}, args.rounds)
     memory = {name: peak_memory(run) for name, run in runs.items()}
     for name, row in rows.items():
         row["peak_bytes"], row["dense_peak_bytes"] = memory[name], memory["dense"]

@@ -128,12 +128,15 @@ def _cpu_info():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict]:
+def interleaved(runs: dict[str, Sequence[Callable[[], None]]], rounds: int) -> dict[str, dict]:
     """
-    Run all in turn, `rounds` times after one to warm up. For each but the first: the median of its time over the first's, round
-    by round, the range of that, the median `seconds` and those of the first, and the ratio of energy where it is counted.
+    Run all in turn, `rounds` times after one to warm up. A run is a list of steps, equally many for all, which take turns one by
+    one: what disturbs the machine for longer than a step then slows every run.
+
+    For each run but the first: the median of its time over the first's, round by round, the range of that, the median `seconds`
+    and those of the first, and the ratio of energy where it is counted.
     """
-    measured = [{name: _measured(run) for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    measured = [_round(runs) for _ in range(rounds + 1)][1:]
     first, *others = runs
     rows = {}
     for name in others:
@@ -149,12 +152,16 @@ def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, d
     return rows
 
 
-def _measured(run):
-    """Seconds, and microjoules where the processor counts them."""
-    energy, start = _microjoules(), time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    return seconds, None if energy is None else _microjoules() - energy
+def _round(runs):
+    """Seconds of each run, and microjoules where the processor counts them."""
+    totals = {name: [0.0, 0] for name in runs}
+    for steps in zip(*runs.values(), strict=True):
+        for total, step in zip(totals.values(), steps):
+            energy, start = _microjoules(), time.perf_counter()
+            step()
+            total[0] += time.perf_counter() - start
+            total[1] += 0 if energy is None else _microjoules() - energy
+    return totals
 
 
 def _microjoules():
@@ -214,7 +221,7 @@ def bench_mlp(
             for mlp in mlps:
                 mlp._run(x, expert)
 
-        row = _against(interleaved({"dense": dense, "nested": nested}, rounds)["nested"], share)
+        row = _against(interleaved({"dense": [dense], "nested": [nested]}, rounds)["nested"], share)
         rows.append({"shape": name or f"{hidden_size}x{mlp_width}", "tokens": x.shape[1], "case": case, "share": share, **row})
 
     one = torch.randn(1, 1, hidden_size, generator=generator)
@@ -251,17 +258,19 @@ def bench_decode(
         cache = side(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         step_of = torch.compile(partial(side, **options), fullgraph=True) if compile else partial(side, **options)
 
-        def decode():
-            for position, step in enumerate(steps, start):
-                places = {"position_ids": torch.tensor([[position]])} if compile else {}
-                step_of(step, past_key_values=cache, use_cache=True, **places)
-            if compile:  # back to where the prompt ends, as it was before
+        timed_steps = []
+        for position, step in enumerate(steps, start):
+            places = {"position_ids": torch.tensor([[position]])} if compile else {}
+            timed_steps.append(partial(step_of, step, past_key_values=cache, use_cache=True, **places))
+
+        def back():  # to where the prompt ends
+            if compile:
                 for layer in cache.layers:
                     layer.cumulative_length.fill_(start)
             else:
                 cache.crop(-new_tokens)
 
-        return decode
+        return [*timed_steps, back]
 
     timed = {name: decoder(model, sensitivity=theta) for name, theta in sensitivities.items()}
     timed = interleaved({"dense": decoder(dense), **timed}, rounds)
@@ -281,9 +290,9 @@ def bench_prefill(
 ) -> list[dict]:
     """One pass over token ids (B, S), logits of the last position only. The limit counts FLOPs, attention scores included."""
     dense = dense_prefix(model, 1.0)
-    runs = {"dense": partial(dense, tokens, use_cache=False, logits_to_keep=1)}
+    runs = {"dense": [partial(dense, tokens, use_cache=False, logits_to_keep=1)]}
     for name, theta in sensitivities.items():
-        runs[name] = partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)
+        runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
     timed, rows = interleaved(runs, rounds), []
     layers = model.model.layers
     mlp = sum(p.numel() for layer in layers for n, p in layer.mlp.named_parameters() if not n.startswith("router"))
@@ -313,7 +322,7 @@ def bench_generate(
     runs = {"dense": partial(dense.generate, tokens, **options)}
     for name, theta in sensitivities.items():
         runs[name] = partial(model.generate, tokens, sensitivity=theta, **options)
-    timed, rows = interleaved(runs, rounds), []
+    timed, rows = interleaved({name: [run] for name, run in runs.items()}, rounds), []
     bytes_all, bytes_mlp, bytes_router = _bytes(model)
     for name, theta in sensitivities.items():
         written = runs[name]()

@@ -88,6 +88,21 @@ def routed_mlp(x_TD, expert_T, prefixes):
     return staircase_mlp(x_TD, expert_T, prefixes)
 
 
+def branch_mlp(x_TD, expert_T, weights, widths):
+    """One token, for compilers: a branch of the graph for each expert, so that nothing leaves compiled code. (1, D), (1,) int."""
+    if len(widths) == 1:
+        return dense_mlp(x_TD, weights.block(0, widths[0]))
+    middle = len(widths) // 2
+
+    def narrow(x_TD, expert_T):
+        return branch_mlp(x_TD, expert_T, weights, widths[:middle])
+
+    def wide(x_TD, expert_T):
+        return branch_mlp(x_TD, expert_T - middle, weights, widths[middle:])
+
+    return torch.cond(expert_T < middle, narrow, wide, (x_TD, expert_T))
+
+
 @torch.library.custom_op("dynamoe::routed_mlp", mutates_args=())
 def routed_mlp_op(
     x_TD: torch.Tensor,
@@ -103,7 +118,9 @@ def routed_mlp_op(
 ) -> torch.Tensor:
     """`routed_mlp` as one node of a compiled graph: what it computes depends on numbers that a compiler does not have."""
     weights = Projections(gate, gate_bias, up, up_bias, down, down_bias, _activation(act))
-    return routed_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
+    if len(expert_T) == 1:  # once a layer in decoding: no more slices than this one needs
+        return dense_mlp(x_TD, weights.block(0, widths[expert_T.item()]))
+    return staircase_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
 
 
 @routed_mlp_op.register_fake

@@ -23,10 +23,17 @@ def test_ratio_is_the_median_of_rounds(monkeypatch, tmp_path):
     clock = iter([0, 9, 0, 9, 0, 2, 0, 1, 0, 4, 0, 1, 0, 1, 0, 5])  # warm-up, then rounds of 2:1, 4:1, 1:5
     monkeypatch.setattr("dynamoe_hf.benchmark.RAPL", tmp_path)
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    row = interleaved({"dense": lambda: None, "ours": lambda: None}, rounds=3)["ours"]
+    row = interleaved({"dense": [lambda: None], "ours": [lambda: None]}, rounds=3)["ours"]
     assert row["ratio"] == 0.5
     assert row["range"] == [0.25, 5]
     assert "energy_ratio" not in row, "nothing counts energy here"
+
+
+def test_runs_take_turns_step_by_step():
+    order = []
+    runs = {name: [lambda step=f"{name}{index}": order.append(step) for index in range(2)] for name in "ab"}
+    interleaved(runs, rounds=1)
+    assert order == ["a0", "b0", "a1", "b1"] * 2
 
 
 def test_energy_where_the_processor_counts_it(monkeypatch, tmp_path):
@@ -38,7 +45,7 @@ def test_energy_where_the_processor_counts_it(monkeypatch, tmp_path):
     def use(energy):
         return lambda: counter.write_text(str(int(counter.read_text()) + energy))
 
-    assert interleaved({"dense": use(40), "ours": use(30)}, rounds=2)["ours"]["energy_ratio"] == 0.75
+    assert interleaved({"dense": [use(40)], "ours": [use(30)]}, rounds=2)["ours"]["energy_ratio"] == 0.75
 
 
 def test_peak_memory():
