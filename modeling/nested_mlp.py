@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden size, H MLP width, E experts. Expert e is the first `
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,9 @@ from transformers.activations import ACT2FN
 
 # A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
 # tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
-SMALLEST_BLOCK = 600_000
+SMALLEST_BLOCK = 2_500_000
+FEW = 16  # tokens that are counted on the host
+ROWS = 4  # products of few rows are fastest in multiples of this: three rows take longer than four
 
 
 class Projections(NamedTuple):
@@ -52,33 +54,68 @@ def staircase_mlp(x_TD, expert_T, prefixes):
     Tokens are sorted by expert, largest first; the block of neurons between two widths then serves a prefix of the
     sorted tokens. So there are at most E dense products, each weight is read at most once, and nothing is padded.
     """
-    counts = torch.bincount(expert_T, minlength=len(prefixes)).tolist()
-    rows = going_on = len(expert_T)
-    if max(counts) == rows:
-        return dense_mlp(x_TD, prefixes[counts.index(rows)])
+    # Few tokens are counted on the host: each call costs as much as a token or two.
+    if len(expert_T) <= FEW:
+        taken = expert_T.tolist()
+        counts = [taken.count(expert) for expert in range(len(prefixes))]
+    else:
+        counts = torch.bincount(expert_T, minlength=len(prefixes)).tolist()
+    widest = max(expert for expert, count in enumerate(counts) if count)
+    if counts[widest] == len(expert_T):
+        return dense_mlp(x_TD, prefixes[widest])
+    stairs = _stairs(counts, prefixes)
+    if len(stairs) == 1:
+        return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
     order_T = torch.argsort(expert_T, descending=True, stable=True)
     x_TD, weights = x_TD[order_T], prefixes[-1]
     y_TD = torch.zeros_like(x_TD) if weights.down_bias is None else weights.down_bias.expand_as(x_TD).clone()
-    low, stops = 0, []
+    for rows, low, high, stops in stairs:
+        block = weights.block(low, high)
+        hidden = block.hidden(x_TD[:rows])
+        for row, stop in stops:
+            hidden[row:, stop - low :] = 0
+        if type(block.down) is torch.Tensor:
+            y_TD[:rows].addmm_(hidden, block.down.t())
+        else:  # the tensors of quantisers know `linear` and little else
+            y_TD[:rows] += F.linear(hidden, block.down)
+    return torch.empty_like(y_TD).index_copy_(0, order_T, y_TD)
+
+
+def _stairs(counts, prefixes):
+    """
+    The blocks worth a product of their own: how many of the sorted tokens it serves, its neurons from and to, and where tokens
+    stop inside it, as (first row that has stopped, neuron). `counts` are the tokens of each expert.
+    """
+    tokens = rows = going_on = sum(counts)
+    hidden_size, low, stops, stairs = prefixes[-1].up.shape[1], 0, [], []
     for count, prefix in zip(counts, prefixes):
         if count == 0:  # nobody stops at this width, so the next block takes its neurons along
             continue
         high = prefix.down.shape[1]
         going_on -= count
-        if going_on and count * (high - low) * x_TD.shape[1] < SMALLEST_BLOCK:
+        following = min(tokens, -(-going_on // ROWS) * ROWS)
+        if going_on and (rows - following) * (high - low) * hidden_size < SMALLEST_BLOCK:
             stops.append((going_on, high))
             continue
         if high > low:
-            block = weights.block(low, high)
-            hidden = block.hidden(x_TD[:rows])
-            for row, stop in stops:
-                hidden[row:, stop - low :] = 0
-            if type(block.down) is torch.Tensor:
-                y_TD[:rows].addmm_(hidden, block.down.t())
-            else:  # the tensors of quantisers know `linear` and little else
-                y_TD[:rows] += F.linear(hidden, block.down)
-        low, rows, stops = high, going_on, []
-    return torch.empty_like(y_TD).index_copy_(0, order_T, y_TD)
+            stairs.append((rows, low, high, stops))
+        # Who runs along into the next block has stopped at its first neuron.
+        low, rows, stops = high, following, [(going_on, high)] if following > going_on else []
+    return stairs
+
+
+def _masked_mlp(x_TD, expert_T, prefixes):
+    """As `staircase_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
+    widths = tuple(prefix.down.shape[1] for prefix in prefixes)
+    hidden = prefixes[-1].hidden(x_TD)
+    hidden.masked_fill_(_beyond(widths, x_TD.device)[expert_T], 0)
+    return F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)
+
+
+@lru_cache(maxsize=64)
+def _beyond(widths, device):
+    """Which neurons lie beyond each expert: (E, H) bool. The same for all layers of a model, so it stays in the processor's cache."""
+    return torch.arange(widths[-1], device=device) >= torch.tensor(widths, device=device)[:, None]
 
 
 def routed_mlp(x_TD, expert_T, prefixes):
