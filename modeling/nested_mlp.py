@@ -72,6 +72,8 @@ def staircase_mlp(x_TD, expert_T, prefixes):
     for rows, low, high, stops in stairs:
         block = weights.block(low, high)
         hidden = block.hidden(x_TD[:rows])
+        if stops and hidden.requires_grad:
+            hidden = hidden.clone()  # some activations, such as relu, need their own output in backward
         for row, stop in stops:
             hidden[row:, stop - low :] = 0
         if type(block.down) is torch.Tensor:
@@ -107,8 +109,7 @@ def _stairs(counts, prefixes):
 def _masked_mlp(x_TD, expert_T, prefixes):
     """As `staircase_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
     widths = tuple(prefix.down.shape[1] for prefix in prefixes)
-    hidden = prefixes[-1].hidden(x_TD)
-    hidden.masked_fill_(_beyond(widths, x_TD.device)[expert_T], 0)
+    hidden = prefixes[-1].hidden(x_TD).masked_fill(_beyond(widths, x_TD.device)[expert_T], 0)
     return F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)
 
 

@@ -10,6 +10,7 @@ from reference import assert_close, nested_mlp
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
+from dynamoe_hf.modeling import nested_mlp as nested_mlp_module
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
@@ -47,11 +48,15 @@ def test_full_width_equals_dense(family, tied, token_ids):
     assert expected[0].std() > 1e-3, "the tiny model is degenerate, so this test would prove nothing"
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2"])
+@pytest.mark.parametrize("smallest_block", [0, 5000, 10**9], ids=["a block each", "some merged", "one block"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2", "relu"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1], [1]], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
-def test_mlp_equals_the_plain_loop(family, widths, tokens):
-    mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
+def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monkeypatch):
+    monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
+    # relu needs its own output in backward, which must not be masked in place
+    family, settings = ("starcoder2", {"hidden_act": "relu"}) if family == "relu" else (family, {})
+    mlp = tiny_dynamoe(family, expert_widths=widths, dense_settings=settings).model.layers[1].mlp
     torch.manual_seed(tokens)
     x = torch.randn(1, tokens, 32)
     experts = {"mixed": torch.randint(len(widths), (tokens,)), "smallest": torch.zeros(tokens, dtype=torch.long)}
