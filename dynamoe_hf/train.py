@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .card import render_card
 from .data import documents_for, iterate_blocks, text_names, token_blocks
-from .folder import TRAINING, carry_records, load_model, load_tokenizer, new_folder, refuse_existing, write_json
+from .folder import CONVERSION, TRAINING, carry_records, load_model, load_tokenizer, new_folder, refuse_existing, write_json
 from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
 from .modeling.nested_mlp import label_of
 
@@ -241,10 +241,13 @@ class DynaMoETrainer(Trainer):
             self._parts.setdefault(name, []).append(value.detach())
 
     def _save_checkpoint(self, model, trial):
-        """As the base class, and a model card: a run that stops here can still be published truthfully."""
+        """As the base class, with its conversion's record and a model card: a run that stops here can be published truthfully."""
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero() and (folder / "config.json").is_file():  # a LoRA checkpoint is an adapter alone
+            conversion = Path(self.core.name_or_path) / CONVERSION
+            if conversion.is_file():
+                shutil.copy(conversion, folder)
             render_card(folder, local_files_only=True).save(folder / "README.md")
 
     def log(self, logs, start_time=None):

@@ -253,6 +253,8 @@ def test_every_checkpoint_is_a_model_folder(converted, text_file, tmp_path, monk
     assert checkpoints
     for checkpoint in checkpoints:
         assert (checkpoint / "modeling_dynamoe.py").exists()
+        assert (checkpoint / "conversion.json").read_text() == (converted / "conversion.json").read_text()
+        assert "Conversion: no record" not in (checkpoint / "README.md").read_text()
         assert load_model(checkpoint)(torch.tensor([[5, 6, 7]]), sensitivity=0.5).logits.isfinite().all()
 
 
