@@ -128,7 +128,7 @@ def _cpu_info():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def interleaved(runs: dict[str, Sequence[Callable[[], None]]], rounds: int) -> dict[str, dict]:
+def interleaved(runs: dict[str, Sequence[Callable[[], None]]], rounds: int, what: str = "Timing") -> dict[str, dict]:
     """
     Run all in turn, `rounds` times after one to warm up. A run is a list of steps, equally many for all, which take turns one by
     one: what disturbs the machine for longer than a step then slows every run.
@@ -136,7 +136,7 @@ def interleaved(runs: dict[str, Sequence[Callable[[], None]]], rounds: int) -> d
     For each run but the first: the median of its time over the first's, round by round, the range of that, the median `seconds`
     and those of the first, and the ratio of energy where it is counted.
     """
-    measured = [_round(runs) for _ in range(rounds + 1)][1:]
+    measured = [_round(runs) for _ in tqdm(range(rounds + 1), desc=what, leave=False)][1:]
     first, *others = runs
     rows = {}
     for name in others:
@@ -221,13 +221,15 @@ def bench_mlp(
             for mlp in mlps:
                 mlp._run(x, expert)
 
-        row = _against(interleaved({"dense": [dense], "nested": [nested]}, rounds)["nested"], share)
+        row = _against(
+            interleaved({"dense": [dense], "nested": [nested]}, rounds, f"MLP {name}, {x.shape[1]} tokens")["nested"], share
+        )
         rows.append({"shape": name or f"{hidden_size}x{mlp_width}", "tokens": x.shape[1], "case": case, "share": share, **row})
 
     one = torch.randn(1, 1, hidden_size, generator=generator)
     for index, width in enumerate(widths[:-1]):
         measure(one, index, width / mlp_width, "forced")
-    for count in tqdm([count for count in tokens or TOKENS if count > 1], desc=f"MLP {name}", leave=False):
+    for count in [count for count in tokens or TOKENS if count > 1]:
         x = torch.randn(1, count, hidden_size, generator=generator)
         expert = torch.randint(len(widths), (1, count), generator=generator)
         share = torch.tensor(widths)[expert].float().mean().item() / mlp_width
@@ -273,7 +275,7 @@ def bench_decode(
         return [*timed_steps, back]
 
     timed = {name: decoder(model, sensitivity=theta) for name, theta in sensitivities.items()}
-    timed = interleaved({"dense": decoder(dense), **timed}, rounds)
+    timed = interleaved({"dense": decoder(dense), **timed}, rounds, f"Decoding, batch {len(tokens)}")
     bytes_all, bytes_mlp, bytes_router = _bytes(model)
     rows = []
     for name, theta in sensitivities.items():
@@ -293,7 +295,7 @@ def bench_prefill(
     runs = {"dense": [partial(dense, tokens, use_cache=False, logits_to_keep=1)]}
     for name, theta in sensitivities.items():
         runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
-    timed, rows = interleaved(runs, rounds), []
+    timed, rows = interleaved(runs, rounds, f"Prefill of {tokens.shape[1]}"), []
     layers = model.model.layers
     mlp = sum(p.numel() for layer in layers for n, p in layer.mlp.named_parameters() if not n.startswith("router"))
     routers = sum(p.numel() for layer in layers for p in layer.mlp.router.parameters())
@@ -322,7 +324,7 @@ def bench_generate(
     runs = {"dense": partial(dense.generate, tokens, **options)}
     for name, theta in sensitivities.items():
         runs[name] = partial(model.generate, tokens, sensitivity=theta, **options)
-    timed, rows = interleaved({name: [run] for name, run in runs.items()}, rounds), []
+    timed, rows = interleaved({name: [run] for name, run in runs.items()}, rounds, "Generating"), []
     bytes_all, bytes_mlp, bytes_router = _bytes(model)
     for name, theta in sensitivities.items():
         written = runs[name]()
