@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
-from .nested_mlp import Projections, branch_mlp, dense_mlp, label_of, routed_mlp, routed_mlp_op, similarity_profile
+from .nested_mlp import FEW, Projections, branch_mlp, dense_mlp, label_of, routed_mlp, routed_mlp_op, similarity_profile
 from .nested_mlp_triton import TRITON, runs_triton, triton_mlp
 
 
@@ -130,25 +130,31 @@ class TokenRouter(nn.Module):
             threshold = logit_of(sensitivity)
         return (logits.float() < threshold).sum(-1)
 
-    def choose_one(self, x, sensitivity):
-        """Expert of a single token, as an index: x of D numbers in all. Once a layer in decoding, so few and small steps."""
+    def choose_few(self, x, sensitivity):
+        """Experts of a few tokens, as a list: (B, S, D). Once a layer in decoding, so in few and small steps, and on the host."""
         first, second = self.input, self.output
         hidden = F.silu(F.linear(x.flatten(0, 1).to(first.weight.dtype), first.weight, first.bias))
-        steps = F.linear(hidden, second.weight, second.bias).flatten().tolist()
+        rows = F.linear(hidden, second.weight, second.bias).tolist()
         if self.router_type == "argmax":
-            return steps.index(max(steps))
-        threshold, logit = logit_of(float(sensitivity)), 0.0
-        for expert, step in enumerate(steps):
-            logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
-            if logit >= threshold:
-                return expert
-        return len(steps)
+            return [row.index(max(row)) for row in rows]
+        threshold = logit_of(float(sensitivity))
+        return [_first_to_reach(threshold, row) for row in rows]
 
     def loss(self, logits, profile, label):
         """Binary cross-entropy for each token, (B, S): against the profile, or the one-hot label for the argmax router."""
         target = F.one_hot(label, profile.shape[-1]) if self.router_type == "argmax" else profile[..., :-1].clamp(0, 1)
         loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
         return loss.mean(-1) if loss.shape[-1] else loss.sum(-1)
+
+
+def _first_to_reach(threshold, steps):
+    """The first expert whose logit, the sum of the steps up to it, reaches the threshold; steps after the first as softplus."""
+    logit = 0.0
+    for expert, step in enumerate(steps):
+        logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))
+        if logit >= threshold:
+            return expert
+    return len(steps)
 
 
 def logit_of(sensitivity):
@@ -252,9 +258,13 @@ class NestedMLP(nn.Module):
                 forced = full
             if forced == full:
                 return self._drop(self.down_linear(self.hidden(x)))
-            one = x.shape[0] * x.shape[1] == 1 and not self._on_device(x)
-            if forced is None and one and not self.training and not torch.compiler.is_compiling():
-                forced = self.router.choose_one(x, sensitivity)
+            one_dial = x.shape[0] == 1 or not isinstance(sensitivity, torch.Tensor)
+            few = x.shape[0] * x.shape[1] <= FEW and one_dial and not self._on_device(x)
+            if forced is None and few and not self.training and not torch.compiler.is_compiling():
+                experts = self.router.choose_few(x, sensitivity)
+                if len(set(experts)) > 1:
+                    return self._drop(self._run(x, torch.tensor(experts, device=x.device).view(x.shape[:2])))
+                forced = experts[0]
             if forced is not None:
                 return self._drop(self._run(x, forced))
 

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 # A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
 # tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
 SMALLEST_BLOCK = 2_500_000
-FEW = 16  # tokens that are counted on the host
+FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
 ROWS = 4  # products of few rows are fastest in multiples of this: three rows take longer than four
 
 
@@ -54,7 +54,6 @@ def staircase_mlp(x_TD, expert_T, prefixes):
     Tokens are sorted by expert, largest first; the block of neurons between two widths then serves a prefix of the
     sorted tokens. So there are at most E dense products, each weight is read at most once, and nothing is padded.
     """
-    # Few tokens are counted on the host: each call costs as much as a token or two.
     if len(expert_T) <= FEW:
         taken = expert_T.tolist()
         counts = [taken.count(expert) for expert in range(len(prefixes))]

@@ -107,6 +107,18 @@ def test_sensitivity_is_a_dial(token_ids):
     assert widths[0] < widths[-1] == 2 * 3, widths
 
 
+@pytest.mark.parametrize("router_type", ["profile", "argmax"])
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_few_tokens_are_routed_as_many(router_type, experts):
+    widths = [(index + 1) / experts for index in range(experts)]
+    router = tiny_dynamoe(router_type=router_type, expert_widths=widths).model.layers[0].mlp.router
+    x = torch.randn(3, 5, 32)
+    for sensitivity in (0.05, 0.3, 0.5, 0.7, 0.95, 1.0):
+        chosen = router.choose(router(x), sensitivity)
+        assert router.choose_few(x, sensitivity) == chosen.flatten().tolist()
+        assert router.choose_few(x[1:2], torch.tensor([sensitivity])) == chosen[1].tolist()
+
+
 def test_sensitivity_for_each_sequence(token_ids):
     model = tiny_dynamoe()
     both = model(token_ids, sensitivity=torch.tensor([0.1, 0.8])).logits

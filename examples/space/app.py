@@ -123,15 +123,16 @@ class Engine:
             self._listen(layer.mlp.router)
 
     def _listen(self, router):
-        # `output_router_logits` tells the experts too, but leaves the CPU's fast path for one token: the clock would charge the
+        # `output_router_logits` tells the experts too, but leaves the fast path for few tokens: the clock would charge the
         # dynamic side a tenth for its colours.
-        choose = router.choose_one
+        choose = router.choose_few
 
         def keep(x, sensitivity):
-            self.taken.append(choose(x, sensitivity))
-            return self.taken[-1]
+            experts = choose(x, sensitivity)
+            self.taken.append(experts[-1])
+            return experts
 
-        router.choose_one = keep
+        router.choose_few = keep
 
     @torch.no_grad()
     def run(self, ids, score=False, **options):
