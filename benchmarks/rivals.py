@@ -17,7 +17,6 @@ Writes benchmarks/results/rivals_<processor>_<yyyymm>.{json,md}.
 import argparse
 import copy
 import json
-import math
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from dynamoe_hf.benchmark import interleaved, machine
 from dynamoe_hf.convert import dense_prefix, prove_parity
 from dynamoe_hf.data import documents_for, token_blocks
+from dynamoe_hf.evaluate import block_nll
 from dynamoe_hf.folder import load_model, load_tokenizer
 from dynamoe_hf.label import expert_shares
 
@@ -111,15 +111,6 @@ def shared_and_routed(dense, blocks):
     return loop, grouped
 
 
-@torch.no_grad()
-def perplexity(run, blocks):
-    total = 0.0
-    for block in blocks:
-        logits = run(block[None], use_cache=False).logits[0, :-1].float()
-        total += nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
-    return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
-
-
 def decoding(run, tokens, new_tokens):
     """The steps of decoding a given text, as `interleaved` takes them."""
     cache = run(tokens[:, :-new_tokens], use_cache=True, logits_to_keep=1).past_key_values
@@ -148,6 +139,8 @@ def main():
     def dynamoe(*inputs, **options):
         return model(*inputs, sensitivity=theta, **options)
 
+    dynamoe.device = model.device
+
     with model.routing(sensitivity=theta, records=[]) as routing:
         model.model(blocks[:4], use_cache=False)
         taken = [share[record.expert] for share, record in zip(expert_shares(model), routing.records)]
@@ -171,9 +164,9 @@ def main():
         timed = interleaved({name: prepare(run) for name, (run, _, _) in contenders.items()}, args.rounds)
         for name, row in timed.items():
             rows[name][case] = row
-    reference = perplexity(dense, blocks)
+    reference = block_nll(dense, blocks, 1).mean().exp().item()
     for name, (run, _, _) in tqdm(contenders.items(), desc="Perplexity"):
-        rows[name]["perplexity_to_dense"] = perplexity(run, blocks) / reference
+        rows[name]["perplexity_to_dense"] = block_nll(run, blocks, 1).mean().exp().item() / reference
 
     record = {
         "machine": machine(args.threads),

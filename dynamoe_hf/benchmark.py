@@ -276,11 +276,10 @@ def bench_decode(
 
     timed = {name: decoder(model, sensitivity=theta) for name, theta in sensitivities.items()}
     timed = interleaved({"dense": decoder(dense), **timed}, rounds, f"Decoding, batch {len(tokens)}")
-    bytes_all, bytes_mlp, bytes_router = _bytes(model)
     rows = []
     for name, theta in sensitivities.items():
         share, widest = _decode_shares(model, prompt, steps, theta)
-        limit = (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all
+        limit = _decode_limit(model, widest, theta)
         row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
         rows.append({**row, "tokens_per_second": tokens.shape[0] * new_tokens / row["seconds"]})
     return rows
@@ -325,16 +324,22 @@ def bench_generate(
     for name, theta in sensitivities.items():
         runs[name] = partial(model.generate, tokens, sensitivity=theta, **options)
     timed, rows = interleaved({name: [run] for name, run in runs.items()}, rounds, "Generating"), []
-    bytes_all, bytes_mlp, bytes_router = _bytes(model)
+    dense_peak = peak_memory(runs["dense"])
     for name, theta in sensitivities.items():
         written = runs[name]()
         steps = written[:, tokens.shape[1] : -1].split(1, dim=1)
         share, widest = _decode_shares(model, tokens, steps, theta)
-        limit = (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all
+        limit = _decode_limit(model, widest, theta)
         row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
-        memory = {"dense_peak_bytes": peak_memory(runs["dense"]), "peak_bytes": peak_memory(runs[name])}
+        memory = {"dense_peak_bytes": dense_peak, "peak_bytes": peak_memory(runs[name])}
         rows.append({**row, "tokens_per_second": len(tokens) * new_tokens / row["seconds"], **memory})
     return rows
+
+
+def _decode_limit(model, widest, theta):
+    """Bytes that a step reads with MLPs of the share `widest`, over those of the dense model."""
+    bytes_all, bytes_mlp, bytes_router = _bytes(model)
+    return (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all
 
 
 def _bytes(model):
