@@ -170,7 +170,7 @@ def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtyp
 
 def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[list[float], list[float]]:
     """
-    Weights of the loss-weighted similarity and the range of sensitivities to train on, from calibration blocks.
+    Weights of the loss-weighted similarities and the range of sensitivities to train on, from calibration blocks.
 
     c_l is measured (`label.error_weights`) and all of them multiplied by one factor that puts the dial's middle,
     sensitivity 0.5, at a mean share of 75%. The range is that of the sensitivities which span `TRAINING_SHARES`.
@@ -179,7 +179,7 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
     model.config.error_weights = weights
     profiles, shares = similarity_profiles(model, blocks), expert_shares(model)
     theta = sensitivity_for(profiles, shares, max(0.75, mean_share(profiles, shares, 0.0)))
-    if model.config.similarity == "loss_weighted" and 0 < theta < 1:
+    if model.config.similarity in ("loss_weighted", "loss_gain") and 0 < theta < 1:
         # 1 / (1 + c err) = theta  <=>  1 / (1 + c err theta / (1 - theta)) = 1/2
         factor = theta / (1 - theta)
         weights = [factor * weight for weight in weights]

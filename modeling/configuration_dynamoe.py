@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 # Raised when a folder written today could not be read rightly by yesterday's code. Old versions keep loading.
 FORMAT_VERSION = 1
 
-SIMILARITIES = ("loss_weighted", "projection", "cosine", "relative_error")
+SIMILARITIES = ("loss_weighted", "loss_gain", "projection", "cosine", "relative_error")
 ROUTER_TYPES = ("profile", "argmax")
 
 
@@ -30,6 +30,8 @@ class DynaMoEConfig(PreTrainedConfig):
             `"projection"` <O_e, O> / <O, O>, `"cosine"`, `"relative_error"` 1 - |O - O_e| / |O|, and
             `"loss_weighted"` 1 / (1 + c_l |O - O_e|^2), where c_l (`error_weights[l]`) is the mean squared gradient of the
             LM loss at the output of layer l's MLP, so that one threshold means the same harm in every layer.
+            `"loss_gain"` 1 / (1 + c_l max_{f > e} (|O - O_e|^2 - |O - O_f|^2) / (w_f - w_e)) also asks what a wider expert
+            f costs (w: shares of the width): the label has the least c_l |O - O_e|^2 + lambda w_e, lambda = 1 / theta - 1.
         error_weights (`list[float]`, *optional*): c_l, one for each layer. Measured by `dynamoe convert`.
         router_type (`str`, defaults to `"profile"`):
             `"profile"`: the router predicts s_0 .. s_{E-2}, so that sensitivity is a dial after training.

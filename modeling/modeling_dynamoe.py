@@ -320,7 +320,7 @@ class NestedMLP(nn.Module):
         output = output.flatten(0, 1)
         tail_ETD = torch.stack(tails[::-1]).flatten(1, 2) if tails else output.new_zeros(0, *output.shape)
         error_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0
-        profile = similarity_profile(output, tail_ETD, self.config.similarity, error_weight)
+        profile = similarity_profile(output, tail_ETD, self.config.similarity, error_weight, self.widths)
         return profile.view(*hidden.shape[:2], -1)
 
     def prefixes(self, x):

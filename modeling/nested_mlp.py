@@ -170,7 +170,7 @@ def _activation(name):
     return ACT2FN[name]
 
 
-def similarity_profile(output_TD, tail_ETD, similarity, error_weight=None):
+def similarity_profile(output_TD, tail_ETD, similarity, error_weight=None, widths=None):
     """
     How close each expert's output comes to the full one: (T, D), (E-1, T, D) -> (T, E), float32, rising, last column 1.
 
@@ -182,6 +182,8 @@ def similarity_profile(output_TD, tail_ETD, similarity, error_weight=None):
     energy_T = output_TD.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     if similarity == "loss_weighted":
         profile_ET = 1 / (1 + error_weight * tail_ETD.square().sum(-1))
+    elif similarity == "loss_gain":
+        profile_ET = 1 / (1 + error_weight * best_gain(tail_ETD.square().sum(-1), widths))
     elif similarity == "relative_error":
         profile_ET = 1 - (tail_ETD.square().sum(-1) / energy_T).sqrt()
     else:
@@ -195,6 +197,22 @@ def similarity_profile(output_TD, tail_ETD, similarity, error_weight=None):
             profile_ET = inner_ET / energy_T
     profile_ET = profile_ET.clamp(max=1).cummax(0).values
     return torch.cat([profile_ET, torch.ones_like(energy_T)[None]]).t()
+
+
+def best_gain(error_ET, widths):
+    """
+    What the best wider expert takes off the error, for each unit of width it adds: (E-1, T) errors of all but the last, whose
+    error is none, and E widths of any unit -> (E-1, T), per full width.
+
+    The smallest expert that no wider one beats by more than lambda a width is the one with the least error + lambda * width,
+    so a threshold on this minimises the sum of errors at a mean width (the lower convex hull of the points (width, error)).
+    """
+    error_ET, full = F.pad(error_ET, (0, 0, 0, 1)), widths[-1]
+    gains = [error_ET[:0]]
+    for index, width in enumerate(widths[:-1]):
+        added = torch.tensor([(other - width) / full for other in widths[index + 1 :]], device=error_ET.device)
+        gains.append(((error_ET[index] - error_ET[index + 1 :]) / added[:, None]).max(0, keepdim=True).values)
+    return torch.cat(gains).clamp_min(0)
 
 
 def label_of(profile_TE, sensitivity):

@@ -32,7 +32,14 @@ def similarity(mlp, x, expert, name, error_weight=1.0):
         return (output @ full) / (output.norm() * full.norm())
     if name == "relative_error":
         return 1 - (full - output).norm() / full.norm()
-    return 1 / (1 + error_weight * (full - output).square().sum())
+    error = (full - output).square().sum()
+    if name == "loss_gain":
+        gains = [torch.zeros(())]
+        for wider in range(expert + 1, len(mlp.widths)):
+            gain = error - (full - expert_output(mlp, x, wider)).square().sum()
+            gains.append(gain * mlp.widths[-1] / (mlp.widths[wider] - mlp.widths[expert]))
+        error = max(gains)
+    return 1 / (1 + error_weight * error)
 
 
 def label(mlp, x, sensitivity, name, error_weight=1.0):

@@ -57,6 +57,24 @@ def test_labels_equal_the_plain_loop(name, sensitivity, inputs):
     assert torch.equal(each[1], difficulty_labels(mlp, inputs, 0.3)[1])
 
 
+@pytest.mark.parametrize("price", [0.5, 1.0, 2.0])
+def test_loss_gain_takes_the_least_error_and_cost(price, inputs):
+    """The threshold on the best gain is the argmin over all experts, found here by trying them."""
+    widths = [0, 0.1, 0.25, 0.6, 1]
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(), expert_widths=widths, similarity="loss_gain", error_weights=[1.0, 1.0])
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        full = mlp(inputs)
+        errors = torch.stack([(full - reference.expert_output(mlp, inputs, e)).square().sum(-1) for e in range(len(widths))])
+    price = price * errors[0].mean().item()  # so that some tokens pay for width and some do not
+    shares = expert_shares(model)[0].view(-1, 1, 1)
+    cheapest = (errors + price * shares).argmin(0)
+    assert cheapest.unique().numel() > 1
+    # By 1 / (1 + gain) >= theta, in float32, where gains are far below one.
+    mlp.config.error_weights = [1 / price, 1 / price]
+    assert torch.equal(difficulty_labels(mlp, inputs, 0.5), cheapest)
+
+
 def test_labels_rise_with_sensitivity(inputs):
     mlp = DynaMoEForCausalLM.from_dense(tiny_dense(), error_weights=[0.3, 0.02]).model.layers[0].mlp
     labels = torch.stack([difficulty_labels(mlp, inputs, theta) for theta in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)])
