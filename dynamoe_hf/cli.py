@@ -15,7 +15,7 @@ from .folder import inspect_folder
 from .generate import generate_text
 from .publish import publish_model
 from .report import report_folder
-from .train import train_model
+from .train import TRAINED_PARTS, train_model
 
 
 DESCRIPTION = """\
@@ -72,7 +72,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--importance", default="taylor", metavar="NAME", help="order of the neurons: taylor, activation, normalised"
     )
     c.add_argument(
-        "--similarity", default="loss_weighted", metavar="NAME", help="loss_weighted, projection, cosine, relative_error"
+        "--similarity",
+        default="loss_weighted",
+        metavar="NAME",
+        help="loss_weighted, loss_gain, projection, cosine, relative_error",
     )
     c.add_argument(
         "--router-type", default="profile", choices=("profile", "argmax"), help="profile has a dial; argmax is the paper's"
@@ -96,7 +99,10 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--column", default="text", help="its text column (text)")
     c.add_argument("--max-tokens", type=int, default=100_000, help="tokens to train on (100000)")
     c.add_argument(
-        "--train", default="mlp", choices=("routers", "mlp", "all", "lora"), help="what is trained (mlp: routers and MLPs)"
+        "--train",
+        default="mlp",
+        choices=TRAINED_PARTS,
+        help="what is trained (mlp: routers and MLPs); layers: not the embeddings",
     )
     c.add_argument(
         "--route", default="label", choices=("label", "router", "random"), help="expert of each token in training (label)"

@@ -28,7 +28,7 @@ from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, me
 from .modeling.nested_mlp import label_of
 
 
-TRAINED_PARTS = ("routers", "mlp", "all", "lora")
+TRAINED_PARTS = ("routers", "mlp", "layers", "all", "lora")
 TEACHERS = ("frozen", "self", "none")
 # Positions whose logits are in memory at a time: 100 MB each of logits and of their gradient for 49,152 tokens in float32.
 LOGIT_ROWS = 512
@@ -47,7 +47,8 @@ class DynaMoETrainingArguments(TrainingArguments):
     > Parameters that control what is trained
 
     train_parts (`str`, defaults to `"mlp"`):
-        `"routers"`, `"mlp"` (routers and MLPs), `"all"`, or `"lora"` (what the PEFT model has made trainable).
+        `"routers"`, `"mlp"` (routers and MLPs), `"layers"` (all but embeddings and head), `"all"`, or `"lora"` (what the PEFT
+        model has made trainable).
     teacher (`str`, defaults to `"frozen"`):
         Whose full-width logits are distilled: `"frozen"`, the model as it was when training began (a second copy in memory
         where MLPs are trained; none with LoRA or routers), `"self"`, the weights of the moment, or `"none"`.
@@ -112,7 +113,7 @@ class DynaMoETrainer(Trainer):
         self.core = core
         choose_trainable(core, args.train_parts)
         self.teacher = None
-        if args.kd_loss_coef and args.teacher == "frozen" and args.train_parts in ("mlp", "all"):
+        if args.kd_loss_coef and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
         self._parts: dict[str, list[torch.Tensor]] = {}
         super().__init__(model=model, args=args, **kwargs)
@@ -262,11 +263,18 @@ class DynaMoETrainer(Trainer):
 
 
 def choose_trainable(model: DynaMoEForCausalLM, parts: str) -> None:
-    """Set `requires_grad` of every parameter for `parts`: routers, mlp (routers and MLPs), all; lora leaves them as PEFT set them."""
+    """Set `requires_grad` of every parameter for one of `TRAINED_PARTS`; lora leaves them as PEFT set them."""
     if parts == "lora":
         return
+    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parts == "all" or ".mlp." in name and (parts == "mlp" or ".router." in name))
+        trained = {
+            "routers": ".mlp.router." in name,
+            "mlp": ".mlp." in name,
+            "layers": id(parameter) not in outer,
+            "all": True,
+        }
+        parameter.requires_grad_(trained[parts])
 
 
 def lora_config(rank: int = 16, alpha: int = 32, **settings):
@@ -312,7 +320,7 @@ def fit_routers(
         inputs, profiles, thetas = _collect(model, layers[start : start + group], blocks)
         for layer, x, profile in zip(layers[start : start + group], inputs, profiles):
             router = layer.mlp.router
-            _fit(router, x[:-held_out], profile[:-held_out], thetas[:-held_out], steps, batch_size, learning_rate)
+            fit_router(router, x[:-held_out], profile[:-held_out], thetas[:-held_out], steps, batch_size, learning_rate)
             with torch.no_grad():
                 label = label_of(profile[-held_out:], thetas[-held_out:])
                 logits = router(x[-held_out:].to(router.input.weight.dtype))
@@ -355,7 +363,7 @@ def _collect(model, layers, blocks):
     return [torch.cat(kept) for kept in inputs], [torch.cat(kept) for kept in profiles], torch.cat(thetas)
 
 
-def _fit(router, x, profile, thetas, steps, batch_size, learning_rate):
+def fit_router(router, x, profile, thetas, steps, batch_size, learning_rate):
     """Train one router from nothing, its first layer scaled to the size of what it reads."""
     dtype = router.input.weight.dtype
     router.float().requires_grad_()
@@ -452,7 +460,7 @@ def train_model(
         text: text files; by default the training split of Python's own documentation topics.
         dataset, column: or a dataset id (streamed) and the name of its text column.
         max_tokens: tokens to train on; shorter texts are repeated.
-        train: what is trained: routers, mlp (routers and MLPs), all, or lora.
+        train: what is trained: routers, mlp (routers and MLPs), layers (all but embeddings and head), all, or lora.
         route, teacher, ..._coef, logit_fraction: see `DynaMoETrainingArguments`.
         router_tokens: after the training, routers are fitted anew on the first so many of its tokens (`fit_routers`), and with
             `route="router"` before it too; 0 leaves them as the training made them. With `train="routers"` the fit, on

@@ -50,13 +50,14 @@ def train(model, folder, trainer_class=DynaMoETrainer, examples=None, **settings
     return trainer
 
 
-@pytest.mark.parametrize("parts", ["routers", "mlp", "all"])
+@pytest.mark.parametrize("parts", ["routers", "mlp", "layers", "all"])
 def test_exactly_the_chosen_parts_move(parts, tmp_path):
     model = tiny_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     train(model, tmp_path, train_parts=parts, lm_loss_coef=0.2, max_steps=3)
     for name, parameter in model.named_parameters():
         meant = parts == "all" or ".router." in name or parts == "mlp" and ".mlp." in name
+        meant |= parts == "layers" and "embed_tokens" not in name and "lm_head" not in name
         moved = not torch.equal(before[name], parameter)
         assert moved == meant, f"{name} {'moved' if moved else 'did not move'} with train_parts={parts!r}"
 
