@@ -34,27 +34,30 @@ from dynamoe_hf.folder import load_model, load_tokenizer
 from dynamoe_hf.label import expert_shares
 
 
-GROUPS, SHARED, ROUTED, TOP_K = 8, 2, 6, 2  # eighths of the width: two shared, six routed, two of which are taken
+GROUPS, SHARED, TOP_K = 8, 2, 2  # eighths of the width: two shared, six routed, two of which are taken
 ACTIVE = 10  # neurons that count as active for a token
 
 
 class SharedAndRouted(nn.Module):
-    """One MLP as shared and routed experts: (B, S, D) -> (B, S, D). `hidden_TH` is what the neurons do on calibration text."""
+    """
+    One MLP as shared and routed experts: (B, S, D) -> (B, S, D). `hidden_TH` is what the neurons do on calibration text; of
+    `groups` equal parts, `shared` serve all tokens, and each token takes `top_k` (may be set anew) of the rest.
+    """
 
-    def __init__(self, mlp, hidden_TH):
+    def __init__(self, mlp, hidden_TH, groups=GROUPS, shared=SHARED, top_k=TOP_K):
         super().__init__()
-        size = hidden_TH.shape[1] // GROUPS
+        size, routed, self.top_k = hidden_TH.shape[1] // groups, groups - shared, top_k
         active_TH = torch.zeros_like(hidden_TH).scatter_(1, hidden_TH.abs().topk(ACTIVE, dim=1).indices, 1)
         by_rate_H = active_TH.mean(0).argsort(descending=True, stable=True)
-        shared, rest = by_rate_H[: SHARED * size], by_rate_H[SHARED * size :]
-        members_EI, typical_E = balanced_clusters(active_TH[:, rest].t(), ROUTED)
+        shared, rest = by_rate_H[: shared * size], by_rate_H[shared * size :]
+        members_EI, typical_E = balanced_clusters(active_TH[:, rest].t(), routed)
         routed_EI, typical_E = rest[members_EI], rest[typical_E]
         gate, up, down = mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data
         self.act = mlp.act_fn
         self.shared = [gate[shared], up[shared], down[:, shared].contiguous()]
         self.router = [gate[typical_E], up[typical_E]]
         config = MixtralConfig(
-            hidden_size=gate.shape[1], intermediate_size=size, num_local_experts=ROUTED, num_experts_per_tok=TOP_K
+            hidden_size=gate.shape[1], intermediate_size=size, num_local_experts=routed, num_experts_per_tok=top_k
         )
         config._experts_implementation = "eager"
         self.experts = MixtralExperts(config).requires_grad_(False)
@@ -67,7 +70,7 @@ class SharedAndRouted(nn.Module):
         y_TD = nn.functional.linear(self.act(nn.functional.linear(x_TD, gate)) * nn.functional.linear(x_TD, up), down)
         gate, up = self.router
         score_TE = (self.act(nn.functional.linear(x_TD, gate)) * nn.functional.linear(x_TD, up)).abs()
-        index_TK = score_TE.topk(TOP_K).indices
+        index_TK = score_TE.topk(self.top_k).indices
         return (y_TD + self.experts(x_TD, index_TK, torch.ones_like(index_TK, dtype=x.dtype))).view_as(x)
 
 
@@ -91,8 +94,8 @@ def balanced_clusters(rows_NF, count, rounds=10):
 
 
 @torch.no_grad()
-def shared_and_routed(dense, blocks):
-    """The dense model with every MLP as shared and routed experts, in the loop and in `grouped_mm`."""
+def shared_and_routed(dense, blocks, **division):
+    """The dense model with every MLP as shared and routed experts, in transformers' loop over experts."""
     hidden = [[] for _ in dense.model.layers]
     hooks = [
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0].flatten(0, 1)))
@@ -104,11 +107,8 @@ def shared_and_routed(dense, blocks):
         hook.remove()
     loop = copy.deepcopy(dense)
     for layer, kept in zip(tqdm(loop.model.layers, desc="Shared + routed experts", leave=False), hidden):
-        layer.mlp = SharedAndRouted(layer.mlp, torch.cat(kept))
-    grouped = copy.deepcopy(loop)
-    for layer in grouped.model.layers:
-        layer.mlp.experts.config._experts_implementation = "grouped_mm"
-    return loop, grouped
+        layer.mlp = SharedAndRouted(layer.mlp, torch.cat(kept), **division)
+    return loop
 
 
 def decoding(run, tokens, new_tokens):
@@ -145,7 +145,10 @@ def main():
         model.model(blocks[:4], use_cache=False)
         taken = [share[record.expert] for share, record in zip(expert_shares(model), routing.records)]
     share = torch.stack(taken).mean().item()
-    loop, grouped = shared_and_routed(dense, token_blocks(documents_for("calibration"), tokenizer, 512, 4096))
+    loop = shared_and_routed(dense, token_blocks(documents_for("calibration"), tokenizer, 512, 4096))
+    grouped = copy.deepcopy(loop)
+    for layer in grouped.model.layers:
+        layer.mlp.experts.config._experts_implementation = "grouped_mm"
     fixed = (SHARED + TOP_K) / GROUPS
     contenders = {  # name: (what runs, its share of MLP width by its own definition, what it gives up)
         "dense": (dense, 1.0, ""),

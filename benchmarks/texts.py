@@ -57,7 +57,11 @@ def pod_text(source: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    write_texts(parser.parse_args().out)
+
+
+def write_texts(out: Path):
+    """One text file for each of `PACKAGES`."""
     out.mkdir(parents=True, exist_ok=True)
     for package, pattern in PACKAGES.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -54,9 +54,9 @@ def calibrate_budgets(
                 "full width 1. Choose budgets between."
             )
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, max_tokens)
-    found, run = {}, _run(model, blocks, shares, 0.5, batch_size)
+    found, run = {}, run_routers(model, blocks, shares, 0.5, batch_size)
     for budget in tqdm(budgets, desc="Calibrating", leave=False):
-        (sensitivity, reached), run = _solve(model, blocks, shares, budget, run, batch_size)
+        (sensitivity, reached), run = solve_budget(model, blocks, shares, budget, run, batch_size)
         if abs(reached - budget) > TOLERANCE:
             raise ValueError(
                 f"budget={budget:g} cannot be reached: the nearest mean share is {reached:.3f}, at sensitivity {sensitivity:.4f}. "
@@ -77,7 +77,7 @@ def calibrate_budgets(
     return record
 
 
-def _solve(model, blocks, shares, budget, run, batch_size, rounds=5):
+def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5):
     """The sensitivity nearest to `budget` and the mean share it reaches, starting from an earlier run; and the last run."""
     best = (2.0, 1.0, 1.0)
     for _ in range(rounds):
@@ -87,7 +87,7 @@ def _solve(model, blocks, shares, budget, run, batch_size, rounds=5):
             middle = (low + high) / 2
             low, high = (middle, high) if _share(run[1], shares, middle) < budget else (low, middle)
         sensitivity = min(max(torch.tensor(high, dtype=torch.float64).sigmoid().item(), 1e-9), 1 - 1e-7)
-        run = _run(model, blocks, shares, sensitivity, batch_size)
+        run = run_routers(model, blocks, shares, sensitivity, batch_size)
         best = min(best, (abs(run[0] - budget), sensitivity, run[0]))
         if best[0] < 0.004:
             break
@@ -99,7 +99,7 @@ def _share(logits_LTE, shares_LE, threshold):
 
 
 @torch.no_grad()
-def _run(model: DynaMoEForCausalLM, blocks, shares, sensitivity, batch_size):
+def run_routers(model: DynaMoEForCausalLM, blocks, shares, sensitivity, batch_size):
     """Mean share at `sensitivity`, and the router logits (L, T, E - 1) of that run."""
     chosen, logits = [], []
     with model.routing(sensitivity=sensitivity, records=[]) as routing:

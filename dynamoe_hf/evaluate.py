@@ -86,10 +86,11 @@ def evaluate_model(
             "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": agreement,
         }  # fmt: skip
         if dense_nll is not None:
-            entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **_ratio(nll, dense_nll)}
+            entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **ratio_to(nll, dense_nll)}
         entry["baselines"] = {kind: _baseline(model, blocks, batch_size, kind, routing, use, dense_nll) for kind in baselines}
         if tasks:
-            entry["tasks"] = run_tasks(model, tokenizer, tasks, routing, task_limit, batch_size)
+            with model.routing(**routing):
+                entry["tasks"] = run_tasks(model, tokenizer, tasks, task_limit, batch_size)
         entry["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         entries.append(entry)
     if Path(folder).is_dir():
@@ -128,7 +129,7 @@ def _perplexity(nll):
     }
 
 
-def _ratio(nll, dense_nll):
+def ratio_to(nll, dense_nll):
     """Ratio of perplexities on the same blocks, and its 95% interval: paired, so what makes a block hard cancels."""
     difference = nll - dense_nll
     mean, error = difference.mean().item(), _standard_error(difference)
@@ -189,13 +190,13 @@ def _baseline(model, blocks, batch_size, kind, routing, use, dense_nll):
         torch.manual_seed(0)
         nll, use, _ = routed_nll(model, blocks, batch_size, description=kind.capitalize(), **routing)
         reached = (use * shares).sum(-1).mean().item()
-    return {**_perplexity(nll), "mean_share": round(reached, 4), **({} if dense_nll is None else _ratio(nll, dense_nll))}
+    return {**_perplexity(nll), "mean_share": round(reached, 4), **({} if dense_nll is None else ratio_to(nll, dense_nll))}
 
 
-def run_tasks(model, tokenizer, tasks, routing, limit=None, batch_size=4) -> dict:
+def run_tasks(model, tokenizer, tasks, limit=None, batch_size=4) -> dict:
     """
-    lm-evaluation-harness at one setting: {task: {metric: value}}. `"literature"` stands for `TASKS`, whose data is downloaded;
-    a path names a local task file, which needs no network.
+    lm-evaluation-harness on any causal language model, under the routing in force: {task: {metric: value}}. `"literature"`
+    stands for `TASKS`, whose data is downloaded; a path names a local task file, which needs no network.
     """
     try:
         import lm_eval
@@ -210,13 +211,12 @@ def run_tasks(model, tokenizer, tasks, routing, limit=None, batch_size=4) -> dic
     online = any(not name.endswith(".yaml") for name in wanted)
     manager = TaskManager(include_path=[str(folder) for folder in local] or None, include_defaults=online)
     results = {}
-    with model.routing(**routing):
-        for name in wanted:
-            task = Path(name).stem if name.endswith(".yaml") else name
-            out = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=[task], num_fewshot=TASKS.get(name), task_manager=manager, limit=limit, bootstrap_iters=0,
-            )  # fmt: skip
-            metrics = out["results"][task]
-            results[task] = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    for name in wanted:
+        task = Path(name).stem if name.endswith(".yaml") else name
+        out = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=[task], num_fewshot=TASKS.get(name), task_manager=manager, limit=limit, bootstrap_iters=0,
+        )  # fmt: skip
+        metrics = out["results"][task]
+        results[task] = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     return results

@@ -1,0 +1,678 @@
+"""
+Quality against compute: DynaMoE and every alternative, trained on as many tokens and evaluated on the same ones.
+
+    python benchmarks/frontier.py OUT                       # everything: hours, see the record for how many
+    python benchmarks/frontier.py OUT --only ours dense     # some contenders, for now
+    python benchmarks/frontier.py OUT --tokens 4096 --eval-tokens 2048   # a rehearsal, minutes
+
+SmolLM2-135M-Instruct. Texts: Debian's `anarchism` and `perl-doc` and Python's topics (training, and held-out documents of
+each), and `postgresql-doc-15`, which nothing trains on or calibrates with. Whatever is finished lies in OUT and is not done
+again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
+
+  ours          our recipe: one checkpoint, its routers, the dial set for each share
+  ours-oracle   the same weights, labels instead of routers
+  ours-random   the same weights, experts drawn with the routers' frequencies in each layer
+  routers       our conversion with nothing but its routers trained, in minutes
+  untrained     our conversion before training, labels as routes (an oracle)
+  paper         the paper's recipe: projection labels, argmax routers, 0.2 LM loss + router loss, one run for each share
+  static        one width for all tokens and layers, from a family trained for it (MatFormer)
+  mixnmatch     one width a layer, searched on calibration text, from the same family
+  flextron      widths and attention heads of each layer, searched for the active parameters of the share, a family of its own
+  flextron-in   the same weights, widths and heads chosen for each token by small routers
+  teal          magnitude sparsity of the activations that the MLP's products read, training-free (share: entries not zero)
+  cmoe          shared and routed experts by clustering, training-free (share: neurons computed)
+  tuned         the dense model trained on the same tokens (full width only), with the same losses
+
+Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
+benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}.
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rivals import shared_and_routed
+from subnets import InputRouters, Subnet, module_errors, pruned, search
+from texts import PACKAGES, write_texts
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+from dynamoe_hf.benchmark import machine
+from dynamoe_hf.calibrate import run_routers, solve_budget
+from dynamoe_hf.convert import SINK_POSITIONS, convert_model, dense_prefix, load_dense
+from dynamoe_hf.data import read_documents, token_blocks, topic_documents
+from dynamoe_hf.demo import obtain_model
+from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
+from dynamoe_hf.folder import TRAINING, load_model, load_tokenizer, new_folder, read_json, update_config, write_json
+from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
+from dynamoe_hf.train import LOGIT_ROWS, train_model
+
+
+SHARES = (0.9, 0.75, 0.6, 0.5, 0.4)
+UNSEEN = "postgresql-doc-15"
+TRAINING_PACKAGES = tuple(name for name in PACKAGES if name != UNSEEN)
+TEXTS = (UNSEEN, *TRAINING_PACKAGES, "topics")
+PIECE = 4000  # characters of the pieces in which the training text is shuffled
+EIGHTHS = [step / 8 for step in range(1, 9)]
+# What every trained contender has in common with ours, so that only the architecture differs.
+SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 3e-4}
+OURS = {
+    **SCHEDULE,
+    "train": "layers",
+    "lm_loss_coef": 1.0,
+    "kd_loss_coef": 1.0,
+    "router_loss_coef": 0.0,
+    "logit_fraction": 1.0,
+}
+ROUTER_TOKENS = 65_536
+PAPER = {
+    **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
+    "router_loss_coef": 1.0, "logit_fraction": 1.0, "router_tokens": 0,
+}  # fmt: skip
+TRAINED_SHARES = (0.3, 0.9)  # what the sensitivities drawn in our training span: there is little to learn above
+SHARE_STEPS = 20  # shares that the static families draw, so that each sub-network is searched once
+CMOE_GROUPS = 24
+INPUT_TOKENS = 16_384  # that the routers of flextron-in are fitted on
+CALIBRATION_TOKENS = 8192
+DIAL_TOKENS = 4096  # of each text, on which the dial is set for a share: no target is read, only what the routers say
+
+
+FUNCTION_WORD = re.compile(
+    r"a|an|the|of|to|in|on|at|by|for|from|with|as|and|or|but|if|then|than|that|this|these|those|it|its|is|are|"
+    r"was|were|be|been|being|has|have|had|do|does|did|not|no|can|could|may|might|must|shall|should|will|would|"
+    r"which|who|what|when|where|how|there|they|them|their|he|she|his|her|you|your|we|our|i",
+    re.IGNORECASE,
+)
+
+
+def prepare_texts(out: Path):
+    """
+    `train.txt`, pieces of all training documents in a fixed random order, and `held-out/<text>.txt`: a tenth of the documents of
+    each package, the topics' held-out split, and the unseen package.
+
+    Documents of a package quote each other, so a paragraph that a held-out one has is dropped from the training text.
+    """
+    if (out / "train.txt").exists():
+        return
+    if not all((out / "texts" / f"{name}.txt").exists() for name in PACKAGES):
+        write_texts(out / "texts")
+    held_out = {"topics": topic_documents("held-out"), UNSEEN: read_documents(out / "texts" / f"{UNSEEN}.txt")}
+    training = topic_documents("training")
+    for name in TRAINING_PACKAGES:
+        documents = read_documents(out / "texts" / f"{name}.txt")
+        count, size = 0, 0
+        while size < sum(map(len, documents)) / 10:
+            size += len(documents[count])
+            count += 1
+        held_out[name], training = documents[:count], training + documents[count:]
+    (out / "held-out").mkdir(parents=True, exist_ok=True)
+    for name, documents in held_out.items():
+        (out / "held-out" / f"{name}.txt").write_text("\f".join(documents))
+    seen = {" ".join(p.split()) for documents in held_out.values() for d in documents for p in d.split("\n\n")}
+    pieces = []
+    for document in training:
+        piece = ""
+        for paragraph in document.split("\n\n"):
+            if " ".join(paragraph.split()) not in seen:
+                piece += paragraph + "\n\n"
+            if len(piece) > PIECE:
+                pieces, piece = [*pieces, piece], ""
+        if piece.strip():
+            pieces.append(piece)
+    random.Random(0).shuffle(pieces)
+    (out / "train.txt").write_text("\f".join(pieces))
+
+
+class Bench:
+    """Models and texts of one experiment, made when first asked for and kept in `out`."""
+
+    def __init__(self, out: Path, tokens: int, eval_tokens: int, base=None):
+        self.out, self.tokens, self.eval_tokens = out, tokens, eval_tokens
+        prepare_texts(out)
+        self.base = base or obtain_model(out / "base")
+        self.text, self.subnet, self.paper, self.family = map(cache, (self._text, self._subnet, self._paper, self._family))
+
+    @cached_property
+    def dense(self):
+        return load_dense(self.base)[0]
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.converted)
+
+    def _text(self, name):
+        """Evaluation blocks, (N, 512), spread over the whole text."""
+        blocks = token_blocks(read_documents(self.out / "held-out" / f"{name}.txt"), self.tokenizer, 512)
+        count = -(-self.eval_tokens // 511)
+        if len(blocks) < count:
+            raise ValueError(f"{name} has {len(blocks)} blocks of 512 tokens, {count} are needed. Lower --eval-tokens.")
+        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+    @cached_property
+    def training_blocks(self):
+        return token_blocks(read_documents(self.out / "train.txt"), self.tokenizer, SCHEDULE["block_size"], self.tokens)
+
+    @cached_property
+    def calibration(self):
+        return token_blocks(read_documents(self.out / "train.txt"), self.tokenizer, 512, CALIBRATION_TOKENS)
+
+    @cached_property
+    def converted(self):
+        folder = self.out / "converted"
+        if not folder.exists():
+            convert_model(self.base, folder, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
+            model = load_model(folder)
+            blocks = token_blocks(read_documents(self.out / "train.txt"), load_tokenizer(folder), 512, CALIBRATION_TOKENS)
+            profiles, shares = similarity_profiles(model, blocks), expert_shares(model)
+            update_config(folder, train_sensitivity=[sensitivity_for(profiles, shares, share) for share in TRAINED_SHARES])
+        return folder
+
+    def trained(self, name, source, tokens, **settings):
+        """A folder trained from `source`, going on where an earlier run stopped."""
+        folder = self.out / name
+        if not folder.exists():
+            resume = any(Path(f"{folder}.checkpoints").glob("checkpoint-*"))
+            train_model(source, folder, text=self.out / "train.txt", max_tokens=tokens, resume=resume, **settings)
+        return folder
+
+    @cached_property
+    def ours(self):
+        router_tokens = min(ROUTER_TOKENS, self.tokens)
+        return load_model(self.trained("ours", self.converted, self.tokens, router_tokens=router_tokens, **OURS))
+
+    @cached_property
+    def routers(self):
+        tokens = min(ROUTER_TOKENS, self.tokens)
+        return load_model(self.trained("routers", self.converted, tokens, train="routers"))
+
+    @cached_property
+    def untrained(self):
+        return load_model(self.converted)
+
+    def _paper(self, share):
+        """The paper's model of one share: the labels of the projection take that share on the calibration text, before training."""
+        source = self.out / "paper-converted"
+        if not source.exists():
+            convert_model(
+                self.base, source, similarity="projection", router_type="argmax", importance="activation",
+                text=self.out / "train.txt",
+            )  # fmt: skip
+        model = load_model(source)
+        theta = sensitivity_for(similarity_profiles(model, self.calibration), expert_shares(model), share)
+        update_config(source, train_sensitivity=[theta, theta])
+        return load_model(self.trained(f"paper-{share:.0%}", source, self.tokens // len(SHARES), **PAPER))
+
+    @cached_property
+    def sorted_dense(self):
+        """The dense base with its neurons in the order of importance: what rivals that take prefixes start from."""
+        return dense_prefix(self.untrained, 1.0)
+
+    @cached_property
+    def errors(self):
+        return module_errors(self.sorted_dense, self.calibration)
+
+    def _subnet(self, share, with_heads):
+        return search(self.errors, self.sorted_dense.config, share, with_heads)
+
+    def _family(self, name):
+        """A dense model trained so that its sub-networks serve too; each step draws one of them. With ours' losses and tokens."""
+        folder = self.out / name
+        if not folder.exists():
+            draw = {"tuned": lambda share, coin: Subnet(), "static": self._draw_static, "flextron": self._draw_flextron}[name]
+            train_family(self, folder, draw)
+        return load_dense(folder)[0]
+
+    def _draw_static(self, share, coin):
+        return self.subnet(share, False) if coin else Subnet.of_width(share, self.sorted_dense.config)
+
+    def _draw_flextron(self, share, coin):
+        return self.subnet(share, True)
+
+    @cached_property
+    def input_routers(self):
+        blocks = token_blocks(read_documents(self.out / "train.txt"), self.tokenizer, 512, min(INPUT_TOKENS, self.tokens))
+        return InputRouters(self.family("flextron"), blocks, self.errors)
+
+    @cached_property
+    def clusters(self):
+        return shared_and_routed(self.dense, self.calibration[:8], groups=CMOE_GROUPS, shared=CMOE_GROUPS // 4)
+
+    @cached_property
+    def magnitudes(self):
+        """For each layer, sorted sizes of what gate and up read, and of what down reads, over calibration tokens."""
+        return activation_sizes(self.dense, self.calibration[:4])
+
+    def measured(self, contender, share, text):
+        """`{"share": reached, "nll": [each block], ...}` of one contender on one text, kept in `out`."""
+        path = self.out / "measured" / f"{contender}-{share:g}-{text}.json"
+        if not path.exists():
+            started = time.monotonic()
+            record = CONTENDERS[contender](self, share, text)
+            record["seconds"] = round(time.monotonic() - started, 1)
+            path.parent.mkdir(exist_ok=True)
+            staging = path.with_suffix(".partial")
+            staging.write_text(json.dumps(record))
+            staging.rename(path)
+        return json.loads(path.read_text())
+
+
+def train_family(bench, folder, draw):
+    """
+    Train the layers of the dense model under sub-networks drawn step by step, with the tokens, the losses and the schedule of ours.
+    A state is kept every fifty steps, from which the next call goes on.
+    """
+    model, teacher = copy.deepcopy(bench.sorted_dense), bench.dense
+    model.requires_grad_(True).get_input_embeddings().requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=SCHEDULE["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
+    blocks, size = bench.training_blocks, SCHEDULE["batch_size"]
+    steps = len(blocks) // size
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, min(10, steps // 10), steps, min_lr_rate=0.05)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(blocks), generator=generator)
+    draws = torch.rand(steps, 2, generator=generator)
+    shares = TRAINED_SHARES[0] + (1 - TRAINED_SHARES[0]) * draws[:, 0]
+    shares = (shares * SHARE_STEPS).round() / SHARE_STEPS
+    path, first, seconds = Path(f"{folder}.state.pt"), 0, 0.0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first, seconds = state["step"], state["seconds"]
+    model.train()
+    started = time.monotonic() - seconds
+    for step in tqdm(range(first, steps), desc=folder.name, initial=first, total=steps):
+        batch = blocks[order[step * size : (step + 1) * size]]
+        with pruned(model, draw(shares[step].item(), draws[step, 1] < 0.5)):
+            hidden = model.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            with torch.no_grad():
+                target_hidden = teacher.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+
+            def losses(hidden, target_hidden, target):
+                log_probs = model.lm_head(hidden).float().log_softmax(-1)
+                with torch.no_grad():
+                    wanted = teacher.lm_head(target_hidden).float().log_softmax(-1)
+                kd_loss = F.kl_div(log_probs, wanted, log_target=True, reduction="sum")
+                return OURS["lm_loss_coef"] * F.nll_loss(log_probs, target, reduction="sum") + OURS["kd_loss_coef"] * kd_loss
+
+            chunks = zip(hidden.split(LOGIT_ROWS), target_hidden.split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS))
+            loss = sum(checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks) / len(hidden)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save({**state, "step": step + 1, "seconds": time.monotonic() - started}, f"{path}.partial")
+            Path(f"{path}.partial").rename(path)
+    with new_folder(folder) as target:
+        model.save_pretrained(target)
+        bench.tokenizer.save_pretrained(target)
+        write_json(
+            target / TRAINING, {"tokens": steps * size * blocks.shape[1], "seconds": round(time.monotonic() - started, 1)}
+        )
+    path.unlink()
+
+
+@torch.no_grad()
+def activation_sizes(dense, blocks):
+    sizes = [([], []) for _ in dense.model.layers]
+    hooks = []
+    for layer, kept in zip(dense.model.layers, sizes):
+        for projection, values in zip((layer.mlp.up_proj, layer.mlp.down_proj), kept):
+            hooks.append(
+                projection.register_forward_pre_hook(
+                    lambda module, args, values=values: values.append(args[0][0, SINK_POSITIONS:].abs().flatten()[::7])
+                )
+            )
+    for block in blocks:
+        dense.model(block[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [[torch.cat(values).sort().values for values in kept] for kept in sizes]
+
+
+def dense_base(bench, share, text):
+    return {"share": 1.0, "nll": block_nll(bench.dense, bench.text(text)).tolist()}
+
+
+def routed(bench, share, text, model):
+    """At a share of 1 the full width; else the dial is set so that the routers reach the share on a part of the text."""
+    blocks = bench.text(text)
+    if share == 1:
+        routing = {"force_expert": model.config.expert_count - 1}
+    else:
+        part = blocks[:: max(1, blocks.numel() // DIAL_TOKENS)]
+        run = run_routers(model, part, expert_shares(model), 0.5, 4)
+        (theta, _), _ = solve_budget(model, part, expert_shares(model), share, run, 4)
+        routing = {"sensitivity": theta}
+    return _routed(model, blocks, needs_labels=share < 1, **routing)
+
+
+def oracle(bench, share, text, model):
+    """Labels as routes. Narrow experts in early layers change what later labels are, so the threshold is corrected twice."""
+    blocks, shares = bench.text(text), expert_shares(model)
+    part = blocks[:: max(1, blocks.numel() // DIAL_TOKENS)]
+    theta = sensitivity_for(similarity_profiles(model, part), shares, share)
+    for _ in range(2):
+        profiles = []
+        with torch.no_grad(), model.routing(route="label", sensitivity=theta, needs_labels=True, records=[]) as routing:
+            for batch in part.split(4):
+                model.model(batch, use_cache=False)
+                profiles.append(torch.stack([record.profile.flatten(0, 1) for record in routing.records]))
+                routing.records.clear()
+        theta = sensitivity_for(torch.cat(profiles, 1), shares, share)
+    return _routed(model, blocks, route="label", sensitivity=theta)
+
+
+def random_routes(bench, share, text):
+    use = torch.tensor(bench.measured("ours", share, text)["expert_use"])
+    torch.manual_seed(0)
+    return _routed(bench.ours, bench.text(text), route="random", histogram=use)
+
+
+def _routed(model, blocks, needs_labels=False, **routing):
+    nll, use, agreement = routed_nll(model, blocks, needs_labels=needs_labels, **routing)
+    routing.pop("histogram", None)
+    share = (use * expert_shares(model)).sum(-1).mean().item()
+    return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), "router_agreement": agreement, **routing}
+
+
+def paper(bench, share, text):
+    return _routed(bench.paper(share), bench.text(text), needs_labels=True)
+
+
+def family(bench, share, text, name, subnet):
+    model, subnet = bench.family(name), subnet(bench, share)
+    with pruned(model, subnet):
+        nll = block_nll(model, bench.text(text)).tolist()
+    widths = subnet.widths or [model.config.intermediate_size]
+    return {
+        "share": share,
+        "nll": nll,
+        "mlp_share": sum(widths) / len(widths) / model.config.intermediate_size,
+        **subnet._asdict(),
+    }
+
+
+def flextron_by_input(bench, share, text):
+    """Tokens have, on average, the active parameters of `share` of the MLPs with all of the attention."""
+    routers, blocks = bench.input_routers, bench.text(text)
+    config = routers.dense.config
+    mlp, attention = (kind.cost * config.num_hidden_layers for kind in routers.kinds)
+    logit = routers.dial(blocks[:: max(1, blocks.numel() // DIAL_TOKENS)], share * mlp + attention)
+    records = []
+    with routers.routed(logit, records):
+        nll = block_nll(routers.dense, blocks).tolist()
+    spent = routers.spent(records, logit)
+    return {
+        "share": (spent - attention) / mlp,
+        "nll": nll,
+        "mlp_share": routers.spent([r for r in records if r[0] == 0], logit) / 2 / mlp,
+    }
+
+
+def teal(bench, share, text):
+    """Entries below a quantile of calibration sizes are zero; the share is that of the entries left, over all three products."""
+    dense, seen = bench.dense, [0, 0]
+
+    def hook(threshold, products):
+        def cut(module, args):
+            keep = args[0].abs() > threshold
+            # An entry of what gate and up read keeps a column of each; one that down reads, a column of one.
+            size = products * module.out_features
+            seen[0] += keep.sum().item() * size
+            seen[1] += keep.numel() * size
+            return (args[0] * keep,)
+
+        return cut
+
+    hooks = []
+    for layer, (reads, activations) in zip(dense.model.layers, bench.magnitudes):
+        low, high = (values[min(int((1 - share) * len(values)), len(values) - 1)].item() for values in (reads, activations))
+        hooks += [
+            layer.mlp.gate_proj.register_forward_pre_hook(hook(low, 1)),
+            layer.mlp.up_proj.register_forward_pre_hook(hook(low, 1)),
+            layer.mlp.down_proj.register_forward_pre_hook(hook(high, 1)),
+        ]
+    try:
+        nll = block_nll(dense, bench.text(text)).tolist()
+    finally:
+        for each in hooks:
+            each.remove()
+    return {"share": seen[0] / seen[1], "nll": nll}
+
+
+def cmoe(bench, share, text):
+    """At the next share that its parts can make, so never at less than asked."""
+    groups = math.ceil(share * CMOE_GROUPS)
+    for layer in bench.clusters.model.layers:
+        layer.mlp.top_k = groups - CMOE_GROUPS // 4
+    return {"share": groups / CMOE_GROUPS, "nll": block_nll(bench.clusters, bench.text(text)).tolist()}
+
+
+def uniform_width(bench, share):
+    return Subnet.of_width(share, bench.sorted_dense.config)
+
+
+CONTENDERS: dict[str, Callable] = {
+    "dense": dense_base,
+    "ours": lambda bench, share, text: routed(bench, share, text, bench.ours),
+    "ours-oracle": lambda bench, share, text: oracle(bench, share, text, bench.ours),
+    "ours-random": random_routes,
+    "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
+    "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
+    "tuned": partial(family, name="tuned", subnet=lambda bench, share: Subnet()),
+    "teal": teal,
+    "cmoe": cmoe,
+    "static": partial(family, name="static", subnet=uniform_width),
+    "mixnmatch": partial(family, name="static", subnet=lambda bench, share: bench.subnet(share, False)),
+    "flextron": partial(family, name="flextron", subnet=lambda bench, share: bench.subnet(share, True)),
+    "flextron-in": flextron_by_input,
+    "paper": paper,
+}
+FULL_ONLY, WITH_FULL = ("dense", "tuned"), ("ours",)
+ORACLES = ("ours-oracle", "untrained")
+LABELS = {
+    "dense": "dense base",
+    "ours": "DynaMoE",
+    "ours-oracle": "its labels (oracle)",
+    "ours-random": "random routes",
+    "routers": "routers alone trained",
+    "untrained": "labels before training (oracle)",
+    "tuned": "dense, trained on the same tokens",
+    "teal": "activation sparsity (TEAL-style)",
+    "cmoe": "shared + routed experts (CMoE-style)",
+    "static": "static width",
+    "mixnmatch": "static width per layer (Mix'n'Match)",
+    "flextron": "widths and heads (Flextron-style, static)",
+    "flextron-in": "widths and heads by the input (Flextron-style)",
+    "paper": "the paper's recipe",
+}
+
+
+@torch.no_grad()
+def what_is_learned(bench, share):
+    """Mean share of MLP width at one setting on the unseen text: by layer, by position in the block, by class of token."""
+    model, blocks = bench.ours, bench.text(UNSEEN)
+    kept, shares = [], expert_shares(model)
+    with model.routing(sensitivity=bench.measured("ours", share, UNSEEN)["sensitivity"], records=[]) as routing:
+        for batch in blocks.split(4):
+            model.model(batch, use_cache=False)
+            kept.append(torch.stack([row[record.expert] for row, record in zip(shares, routing.records)]))
+            routing.records.clear()
+    width_LNS = torch.cat(kept, 1)
+    width_NS, classes = width_LNS.mean(0), {}
+    names = {token: token_class(bench.tokenizer.convert_ids_to_tokens(token)) for token in blocks.unique().tolist()}
+    for token, width in zip(blocks.flatten().tolist(), width_NS.flatten().tolist()):
+        classes.setdefault(names[token], []).append(width)
+    edges = [0, 1, 4, 16, 64, 256, 512]
+    return {
+        "share": share,
+        "by_layer": [round(value, 4) for value in width_LNS.mean((1, 2)).tolist()],
+        "by_position": {f"{a} to {b - 1}": round(width_NS[:, a:b].mean().item(), 4) for a, b in zip(edges, edges[1:])},
+        "by_class": {name: {"tokens": len(v), "share": round(sum(v) / len(v), 4)} for name, v in sorted(classes.items())},
+    }
+
+
+def token_class(token):
+    """What a piece of a byte-level vocabulary is; its space is written as the letter that stands for that byte."""
+    word = token.lstrip("\u0120")
+    if not word or "\u010a" in token:
+        return "space and line ends"
+    if FUNCTION_WORD.fullmatch(word):
+        return "function word"
+    if word.isalpha():
+        return "beginning of a word" if token != word else "inside of a word"
+    return "number" if word.isdigit() else "punctuation and symbols"
+
+
+def compare(bench, names, texts):
+    """Rows of the record: each contender at each share on each text, beside the dense base, and beside ours where it is measured."""
+    rows = []
+    for name in names:
+        for share in (1.0,) if name in FULL_ONLY else (*((1.0,) if name in WITH_FULL else ()), *SHARES):
+            for text in texts:
+                record = bench.measured(name, share, text)
+                nll = torch.tensor(record["nll"], dtype=torch.float64)
+                dense_nll = torch.tensor(bench.measured("dense", 1.0, text)["nll"], dtype=torch.float64)
+                row = {"contender": name, "asked": share, "text": text, "share": record["share"], "blocks": len(nll)}
+                row |= {"perplexity": math.exp(nll.mean().item()), **ratio_to(nll, dense_nll)}
+                row |= {
+                    key: record[key] for key in ("router_agreement", "sensitivity", "mlp_share", "seconds") if key in record
+                }
+                if "ours" in names and name != "ours" and name not in FULL_ONLY:
+                    best = torch.tensor(bench.measured("ours", share, text)["nll"], dtype=torch.float64)
+                    row["ours_over_this"] = ratio_to(best, nll)
+                rows.append(row)
+    return rows
+
+
+def table(record):
+    lines = [
+        f"{record['machine']['processor']}, torch {record['machine']['torch']}, transformers {record['machine']['transformers']}, "
+        f"{record['machine']['date']}. Perplexity over the dense base's on the same tokens, with 95% intervals; in brackets the "
+        f"mean MLP share reached, where it is not the one asked for. {record['tokens']:,} training tokens each. "
+        f"Made by `python benchmarks/frontier.py OUT`; hours: {record['hours']}.",
+    ]
+    for text in dict.fromkeys(row["text"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["text"] == text]
+        dense = next(row for row in rows if row["contender"] == "dense")
+        tokens = dense["blocks"] * 511
+        lines += [
+            "",
+            f"**{text}**"
+            + (", never trained on" if text == UNSEEN else "")
+            + f": dense {dense['perplexity']:.2f}, {tokens:,} tokens",
+            "",
+        ]
+        lines += [
+            "| | full width | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
+            "|---" * (2 + len(SHARES)) + "|",
+        ]
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            cells = {row["asked"]: _cell(row) for row in rows if row["contender"] == name}
+            lines.append(f"| {LABELS[name]} | " + " | ".join(cells.get(share, "") for share in (1.0, *SHARES)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row):
+    low, high = row["ratio_interval"]
+    reached = "" if abs(row["share"] - row["asked"]) < 0.01 else f" [{row['share']:.0%}]"
+    return f"{row['ratio_to_dense']:.3f} ({low:.3f} to {high:.3f}){reached}"
+
+
+def draw(record, path):
+    """One panel for each text: ratio to dense against the mean share, on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    texts = list(dict.fromkeys(row["text"] for row in record["rows"]))
+    figure = Figure(figsize=(4.2 * len(texts), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for axis, text in zip(axes, texts):
+        for index, name in enumerate(LABELS):
+            rows = sorted(
+                (row for row in record["rows"] if (row["text"], row["contender"]) == (text, name) and name != "dense"),
+                key=lambda row: row["share"],
+            )
+            if not rows:
+                continue
+            shares, ratios = [100 * row["share"] for row in rows], [row["ratio_to_dense"] for row in rows]
+            mine = name == "ours"
+            axis.plot(
+                shares, ratios, label=LABELS[name], color="black" if mine else f"C{index}", linewidth=2.5 if mine else 1.2,
+                marker="o" if mine else ".", linestyle=":" if name in ORACLES else "-", zorder=3 if mine else 2,
+            )  # fmt: skip
+            if mine:
+                low, high = zip(*(row["ratio_interval"] for row in rows))
+                axis.fill_between(shares, low, high, color="black", alpha=0.15)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(yscale="log", ylim=(0.85, 4), xlim=(38, 102), xlabel="mean share of the MLPs, %")
+        axis.set_title(text + (" (never trained on)" if text == UNSEEN else ""), fontsize=10)
+        axis.set_yticks([0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4], labels=["0.9", "1", "1.1", "1.25", "1.5", "2", "3", "4"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("perplexity / dense perplexity")
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for everything that is made; run again with the same to go on")
+    parser.add_argument("--tokens", type=int, default=524_288, help="training tokens of each contender (524288)")
+    parser.add_argument("--eval-tokens", type=int, default=20_480, help="evaluation tokens of each text (20480)")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="contenders, in this order (all)")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, metavar="NAME", help=f"of {', '.join(TEXTS)}")
+    parser.add_argument("--base", help="another Llama-style model, by folder or id (SmolLM2-135M-Instruct)")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args(argv)
+    settings = {"tokens": args.tokens, "eval_tokens": args.eval_tokens, "base": args.base}
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = read_json(args.out / "settings.json")
+    if kept not in (None, settings):
+        raise SystemExit(
+            f"{args.out} was begun with {kept}, now {settings}. Go on with the same numbers, or in another folder."
+        )
+    write_json(args.out / "settings.json", settings)
+    bench = Bench(args.out, **settings)
+    names = list(dict.fromkeys(["dense", *(args.only or CONTENDERS)]))
+    for name in tqdm(names, desc="Contenders"):
+        rows = compare(bench, [name] if name == "dense" else ["dense", name], args.texts)
+        for row in rows:
+            if row["contender"] == name:
+                print(
+                    f"{name:12} {row['text']:18} {row['asked']:4.0%} [{row['share']:.1%}] {row['ratio_to_dense']:.3f}",
+                    flush=True,
+                )
+    seconds = [read_json(path)["seconds"] for path in args.out.glob(f"*/{TRAINING}")]
+    seconds += [read_json(path)["seconds"] for path in (args.out / "measured").glob("*.json")]
+    record = {
+        "machine": machine(torch.get_num_threads()), **settings, "hours": round(sum(seconds) / 3600, 1),
+        "recipe": OURS, "rows": compare(bench, names, args.texts),
+    }  # fmt: skip
+    if "ours" in names and UNSEEN in args.texts:
+        record["learned"] = what_is_learned(bench, 0.6)
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"frontier_{record['machine']['name']}"
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(record))
+    draw(record, path.with_suffix(".png"))
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()

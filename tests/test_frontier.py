@@ -1,0 +1,241 @@
+"""The experiment of quality against compute: its rivals against plain definitions, and a rehearsal on a tiny model."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_dense, tiny_tokenizer
+from reference import assert_close
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import frontier
+import tasks
+from frontier import CONTENDERS, SHARES, TEXTS, prepare_texts
+from subnets import InputRouters, Subnet, module_errors, pruned, search
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.convert import dense_prefix
+from dynamoe_hf.data import topic_documents
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, text_file):
+    """Stand-ins for the packages: documents of several paragraphs, some of which two documents share."""
+    paragraphs = [p for p in text_file.read_text().split("\n\n") if p.strip()]
+    folder = tmp_path_factory.mktemp("texts")
+    for start, name in enumerate(("anarchism", "perl-doc", "postgresql-doc-15")):
+        documents = ["\n\n".join(paragraphs[start + i : start + i + 6]) for i in range(0, len(paragraphs), 4)]
+        (folder / f"{name}.txt").write_text("\f".join(documents))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_dense("llama", num_hidden_layers=2, max_position_embeddings=1024, intermediate_size=96).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return torch.randint(3, 128, (8, 64), generator=torch.Generator().manual_seed(0))
+
+
+def test_input_routers_choose_what_a_mask_computes(blocks):
+    """A threshold that all reach, or none, is the narrowest or the full model; between them the budget is met."""
+    dense = tiny_dense(intermediate_size=64)
+    routers = InputRouters(dense, blocks, module_errors(dense, blocks))
+    with torch.no_grad():
+        full = dense(blocks).logits
+        with routers.routed(100.0):
+            assert_close("full", dense(blocks).logits, full)
+        with pruned(dense, Subnet([8, 8], [1, 1], routers.order)):
+            narrowest = dense(blocks).logits
+        with routers.routed(-100.0):
+            assert_close("narrowest", dense(blocks).logits, narrowest)
+        budget = 0.7 * 2 * (3 * 32 * 64 + 2 * 32 * 32)
+        records = []
+        logit = routers.dial(blocks, budget)
+        with routers.routed(logit, records):
+            dense(blocks)
+    assert routers.spent(records, logit) == pytest.approx(budget, rel=0.05)
+    chosen = {int(c) for kind, logits in records for c in (logits < logit).sum(-1).unique()}
+    assert len(chosen) > 3, "tokens differ"
+
+
+def test_no_paragraph_is_trained_on_and_held_out(texts, tmp_path):
+    (tmp_path / "texts").symlink_to(texts)
+    prepare_texts(tmp_path)
+    training = {" ".join(p.split()) for p in (tmp_path / "train.txt").read_text().replace("\f", "\n\n").split("\n\n")} - {""}
+    assert len(training) > 100
+    for name in TEXTS:
+        held_out = (tmp_path / "held-out" / f"{name}.txt").read_text().replace("\f", "\n\n").split("\n\n")
+        assert held_out and not training & {" ".join(p.split()) for p in held_out}
+
+
+def test_a_mask_is_what_a_narrower_model_computes(token_ids):
+    model = DynaMoEForCausalLM.from_dense(tiny_dense())
+    dense = dense_prefix(model, 1.0)
+    with torch.no_grad():
+        full = dense(token_ids).logits
+        with pruned(dense, Subnet.of_width(0.5, dense.config)):
+            assert_close("static width", dense(token_ids).logits, dense_prefix(model, 0.5)(token_ids).logits)
+        with pruned(dense, Subnet([64, 64], [4, 4], [[3, 1, 0, 2]] * 2)):
+            assert torch.equal(dense(token_ids).logits, full)
+        with pruned(dense, Subnet(heads=[4, 2], head_order=[[0, 1, 2, 3], [3, 1, 0, 2]])):
+            masked = dense(token_ids).logits
+        dense.model.layers[1].self_attn.o_proj.weight.view(32, 4, 8)[:, [0, 2]] = 0
+        assert_close("heads", masked, dense(token_ids).logits)
+        assert not torch.allclose(masked, full)
+
+
+def test_module_errors_are_weighted_squares(blocks):
+    """Against the definition: the module is run with the later groups at zero, c by autograd on one layer's output."""
+    dense = tiny_dense(intermediate_size=64)
+    errors = module_errors(dense, blocks)
+    mlp, kept = dense.model.layers[1].mlp, []
+    hook = mlp.register_forward_hook(lambda module, args, output: kept.append((args[0], output.requires_grad_())) or output)
+    for block in blocks[:6]:
+        logits = dense(block[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, block[1:], reduction="sum").backward(inputs=[kept[-1][1]])
+    weight = sum(output.grad.double().square().sum() for _, output in kept) / (6 * 64 * 32)
+    for block in blocks[6:8]:
+        dense(block[None])
+    hook.remove()
+    with torch.no_grad():
+        for step in (0, 7, 14):
+            plain = 0.0
+            for x, output in kept:
+                hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+                hidden[..., 4 * (step + 1) :] = 0
+                plain += (output - mlp.down_proj(hidden))[0, 4:].square().sum()
+            assert_close(f"errors at step {step}", errors.mlp[1, step], (weight * plain).float(), rtol=1e-3)
+    assert (errors.mlp[:, -1] == 0).all() and (errors.attention[:, -1] == 0).all()
+    assert all(sorted(order) == [0, 1, 2, 3] for order in errors.head_order)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_searched_networks_keep_to_the_budget(share, with_heads, blocks):
+    dense = tiny_dense(intermediate_size=64)
+    subnet = search(module_errors(dense, blocks), dense.config, share, with_heads)
+    spent = sum(3 * 32 * width for width in subnet.widths)
+    budget = share * 2 * 3 * 32 * 64
+    if with_heads:
+        spent, budget = spent + sum(2 * 8 * 32 * heads for heads in subnet.heads), budget + 2 * 2 * 32 * 32
+    step = 2 * 8 * 32 if with_heads else 3 * 32 * 4
+    assert budget - step < spent <= budget, "not a step more fits"
+
+
+def test_items_hold_their_answer():
+    """Put back, the right choice gives the text; wrong ones do not."""
+    documents = topic_documents("held-out")
+    text = " ".join(" ".join(documents).split())
+    for kind in tasks.KINDS:
+        made = tasks.items(documents, kind, 30, random.Random(0))
+        assert len(made) >= 10, kind
+        for item in made:
+            choices = item.get("choices", [item.get("target", "").strip()])
+            label = item.get("label", 0)
+            there = [f"{item['context']} {choice}" in text for choice in choices]
+            assert there[label] and sum(there) == 1, item
+            assert len(set(choices)) == len(choices)
+    labels = [item["label"] for item in tasks.items(documents, "word", 30, random.Random(0))]
+    assert len(set(labels)) > 2, "the answer's place gives nothing away"
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [("\u0120the", "function word"), ("\u0120table", "beginning of a word"), ("able", "inside of a word"), ("\u010a\u010a", "space and line ends"),
+     ("\u0120", "space and line ends"), ("42", "number"), (").", "punctuation and symbols"), ("\u0120It", "function word")],
+)  # fmt: skip
+def test_token_classes(token, name):
+    assert frontier.token_class(token) == name
+
+
+@pytest.mark.slow
+def test_local_tasks_run(base, texts, tmp_path):
+    """With lm-eval: every item is asked, and the table adds them up."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: `make test-slow` installs it")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "texts").symlink_to(texts)
+    common = ["--results", str(tmp_path / "results")]
+    frontier.main([str(out), "--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--only", "ours", *common])
+    tasks.main([str(out), "--items", "36", *common])
+    record = json.loads(next((tmp_path / "results").glob("tasks_*.json")).read_text())
+    assert 12 <= sum(record["items"].values()) <= 36
+    assert [row["model"] for row in record["rows"]][:2] == ["dense base", "DynaMoE, full width"]
+    for row in record["rows"]:
+        assert all(0 <= metrics["acc,none"] <= 1 for metrics in row["tasks"].values())
+
+
+def test_rehearsal(base, texts, tmp_path, monkeypatch, capsys):
+    """Every contender, at every share, on two texts; then the same again from what is kept, and with other numbers."""
+    monkeypatch.setattr(frontier, "CMOE_GROUPS", 24)
+    out, results = tmp_path / "out", tmp_path / "results"
+    out.mkdir()
+    (out / "texts").symlink_to(texts)
+    command = [str(out), "--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--results", str(results)]
+    command += ["--texts", "postgresql-doc-15", "topics"]
+    frontier.main(command)
+    record = json.loads(next(results.glob("*.json")).read_text())
+    rows = record["rows"]
+    assert {row["contender"] for row in rows} == set(CONTENDERS)
+    assert len(rows) == 2 * (2 + 1 + len(SHARES) * (len(CONTENDERS) - 2))
+    for row in rows:
+        low, high = row["ratio_interval"]
+        assert 0 < low <= row["ratio_to_dense"] <= high
+        if row["contender"] in ("static", "cmoe", "teal"):
+            assert abs(row["share"] - row["asked"]) < 0.05, row
+    dense = [row["ratio_to_dense"] for row in rows if row["contender"] == "dense"]
+    assert dense == [1.0, 1.0]
+    learned = record["learned"]
+    assert len(learned["by_layer"]) == 2 and all(0 < share <= 1 for share in learned["by_layer"])
+    assert sum(entry["tokens"] for entry in learned["by_class"].values()) == rows[0]["blocks"] * 512
+    assert next(results.glob("*.png")).stat().st_size > 10_000
+    assert "never trained on" in next(results.glob("*.md")).read_text()
+
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    frontier.main([*command, "--only", "ours", "static"])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept | {
+        out / "settings.json": (out / "settings.json").stat().st_mtime_ns
+    }
+    with pytest.raises(SystemExit, match="was begun with"):
+        frontier.main([str(out), "--tokens", "2048"])
+
+
+def test_a_trained_family_goes_on_where_it_stopped(base, texts, tmp_path, monkeypatch):
+    """Stopped after fifty steps, the weights are those of a run that was not."""
+    folders = []
+    for name in ("whole", "stopped"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "texts").symlink_to(texts)
+        bench = frontier.Bench(out, 60 * 1024, 1024, base)
+        bench.__dict__["training_blocks"] = bench.training_blocks.repeat(4, 1)[:240]
+        folders.append(out / "static")
+        if name == "stopped":
+            step, count = torch.optim.AdamW.step, iter(range(1000))
+
+            def interrupted(*args, step=step, count=count, **options):
+                if next(count) == 52:
+                    raise KeyboardInterrupt
+                return step(*args, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.optim.AdamW, "step", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    bench.family("static")
+            assert not (out / "static").exists()
+        bench.family("static")
+    whole, stopped = (frontier.load_dense(folder)[0].state_dict() for folder in folders)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    initial = frontier.load_dense(base)[0].state_dict()
+    moved = {name for name in whole if not torch.equal(whole[name], initial[name])}
+    assert "model.embed_tokens.weight" not in moved and any("self_attn" in name for name in moved)
