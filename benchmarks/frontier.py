@@ -33,6 +33,7 @@ import json
 import math
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from functools import cache, cached_property, partial
@@ -168,13 +169,15 @@ class Bench:
 
     @cached_property
     def converted(self):
-        folder = self.out / "converted"
+        folder, staging = self.out / "converted", self.out / "converted.partial"
         if not folder.exists():
-            convert_model(self.base, folder, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
-            model = load_model(folder)
-            blocks = token_blocks(read_documents(self.out / "train.txt"), load_tokenizer(folder), 512, CALIBRATION_TOKENS)
+            shutil.rmtree(staging, ignore_errors=True)
+            convert_model(self.base, staging, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
+            model = load_model(staging)
+            blocks = token_blocks(read_documents(self.out / "train.txt"), load_tokenizer(staging), 512, CALIBRATION_TOKENS)
             profiles, shares = similarity_profiles(model, blocks), expert_shares(model)
-            update_config(folder, train_sensitivity=[sensitivity_for(profiles, shares, share) for share in TRAINED_SHARES])
+            update_config(staging, train_sensitivity=[sensitivity_for(profiles, shares, share) for share in TRAINED_SHARES])
+            staging.rename(folder)
         return folder
 
     def trained(self, name, source, tokens, **settings):
@@ -428,13 +431,12 @@ def teal(bench, share, text):
     """Entries below a quantile of calibration sizes are zero; the share is that of the entries left, over all three products."""
     dense, seen = bench.dense, [0, 0]
 
-    def hook(threshold, products):
+    def hook(threshold):
         def cut(module, args):
             keep = args[0].abs() > threshold
-            # An entry of what gate and up read keeps a column of each; one that down reads, a column of one.
-            size = products * module.out_features
-            seen[0] += keep.sum().item() * size
-            seen[1] += keep.numel() * size
+            # An entry that is read keeps one column of the product's weight.
+            seen[0] += keep.sum().item() * module.out_features
+            seen[1] += keep.numel() * module.out_features
             return (args[0] * keep,)
 
         return cut
@@ -443,9 +445,9 @@ def teal(bench, share, text):
     for layer, (reads, activations) in zip(dense.model.layers, bench.magnitudes):
         low, high = (values[min(int((1 - share) * len(values)), len(values) - 1)].item() for values in (reads, activations))
         hooks += [
-            layer.mlp.gate_proj.register_forward_pre_hook(hook(low, 1)),
-            layer.mlp.up_proj.register_forward_pre_hook(hook(low, 1)),
-            layer.mlp.down_proj.register_forward_pre_hook(hook(high, 1)),
+            layer.mlp.gate_proj.register_forward_pre_hook(hook(low)),
+            layer.mlp.up_proj.register_forward_pre_hook(hook(low)),
+            layer.mlp.down_proj.register_forward_pre_hook(hook(high)),
         ]
     try:
         nll = block_nll(dense, bench.text(text)).tolist()
@@ -647,7 +649,8 @@ def main(argv=None):
         raise SystemExit(
             f"{args.out} was begun with {kept}, now {settings}. Go on with the same numbers, or in another folder."
         )
-    write_json(args.out / "settings.json", settings)
+    if kept is None:
+        write_json(args.out / "settings.json", settings)
     bench = Bench(args.out, **settings)
     names = list(dict.fromkeys(["dense", *(args.only or CONTENDERS)]))
     for name in tqdm(names, desc="Contenders"):
