@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from rivals import shared_and_routed
 from subnets import InputRouters, Subnet, module_errors, pruned, search
 from texts import PACKAGES, write_texts
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -56,7 +55,7 @@ from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
 from dynamoe_hf.folder import TRAINING, load_model, load_tokenizer, new_folder, read_json, update_config, write_json
 from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
-from dynamoe_hf.train import LOGIT_ROWS, train_model
+from dynamoe_hf.train import LossesInChunks, train_model
 
 
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4)
@@ -70,6 +69,8 @@ SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 3e-4}
 OURS = {
     **SCHEDULE,
     "train": "layers",
+    "route": "router",
+    "harm": "token",
     "lm_loss_coef": 1.0,
     "kd_loss_coef": 1.0,
     "router_loss_coef": 0.0,
@@ -137,8 +138,8 @@ def prepare_texts(out: Path):
 class Bench:
     """Models and texts of one experiment, made when first asked for and kept in `out`."""
 
-    def __init__(self, out: Path, tokens: int, eval_tokens: int, base=None):
-        self.out, self.tokens, self.eval_tokens = out, tokens, eval_tokens
+    def __init__(self, out: Path, tokens: int, eval_tokens: int, base=None, bf16=False):
+        self.out, self.tokens, self.eval_tokens, self.bf16 = out, tokens, eval_tokens, bf16
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
         self.text, self.subnet, self.paper, self.family = map(cache, (self._text, self._subnet, self._paper, self._family))
@@ -185,7 +186,8 @@ class Bench:
         folder = self.out / name
         if not folder.exists():
             resume = any(Path(f"{folder}.checkpoints").glob("checkpoint-*"))
-            train_model(source, folder, text=self.out / "train.txt", max_tokens=tokens, resume=resume, **settings)
+            settings = {**settings, "text": self.out / "train.txt", "max_tokens": tokens, "bf16": self.bf16}
+            train_model(source, folder, resume=resume, **settings)
         return folder
 
     @cached_property
@@ -196,7 +198,7 @@ class Bench:
     @cached_property
     def routers(self):
         tokens = min(ROUTER_TOKENS, self.tokens)
-        return load_model(self.trained("routers", self.converted, tokens, train="routers"))
+        return load_model(self.trained("routers", self.converted, tokens, train="routers", harm="token"))
 
     @cached_property
     def untrained(self):
@@ -297,20 +299,21 @@ def train_family(bench, folder, draw):
     started = time.monotonic() - seconds
     for step in tqdm(range(first, steps), desc=folder.name, initial=first, total=steps):
         batch = blocks[order[step * size : (step + 1) * size]]
-        with pruned(model, draw(shares[step].item(), draws[step, 1] < 0.5)):
+        subnet = draw(shares[step].item(), draws[step, 1] < 0.5)
+        with pruned(model, subnet), torch.autocast("cpu", torch.bfloat16, enabled=bench.bf16):
             hidden = model.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
             with torch.no_grad():
                 target_hidden = teacher.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
-            def losses(hidden, target_hidden, target):
+            def losses(hidden, target, target_hidden):
                 log_probs = model.lm_head(hidden).float().log_softmax(-1)
                 with torch.no_grad():
                     wanted = teacher.lm_head(target_hidden).float().log_softmax(-1)
                 kd_loss = F.kl_div(log_probs, wanted, log_target=True, reduction="sum")
-                return OURS["lm_loss_coef"] * F.nll_loss(log_probs, target, reduction="sum") + OURS["kd_loss_coef"] * kd_loss
+                return torch.stack([F.nll_loss(log_probs, target, reduction="sum"), kd_loss])
 
-            chunks = zip(hidden.split(LOGIT_ROWS), target_hidden.split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS))
-            loss = sum(checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks) / len(hidden)
+            weights = torch.tensor([OURS["lm_loss_coef"], OURS["kd_loss_coef"]]) / len(hidden)
+            loss, _ = LossesInChunks.apply(losses, weights, hidden, batch[:, 1:].flatten(), target_hidden)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -640,9 +643,12 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="contenders, in this order (all)")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, metavar="NAME", help=f"of {', '.join(TEXTS)}")
     parser.add_argument("--base", help="another Llama-style model, by folder or id (SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="train in mixed precision: on CPUs with AMX twice as fast, elsewhere slow"
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
-    settings = {"tokens": args.tokens, "eval_tokens": args.eval_tokens, "base": args.base}
+    settings = {"tokens": args.tokens, "eval_tokens": args.eval_tokens, "base": args.base, "bf16": args.bf16}
     args.out.mkdir(parents=True, exist_ok=True)
     kept = read_json(args.out / "settings.json")
     if kept not in (None, settings):

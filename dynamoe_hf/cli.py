@@ -15,7 +15,7 @@ from .folder import inspect_folder
 from .generate import generate_text
 from .publish import publish_model
 from .report import report_folder
-from .train import TRAINED_PARTS, train_model
+from .train import HARMS, TRAINED_PARTS, train_model
 
 
 DESCRIPTION = """\
@@ -123,8 +123,14 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--router-tokens", type=int, default=16384, help="tokens of the closing fit of the routers (16384); 0: none"
     )
+    c.add_argument(
+        "--harm",
+        default="layer",
+        choices=HARMS,
+        help="what routers are fitted to: an error costs the same in a layer (layer), or what its token's gradient says (token)",
+    )
     c.add_argument("--lora-rank", type=int, default=16)
-    c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs")
+    c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs, and CPUs with AMX")
     c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     c.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (50)")
     c.add_argument("--seed", type=int, default=0)

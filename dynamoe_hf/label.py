@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token difficulty: how close each expert comes to the full MLP, and what that is worth in each layer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -85,38 +86,47 @@ def error_weights(model: DynaMoEForCausalLM, blocks: Iterable[torch.Tensor]) -> 
     so this is what makes an error of one layer comparable with the same error of another. Parameters get no gradient, and
     layers are recomputed in backward: memory is that of the model and one layer's activations.
     """
-    layers = model.model.layers
-    totals, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    totals, tokens = torch.zeros(len(model.model.layers), dtype=torch.float64), 0
+
+    def add(index, gradient):
+        totals[index] += gradient.double().square().sum().item()
+
+    recompute_layers(model, True)
+    try:
+        with mlp_gradients(model, add), model.routing(force_expert=model.config.expert_count - 1):
+            for block in tqdm(blocks, desc="Measuring gradients", leave=False):
+                block = block.view(1, -1).to(model.device)
+                logits = model(block, use_cache=False).logits[0, :-1].float()
+                torch.nn.functional.cross_entropy(logits, block[0, 1:], reduction="sum").backward()
+                tokens += block.numel()
+    finally:
+        recompute_layers(model, False)
+    return (totals / tokens / model.config.hidden_size).tolist()
+
+
+@contextmanager
+def mlp_gradients(model: DynaMoEForCausalLM, see: Callable[[int, torch.Tensor], None]):
+    """Inside, each backward pass calls `see(layer, gradient of the output of its MLP)`; parameters get no gradient."""
 
     def watch(index):
-        def add(gradient):
-            totals[index] += gradient.double().square().sum().item()
-
         def hook(module, args, output):
-            output.register_hook(add)
+            output.register_hook(lambda gradient: see(index, gradient))
 
         return hook
 
-    hooks = [layer.mlp.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [layer.mlp.register_forward_hook(watch(index)) for index, layer in enumerate(model.model.layers)]
     # Parameters are frozen, so the graph must begin somewhere.
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
     model.requires_grad_(False)
-    recompute_layers(model, True)
     try:
-        for block in tqdm(blocks, desc="Measuring gradients", leave=False):
-            block = block.view(1, -1).to(model.device)
-            with torch.enable_grad(), model.routing(force_expert=model.config.expert_count - 1):
-                logits = model(block, use_cache=False).logits[0, :-1].float()
-                torch.nn.functional.cross_entropy(logits, block[0, 1:], reduction="sum").backward()
-            tokens += block.numel()
+        with torch.enable_grad():
+            yield
     finally:
-        recompute_layers(model, False)
         for hook in hooks:
             hook.remove()
         for parameter in wanted:
             parameter.requires_grad_()
-    return (totals / tokens / model.config.hidden_size).tolist()
 
 
 def recompute_layers(model: PreTrainedModel, enable: bool) -> None:

@@ -8,13 +8,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -24,14 +22,64 @@ from transformers.trainer_utils import get_last_checkpoint
 from .card import render_card
 from .data import documents_for, iterate_blocks, text_names, token_blocks
 from .folder import CONVERSION, TRAINING, carry_records, load_model, load_tokenizer, new_folder, refuse_existing, write_json
+from .label import mlp_gradients
 from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
 from .modeling.nested_mlp import label_of
 
 
 TRAINED_PARTS = ("routers", "mlp", "layers", "all", "lora")
 TEACHERS = ("frozen", "self", "none")
+HARMS = ("layer", "token")
+# A token whose loss is one of its kind would outweigh all others; and a harm of nothing has no logarithm.
+LARGEST_WEIGHT, SMALLEST_HARM = 30.0, 1e-3
 # Positions whose logits are in memory at a time: 100 MB each of logits and of their gradient for 49,152 tokens in float32.
 LOGIT_ROWS = 512
+
+
+class LossesInChunks(torch.autograd.Function):
+    """
+    A weighted sum of losses over rows of hidden states, and the losses themselves, which have no gradient.
+
+    The gradient is taken chunk by chunk on the way forward, so that no more than `LOGIT_ROWS` logits over a whole vocabulary are ever in
+    memory and none is computed twice.
+
+    Args:
+        losses: function of (rows of `hidden`, rows of what follows it) -> (K,) sums over these rows.
+        weights: (K,).
+        hidden, others: (N, D) and further tensors of N rows that get no gradient.
+        parameters: what `losses` reads besides, and gets a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, losses, weights, hidden, *tensors):
+        # Parameters are what asks for a gradient: targets never do.
+        others = [tensor for tensor in tensors if not tensor.requires_grad]
+        ctx.places = [index for index, needed in enumerate(ctx.needs_input_grad) if needed]
+        inputs = [tensor for tensor, needed in zip(tensors, ctx.needs_input_grad[3:]) if needed]
+        needs_hidden, total, pieces, sums = 2 in ctx.places, 0.0, [], [torch.zeros_like(each) for each in inputs]
+        for chunk, *rest in zip(*(tensor.split(LOGIT_ROWS) for tensor in (hidden, *others))):
+            with torch.set_grad_enabled(bool(ctx.places)):
+                chunk = chunk.detach().requires_grad_(needs_hidden)
+                values = losses(chunk, *rest)
+                weighted = values @ weights
+            if ctx.places:
+                gradients = torch.autograd.grad(weighted, [chunk] * needs_hidden + inputs)
+                if needs_hidden:
+                    pieces.append(gradients[0])
+                for each, gradient in zip(sums, gradients[needs_hidden:]):
+                    each += gradient
+            total = total + values.detach()
+        ctx.save_for_backward(*([torch.cat(pieces)] if needs_hidden else []), *sums)
+        ctx.count = 3 + len(tensors)
+        ctx.mark_non_differentiable(total)
+        return total @ weights, total
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        gradients = [None] * ctx.count
+        for place, saved in zip(ctx.places, ctx.saved_tensors):
+            gradients[place] = gradient * saved
+        return tuple(gradients)
 
 
 @dataclass
@@ -94,7 +142,7 @@ class DynaMoETrainer(Trainer):
     """
     `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
     `kd_loss`, `mean_width` (share of MLP width on the trained route), `router_accuracy` (agreement of the routers with
-    the labels) and `share_expert_0` ... (of the tokens, on the trained route).
+    the labels, where the route or the router loss needs labels) and `share_expert_0` ... (of the tokens, on the trained route).
 
     Raises:
         ValueError: the model is no DynaMoE model, or `train_parts="lora"` without adapters.
@@ -145,7 +193,8 @@ class DynaMoETrainer(Trainer):
         low, high = args.sensitivity_range or core.config.train_sensitivity
         sensitivity = low + (high - low) * torch.rand(labels.shape[0], device=labels.device)
         positions = self._sample_positions(labels)
-        with core.routing(route=args.route, sensitivity=sensitivity, needs_labels=True, records=[]) as routing:
+        needs_labels = args.route == "label" or args.router_loss_coef > 0
+        with core.routing(route=args.route, sensitivity=sensitivity, needs_labels=needs_labels, records=[]) as routing:
             hidden = self._hidden_states(model, core, inputs)
 
         mask = loss_mask(labels)
@@ -155,9 +204,9 @@ class DynaMoETrainer(Trainer):
         scale = mask.sum() / sampled.sum().clamp_min(1) / items
         targets = torch.where(mask, F.pad(labels[:, 1:], (0, 1)), -100)[:, positions]
         target_hidden = self._full_width_hidden(model, inputs)[:, positions] if self._distils else None
-        lm_loss, kd_loss = self._losses_at(hidden[:, positions], targets, target_hidden) * scale
-        router_loss = mean_router_loss(routing.records, mask, items)
-        loss = args.lm_loss_coef * lm_loss + args.router_loss_coef * router_loss + args.kd_loss_coef * kd_loss
+        outer_loss, lm_loss, kd_loss = self._losses_at(hidden[:, positions], targets, target_hidden, scale)
+        router_loss = mean_router_loss(routing.records, mask, items) if needs_labels else torch.zeros_like(outer_loss)
+        loss = outer_loss + args.router_loss_coef * router_loss
         self._record(routing.records, sensitivity, mask, lm_loss=lm_loss, router_loss=router_loss, kd_loss=kd_loss)
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -187,41 +236,36 @@ class DynaMoETrainer(Trainer):
         lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
         unwrapped = self.accelerator.unwrap_model(model)
         teacher, core = (unwrapped, self.core) if self.teacher is None else (self.teacher, self.teacher)
-        with unwrapped.disable_adapter() if lora else nullcontext():
+        with unwrapped.disable_adapter() if lora else nullcontext(), self.accelerator.autocast():
             teacher.eval()
             with core.routing(force_expert=core.config.expert_count - 1):
                 hidden = self._hidden_states(teacher, core, inputs)
             model.train()
         return hidden
 
-    def _losses_at(self, hidden, targets, target_hidden):
+    def _losses_at(self, hidden, targets, target_hidden, scale):
         """
-        Sums over positions of the LM loss and of KL(full width || chosen experts): (B, P, D), (B, P), (B, P, D) or None -> (2,).
-
-        In chunks whose logits are computed again in backward, so that no more than `LOGIT_ROWS` of them are ever in memory.
+        The LM loss and KL(full width || chosen experts), each summed over positions and times `scale`: their weighted sum, which
+        has a gradient, and both of them. (B, P, D), (B, P), (B, P, D) or None, a scalar -> three scalars.
         """
-        teacher = self.core if self.teacher is None else self.teacher
+        core, teacher = self.core, self.core if self.teacher is None else self.teacher
 
-        def losses(hidden, targets, target_hidden):
-            log_probs = self.core.logits_of(hidden).float().log_softmax(-1)
-            lm_loss = F.nll_loss(log_probs.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-            kd_loss = log_probs.new_zeros(())
-            if target_hidden is not None:
-                with torch.no_grad():
-                    target = teacher.logits_of(target_hidden).float().log_softmax(-1)
-                kl = F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1)
-                kd_loss = (kl * (targets != -100)).sum()
-            return torch.stack([lm_loss, kd_loss])
+        def losses(hidden, targets, target_hidden=None):
+            log_probs = core.logits_of(hidden[None])[0].float().log_softmax(-1)
+            lm_loss = F.nll_loss(log_probs, targets, ignore_index=-100, reduction="sum")
+            if target_hidden is None:
+                return torch.stack([lm_loss, lm_loss.new_zeros(())])
+            with torch.no_grad():
+                target = teacher.logits_of(target_hidden[None])[0].float().log_softmax(-1)
+            kl = F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1)
+            return torch.stack([lm_loss, (kl * (targets != -100)).sum()])
 
-        size = max(1, LOGIT_ROWS // len(hidden))
-        if hidden.shape[1] <= size:
-            return losses(hidden, targets, target_hidden)
-        chunks = zip(
-            hidden.split(size, 1),
-            targets.split(size, 1),
-            repeat(None) if target_hidden is None else target_hidden.split(size, 1),
-        )
-        return sum(checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks)
+        rows = [tensor.flatten(0, 1) for tensor in (hidden, targets, target_hidden) if tensor is not None]
+        head = [parameter for parameter in core.get_output_embeddings().parameters() if parameter.requires_grad]
+        weights = scale * torch.tensor([self.args.lm_loss_coef, self.args.kd_loss_coef], device=hidden.device)
+        with self.accelerator.autocast():  # as `_full_width_hidden`: accelerate casts in the model's own `forward` alone
+            loss, parts = LossesInChunks.apply(losses, weights, *rows, *head)
+        return loss, *(parts * scale)
 
     @torch.no_grad()
     def _record(self, records, sensitivity, mask, **losses):
@@ -233,10 +277,13 @@ class DynaMoETrainer(Trainer):
             counts = [((expert == index) * mask).sum() for index in range(len(widths))]
             used = used + torch.stack(counts)
             shares = shares + sum(count * (width / widths[-1]) for count, width in zip(counts, widths))
-            chosen = layer.mlp.router.choose(record.router_logits, sensitivity)
-            agreement = agreement + ((chosen == record.label).to(mask.device) * mask).sum()
+            if record.label is not None:
+                chosen = layer.mlp.router.choose(record.router_logits, sensitivity)
+                agreement = agreement + ((chosen == record.label).to(mask.device) * mask).sum()
         tokens = mask.sum() * len(records)
-        metrics = {**losses, "mean_width": shares / tokens, "router_accuracy": agreement / tokens}
+        metrics = {**losses, "mean_width": shares / tokens}
+        if records[0].label is not None:
+            metrics["router_accuracy"] = agreement / tokens
         metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used)}
         for name, value in metrics.items():
             self._parts.setdefault(name, []).append(value.detach())
@@ -292,8 +339,11 @@ def fit_routers(
     steps: int = 800,
     batch_size: int = 512,
     learning_rate: float = 2e-2,
-    cache_bytes: int = 2**31,
+    cache_bytes: int = 3 * 2**30,
     seed: int = 0,
+    harm: str = "layer",
+    route: str = "label",
+    bf16: bool = False,
 ) -> dict:
     """
     Fit every router anew to the difficulty of tokens, layer by layer, on cached inputs: nothing else of the model is run
@@ -304,10 +354,19 @@ def fit_routers(
         blocks: token ids (N, S); the last tenth is not fitted to, and measures the agreement.
         steps, batch_size, learning_rate: of each router, AdamW with a one-cycle schedule.
         cache_bytes: inputs cached at a time, as 16-bit numbers; more layers than fit take further passes over the text.
+        harm: what an error costs: as much for every token of a `"layer"`, as in the labels, or for each `"token"` by the squared
+            gradient of the loss at its own MLP output, which takes a backward pass. A router cannot know a token's gradient, but
+            learns what to expect of it. Needs a profile router and a similarity weighted by the loss.
+        route: `"router"` lets tokens follow the routers as they are while inputs are collected.
+        bf16: collect under autocast.
 
     Returns:
         `tokens`, `router_agreement` with the labels on the tokens held out, and `label_frequency`, that of the commonest label.
+
+    Raises:
+        ValueError: an unknown `harm`, or one that the model's similarity or router type does not have.
     """
+    check_harm(model.config, harm)
     torch.manual_seed(seed)
     model.eval()
     layers = model.model.layers
@@ -317,10 +376,14 @@ def fit_routers(
     agreement, commonest = [], []
     progress = tqdm(total=len(layers), desc="Fitting routers", leave=False)
     for start in range(0, len(layers), group):
-        inputs, profiles, thetas = _collect(model, layers[start : start + group], blocks)
-        for layer, x, profile in zip(layers[start : start + group], inputs, profiles):
+        part = layers[start : start + group]
+        inputs, profiles, weights, thetas = _collect(model, start, len(part), blocks, harm, route, bf16)
+        for layer, x, profile, weight in zip(part, inputs, profiles, weights):
             router = layer.mlp.router
-            fit_router(router, x[:-held_out], profile[:-held_out], thetas[:-held_out], steps, batch_size, learning_rate)
+            fit_router(
+                router, x[:-held_out], profile[:-held_out], thetas[:-held_out], steps, batch_size, learning_rate,
+                None if weight is None else weight[:-held_out],
+            )  # fmt: skip
             with torch.no_grad():
                 label = label_of(profile[-held_out:], thetas[-held_out:])
                 logits = router(x[-held_out:].to(router.input.weight.dtype))
@@ -331,40 +394,80 @@ def fit_routers(
     progress.close()
     return {
         "tokens": blocks.numel(),
+        "harm": harm,
         "router_agreement": round(sum(agreement) / len(agreement), 4),
         "label_frequency": round(sum(commonest) / len(commonest), 4),
     }
 
 
-@torch.no_grad()
-def _collect(model, layers, blocks):
-    """Router inputs (T, D), profiles (T, E) of each of `layers`, and the sensitivity of each token (T,)."""
-    inputs, profiles, thetas = [[] for _ in layers], [[] for _ in layers], []
-    hooks = [
-        layer.mlp.router.register_forward_pre_hook(
-            lambda module, args, kept=kept: kept.append(args[0].flatten(0, 1).to(torch.bfloat16))
+def check_harm(config, harm: str) -> None:
+    """Raise `ValueError` unless routers of a model with this config can be fitted to this `harm` (see `fit_routers`)."""
+    if harm not in HARMS:
+        raise ValueError(f"`harm` is unknown: found {harm!r}. Choose one of {', '.join(HARMS)}.")
+    if harm == "token" and (config.router_type == "argmax" or not config.similarity.startswith("loss_")):
+        raise ValueError(
+            f'harm="token" needs a profile router and a similarity weighted by the loss, found {config.router_type!r} and '
+            f'{config.similarity!r}. Convert with similarity loss_weighted or loss_gain, or leave harm at "layer".'
         )
-        for layer, kept in zip(layers, inputs)
+
+
+def _collect(model, start, count, blocks, harm, route, bf16):
+    """
+    Router inputs (T, D), profiles (T, E), and with harm="token" weights (T,) of mean 1, else None, of each of `count` layers from
+    `start`; and the sensitivity of each token (T,).
+    """
+    layers = range(start, start + count)
+    inputs, profiles, squares, thetas = {i: [] for i in layers}, {i: [] for i in layers}, {i: [] for i in layers}, []
+    hooks = [
+        model.model.layers[index].mlp.router.register_forward_pre_hook(
+            lambda module, args, kept=inputs[index]: kept.append(args[0].detach().flatten(0, 1).to(torch.bfloat16))
+        )
+        for index in layers
     ]
-    first = next(index for index, layer in enumerate(model.model.layers) if layer is layers[0])
     low, high = model.config.train_sensitivity
+
+    def see(index, gradient):
+        if index in squares:
+            squares[index].append(gradient.float().square().sum(-1).flatten())
+
     try:
-        for batch in tqdm(blocks.split(4), desc="Collecting router inputs", leave=False):
-            batch = batch.to(model.device)
-            sensitivity = low + (high - low) * torch.rand(len(batch), device=batch.device)
-            with model.routing(route="label", sensitivity=sensitivity, needs_labels=True, records=[]) as routing:
-                model.model(batch, use_cache=False)
-            thetas.append(sensitivity.repeat_interleave(batch.shape[1]))
-            for kept, record in zip(profiles, routing.records[first : first + len(layers)]):
-                kept.append(record.profile.flatten(0, 1))
+        with mlp_gradients(model, see) if harm == "token" else torch.no_grad():
+            for batch in tqdm(blocks.split(4), desc="Collecting router inputs", leave=False):
+                batch = batch.to(model.device)
+                sensitivity = low + (high - low) * torch.rand(len(batch), device=batch.device)
+                with (
+                    model.routing(route=route, sensitivity=sensitivity, needs_labels=True, records=[]) as routing,
+                    torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16),
+                ):
+                    if harm == "token":
+                        logits = model(batch, use_cache=False).logits[:, :-1].float()
+                        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+                    else:
+                        model.model(batch, use_cache=False)
+                thetas.append(sensitivity.repeat_interleave(batch.shape[1]))
+                for index in layers:
+                    profiles[index].append(routing.records[index].profile.flatten(0, 1))
     finally:
         for hook in hooks:
             hook.remove()
-    return [torch.cat(kept) for kept in inputs], [torch.cat(kept) for kept in profiles], torch.cat(thetas)
+    weights = [torch.cat(kept) if kept else None for kept in squares.values()]
+    weights = [None if weight is None else weight / weight.mean() for weight in weights]
+    return (
+        [torch.cat(kept) for kept in inputs.values()],
+        [torch.cat(kept) for kept in profiles.values()],
+        weights,
+        torch.cat(thetas),
+    )
 
 
-def fit_router(router, x, profile, thetas, steps, batch_size, learning_rate):
-    """Train one router from nothing, its first layer scaled to the size of what it reads."""
+def fit_router(router, x, profile, thetas, steps, batch_size, learning_rate, weights=None):
+    """
+    Train one router from nothing, its first layer scaled to the size of what it reads.
+
+    With `weights` (T,), what an error costs each token beside the mean of its layer: the router then predicts the mean of the harm,
+    weight * (1 / s_e - 1), as exp(-logit), by the likelihood of a gamma distribution: harm varies over orders of magnitude, and the mean is
+    what a budget should be spent by.
+    """
     dtype = router.input.weight.dtype
     router.float().requires_grad_()
     with torch.no_grad():
@@ -375,7 +478,12 @@ def fit_router(router, x, profile, thetas, steps, batch_size, learning_rate):
     label = label_of(profile, thetas)
     for _ in range(steps):
         rows = torch.randint(len(x), (batch_size,), device=x.device)
-        loss = router.loss(router(x[rows].float()), profile[rows], label[rows]).mean()
+        logits = router(x[rows].float())
+        if weights is None:
+            loss = router.loss(logits, profile[rows], label[rows]).mean()
+        else:
+            harm = (1 / profile[rows, :-1].clamp_min(1e-6) - 1) * weights[rows, None].clamp_max(LARGEST_WEIGHT)
+            loss = ((harm + SMALLEST_HARM) * logits.clamp(max=12).exp() - logits).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -443,6 +551,7 @@ def train_model(
     kd_loss_coef: float = 1.0,
     logit_fraction: float = 0.25,
     router_tokens: int = 16384,
+    harm: str = "layer",
     lora_rank: int = 16,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
@@ -465,6 +574,7 @@ def train_model(
         router_tokens: after the training, routers are fitted anew on the first so many of its tokens (`fit_routers`), and with
             `route="router"` before it too; 0 leaves them as the training made them. With `train="routers"` the fit, on
             all `max_tokens`, is the whole training.
+        harm: what an error costs when routers are fitted, as `fit_routers` says: the same in a `"layer"`, or by `"token"`.
         save_steps: steps between checkpoints.
 
     Returns:
@@ -482,6 +592,7 @@ def train_model(
     if last is None and resume:
         raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    check_harm(model.config, harm)  # before hours of training, not after them
     longest = getattr(model.config, "max_position_embeddings", None)
     block_size = min(block_size, longest) if longest else block_size
     tokens_a_step = block_size * batch_size * gradient_accumulation_steps
@@ -499,14 +610,14 @@ def train_model(
     history, steps_done = [], 0
     if train == "routers":
         router_tokens = max_tokens
-    elif route == "router" and router_tokens:
-        fit_routers(model, fit_blocks(router_tokens), seed=seed)
+    elif route == "router" and router_tokens and last is None:
+        fit_routers(model, fit_blocks(router_tokens), seed=seed, harm=harm, bf16=bf16)
     if train != "routers":
         args = DynaMoETrainingArguments(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, adam_beta2=0.95,
             warmup_steps=min(10, steps // 10), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
-            bf16=bf16, **({"gradient_checkpointing": True} if gradient_checkpointing else {}), save_steps=save_steps, save_total_limit=2,
+            bf16=bf16, use_cpu=not torch.accelerator.is_available(), **({"gradient_checkpointing": True} if gradient_checkpointing else {}), save_steps=save_steps, save_total_limit=2,
             logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
             teacher=teacher, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
             logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,
@@ -527,7 +638,10 @@ def train_model(
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         model = model.merge_and_unload() if train == "lora" else model
     model.requires_grad_(True)
-    fit = fit_routers(model, fit_blocks(router_tokens), seed=seed) if router_tokens else None
+    fit = None
+    if router_tokens:
+        own_route = "router" if route == "router" and train != "routers" else "label"
+        fit = fit_routers(model, fit_blocks(router_tokens), seed=seed, harm=harm, route=own_route, bf16=bf16)
     record = {
         "from": Path(folder).name,
         "text": dataset or text_names(text),
@@ -540,7 +654,7 @@ def train_model(
             "train": train, "route": route, "teacher": teacher, "block_size": block_size, "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
             "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
-            "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction, "bf16": bf16, "seed": seed,
+            "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction, "harm": harm, "bf16": bf16, "seed": seed,
         },
         "history": history,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -1,6 +1,7 @@
 """Training: what moves, what is logged, and that batching, resuming and LoRA change nothing they should not."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -12,7 +13,17 @@ from transformers import Trainer, TrainingArguments
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.convert import convert_model, scale_difficulty
 from dynamoe_hf.folder import load_model
-from dynamoe_hf.train import DynaMoETrainer, DynaMoETrainingArguments, choose_trainable, fit_routers, lora_config, train_model
+from dynamoe_hf.modeling.modeling_dynamoe import TokenRouter
+from dynamoe_hf.train import (
+    DynaMoETrainer,
+    DynaMoETrainingArguments,
+    _collect,
+    choose_trainable,
+    fit_router,
+    fit_routers,
+    lora_config,
+    train_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -310,9 +321,86 @@ def test_activation_checkpointing_gives_the_same_losses(tmp_path):
 
 
 def test_bf16_autocast(tmp_path):
-    trainer = train(tiny_model(), tmp_path, max_steps=2, bf16=True)
-    assert trainer.state.log_history[0]["loss"] > 0
-    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    """Weights stay float32; the products of the student, of the teacher and of the head are in bfloat16."""
+    model, dtypes = tiny_model(), {}
+    args = DynaMoETrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none", max_steps=1)
+    trainer = DynaMoETrainer(model=model, args=args, train_dataset=rows())
+    watched = {"student": model.model.layers[0].mlp.down_proj, "teacher": trainer.teacher.model.layers[0].mlp.down_proj,
+               "head": model.lm_head, "teacher's head": trainer.teacher.lm_head}  # fmt: skip
+    for name, module in watched.items():
+        module.register_forward_hook(lambda module, args, output, name=name: dtypes.setdefault(name, set()).add(output.dtype))
+    trainer.train()
+    assert dtypes == {name: {torch.bfloat16} for name in watched}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_bf16_in_the_stage(converted, text_file, tmp_path):
+    record = train_model(
+        converted, tmp_path / "out", text=str(text_file), max_tokens=256, block_size=32, batch_size=2, bf16=True
+    )
+    assert record["steps"] == 4
+    assert math.isfinite(record["history"][-1]["loss"])
+
+
+def test_token_harm_is_the_gradient_of_the_loss(tmp_path):
+    """The weights of tokens are the squared gradients at each MLP's output, and collecting them leaves the parameters alone."""
+    model, blocks = tiny_model().eval(), torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
+    model.requires_grad_(True)
+    model.config.train_sensitivity = [0.5, 0.5]
+    inputs, profiles, weights, _ = _collect(model, 0, 2, blocks, "token", "label", bf16=False)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    outputs = []
+    hooks = [layer.mlp.register_forward_hook(lambda *args: outputs.append(args[-1])) for layer in model.model.layers]
+    with model.routing(route="label", sensitivity=0.5, needs_labels=True, records=[]):
+        logits = model(blocks).logits
+    for hook in hooks:
+        hook.remove()
+    lm_loss, _ = causal_losses(logits, logits, blocks)
+    for gradient, weight in zip(torch.autograd.grad(lm_loss, outputs), weights):
+        expected = gradient.square().sum(-1).flatten()
+        assert_close("weights", weight, expected / expected.mean(), rtol=1e-4)
+    plain_inputs, plain_profiles, nothing, _ = _collect(model, 0, 2, blocks, "layer", "label", bf16=False)
+    assert nothing == [None, None]
+    for kept, plain in zip(inputs + profiles, plain_inputs + plain_profiles):
+        assert torch.equal(kept, plain)
+
+
+def test_a_router_predicts_the_mean_harm():
+    """Two kinds of tokens, whose weights are as likely to be small as large: what is predicted is each kind's mean, not its middle."""
+    torch.manual_seed(0)
+    kind = torch.randint(2, (4000,))
+    x = torch.randn(4000, 8) * 0.1 + kind[:, None]
+    weights = torch.distributions.Exponential(1.0).sample((4000,)) * (1 + 3 * kind)
+    profile = torch.tensor([0.5, 0.8, 1.0]).expand(4000, 3)  # harms of 1 and a quarter
+    router = TokenRouter(8, 16, 3, "profile")
+    fit_router(router, x, profile, torch.full((4000,), 0.5), 400, 512, 2e-2, weights)
+    with torch.no_grad():
+        predicted = (-router(x)).exp()
+    for index in range(2):
+        mean = weights[kind == index].mean().item()
+        assert predicted[kind == index].mean(0).tolist() == pytest.approx([mean, mean / 4], rel=0.1)
+
+
+def test_token_harm_in_the_stage(converted, text_file, tmp_path):
+    """Routers fitted before the training and after it, on their own routes; no labels are measured in between."""
+    record = train_model(
+        converted, tmp_path / "out", text=str(text_file), route="router", harm="token", router_loss_coef=0.0,
+        max_tokens=256, block_size=32, batch_size=2, router_tokens=512,
+    )  # fmt: skip
+    assert record["router_fit"]["harm"] == record["settings"]["harm"] == "token"
+    assert record["history"][-1]["router_loss"] == 0
+    assert "router_accuracy" not in record["history"][-1]
+    assert 0.25 < record["history"][-1]["mean_width"] < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "harm", "message"),
+    [({}, "best", "`harm` is unknown: found 'best'"), ({"similarity": "cosine"}, "token", "weighted by the loss, found 'profile'"),
+     ({"router_type": "argmax"}, "token", "found 'argmax'")],
+)  # fmt: skip
+def test_harm_that_a_model_does_not_have(settings, harm, message):
+    with pytest.raises(ValueError, match=message):
+        fit_routers(tiny_model(**settings), torch.randint(3, 128, (4, 16)), harm=harm)
 
 
 @pytest.mark.gpu
