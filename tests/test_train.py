@@ -323,13 +323,14 @@ def test_activation_checkpointing_gives_the_same_losses(tmp_path):
 def test_bf16_autocast(tmp_path):
     """Weights stay float32; the products of the student, of the teacher and of the head are in bfloat16."""
     model, dtypes = tiny_model(), {}
-    args = DynaMoETrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none", max_steps=1)
+    args = DynaMoETrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none", max_steps=2, logging_steps=1)
     trainer = DynaMoETrainer(model=model, args=args, train_dataset=rows())
     watched = {"student": model.model.layers[0].mlp.down_proj, "teacher": trainer.teacher.model.layers[0].mlp.down_proj,
                "head": model.lm_head, "teacher's head": trainer.teacher.lm_head}  # fmt: skip
     for name, module in watched.items():
         module.register_forward_hook(lambda module, args, output, name=name: dtypes.setdefault(name, set()).add(output.dtype))
     trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
     assert dtypes == {name: {torch.bfloat16} for name in watched}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
@@ -342,7 +343,7 @@ def test_bf16_in_the_stage(converted, text_file, tmp_path):
     assert math.isfinite(record["history"][-1]["loss"])
 
 
-def test_token_harm_is_the_gradient_of_the_loss(tmp_path):
+def test_token_harm_is_the_gradient_of_the_loss():
     """The weights of tokens are the squared gradients at each MLP's output, and collecting them leaves the parameters alone."""
     model, blocks = tiny_model().eval(), torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
     model.requires_grad_(True)
