@@ -10,6 +10,7 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
+  ours-long     the same on four times the tokens of all others: what more training gives
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
   routers       our conversion with nothing but its routers trained, in minutes
@@ -76,6 +77,7 @@ OURS = {
     "router_loss_coef": 0.0,
     "logit_fraction": 1.0,
 }
+LONGER = 4  # times the tokens of the others that `ours-long` learns from
 ROUTER_TOKENS = 65_536
 PAPER = {
     **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
@@ -192,8 +194,14 @@ class Bench:
 
     @cached_property
     def ours(self):
-        router_tokens = min(ROUTER_TOKENS, self.tokens)
-        return load_model(self.trained("ours", self.converted, self.tokens, router_tokens=router_tokens, **OURS))
+        return self._by_our_recipe("ours", self.tokens)
+
+    @cached_property
+    def ours_long(self):
+        return self._by_our_recipe("ours-long", LONGER * self.tokens)
+
+    def _by_our_recipe(self, name, tokens):
+        return load_model(self.trained(name, self.converted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
     def routers(self):
@@ -368,7 +376,7 @@ def routed(bench, share, text, model):
         run = run_routers(model, part, expert_shares(model), 0.5, 4)
         (theta, _), _ = solve_budget(model, part, expert_shares(model), share, run, 4)
         routing = {"sensitivity": theta}
-    return _routed(model, blocks, needs_labels=share < 1, **routing)
+    return _routed(model, blocks, **routing)
 
 
 def oracle(bench, share, text, model):
@@ -393,15 +401,15 @@ def random_routes(bench, share, text):
     return _routed(bench.ours, bench.text(text), route="random", histogram=use)
 
 
-def _routed(model, blocks, needs_labels=False, **routing):
-    nll, use, agreement = routed_nll(model, blocks, needs_labels=needs_labels, **routing)
+def _routed(model, blocks, **routing):
+    nll, use, _ = routed_nll(model, blocks, **routing)
     routing.pop("histogram", None)
     share = (use * expert_shares(model)).sum(-1).mean().item()
-    return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), "router_agreement": agreement, **routing}
+    return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), **routing}
 
 
 def paper(bench, share, text):
-    return _routed(bench.paper(share), bench.text(text), needs_labels=True)
+    return _routed(bench.paper(share), bench.text(text))
 
 
 def family(bench, share, text, name, subnet):
@@ -479,6 +487,7 @@ def uniform_width(bench, share):
 CONTENDERS: dict[str, Callable] = {
     "dense": dense_base,
     "ours": lambda bench, share, text: routed(bench, share, text, bench.ours),
+    "ours-long": lambda bench, share, text: routed(bench, share, text, bench.ours_long),
     "ours-oracle": lambda bench, share, text: oracle(bench, share, text, bench.ours),
     "ours-random": random_routes,
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
@@ -492,11 +501,12 @@ CONTENDERS: dict[str, Callable] = {
     "flextron-in": flextron_by_input,
     "paper": paper,
 }
-FULL_ONLY, WITH_FULL = ("dense", "tuned"), ("ours",)
+FULL_ONLY, WITH_FULL = ("dense", "tuned"), ("ours", "ours-long")
 ORACLES = ("ours-oracle", "untrained")
 LABELS = {
     "dense": "dense base",
     "ours": "DynaMoE",
+    "ours-long": f"DynaMoE, {LONGER} times the tokens",
     "ours-oracle": "its labels (oracle)",
     "ours-random": "random routes",
     "routers": "routers alone trained",
@@ -513,11 +523,11 @@ LABELS = {
 
 
 @torch.no_grad()
-def what_is_learned(bench, share):
+def what_is_learned(bench, name, share):
     """Mean share of MLP width at one setting on the unseen text: by layer, by position in the block, by class of token."""
-    model, blocks = bench.ours, bench.text(UNSEEN)
+    model, blocks = bench.ours_long if name == "ours-long" else bench.ours, bench.text(UNSEEN)
     kept, shares = [], expert_shares(model)
-    with model.routing(sensitivity=bench.measured("ours", share, UNSEEN)["sensitivity"], records=[]) as routing:
+    with model.routing(sensitivity=bench.measured(name, share, UNSEEN)["sensitivity"], records=[]) as routing:
         for batch in blocks.split(4):
             model.model(batch, use_cache=False)
             kept.append(torch.stack([row[record.expert] for row, record in zip(shares, routing.records)]))
@@ -529,6 +539,7 @@ def what_is_learned(bench, share):
         classes.setdefault(names[token], []).append(width)
     edges = [0, 1, 4, 16, 64, 256, 512]
     return {
+        "contender": name,
         "share": share,
         "by_layer": [round(value, 4) for value in width_LNS.mean((1, 2)).tolist()],
         "by_position": {f"{a} to {b - 1}": round(width_NS[:, a:b].mean().item(), 4) for a, b in zip(edges, edges[1:])},
@@ -559,9 +570,7 @@ def compare(bench, names, texts):
                 dense_nll = torch.tensor(bench.measured("dense", 1.0, text)["nll"], dtype=torch.float64)
                 row = {"contender": name, "asked": share, "text": text, "share": record["share"], "blocks": len(nll)}
                 row |= {"perplexity": math.exp(nll.mean().item()), **ratio_to(nll, dense_nll)}
-                row |= {
-                    key: record[key] for key in ("router_agreement", "sensitivity", "mlp_share", "seconds") if key in record
-                }
+                row |= {key: record[key] for key in ("sensitivity", "mlp_share", "seconds") if key in record}
                 if "ours" in names and name != "ours" and name not in FULL_ONLY:
                     best = torch.tensor(bench.measured("ours", share, text)["nll"], dtype=torch.float64)
                     row["ours_over_this"] = ratio_to(best, nll)
@@ -621,10 +630,10 @@ def draw(record, path):
             if not rows:
                 continue
             shares, ratios = [100 * row["share"] for row in rows], [row["ratio_to_dense"] for row in rows]
-            mine = name == "ours"
+            mine, style = name in WITH_FULL, {"ours-long": "--"} | dict.fromkeys(ORACLES, ":")
             axis.plot(
                 shares, ratios, label=LABELS[name], color="black" if mine else f"C{index}", linewidth=2.5 if mine else 1.2,
-                marker="o" if mine else ".", linestyle=":" if name in ORACLES else "-", zorder=3 if mine else 2,
+                marker="o" if mine else ".", linestyle=style.get(name, "-"), zorder=3 if mine else 2,
             )  # fmt: skip
             if mine:
                 low, high = zip(*(row["ratio_interval"] for row in rows))
@@ -642,7 +651,7 @@ def draw(record, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is made; run again with the same to go on")
-    parser.add_argument("--tokens", type=int, default=524_288, help="training tokens of each contender (524288)")
+    parser.add_argument("--tokens", type=int, default=393_216, help="training tokens of each contender (393216)")
     parser.add_argument("--eval-tokens", type=int, default=20_480, help="evaluation tokens of each text (20480)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="contenders, in this order (all)")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, metavar="NAME", help=f"of {', '.join(TEXTS)}")
@@ -676,8 +685,9 @@ def main(argv=None):
         "machine": machine(torch.get_num_threads()), **settings, "hours": round(seconds / 3600, 1),
         "recipe": OURS, "rows": compare(bench, names, args.texts),
     }  # fmt: skip
-    if "ours" in names and UNSEEN in args.texts:
-        record["learned"] = what_is_learned(bench, 0.6)
+    ours = [name for name in WITH_FULL if name in names]
+    if ours and UNSEEN in args.texts:
+        record["learned"] = what_is_learned(bench, ours[-1], 0.6)
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"frontier_{record['machine']['name']}"
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

@@ -112,7 +112,7 @@ def machine(threads: int) -> dict:
         (line.partition(":")[2].strip() for line in _cpu_info() if line.startswith("model name")), platform.processor()
     )
     today = datetime.date.today()
-    words = re.findall(r"[a-z0-9]+", processor.lower())
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", processor.lower()))
     return {
         "name": f"{'-'.join(words[:2])}_{today:%Y%m}",
         "processor": processor,

@@ -7,7 +7,16 @@ import torch
 from conftest import tiny_tokenizer
 from test_modeling import tiny_dynamoe
 
-from dynamoe_hf.benchmark import _bytes, bench_decode, bench_folder, bench_mlp, bench_prefill, interleaved, peak_memory
+from dynamoe_hf.benchmark import (
+    _bytes,
+    bench_decode,
+    bench_folder,
+    bench_mlp,
+    bench_prefill,
+    interleaved,
+    machine,
+    peak_memory,
+)
 from dynamoe_hf.folder import load_model
 
 
@@ -46,6 +55,16 @@ def test_energy_where_the_processor_counts_it(monkeypatch, tmp_path):
         return lambda: counter.write_text(str(int(counter.read_text()) + energy))
 
     assert interleaved({"dense": [use(40)], "ours": [use(30)]}, rounds=2)["ours"]["energy_ratio"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("processor", "name"), [("AMD EPYC 7R13 Processor", "amd-epyc"), ("Intel(R) Xeon(R) Processor @ 2.60GHz", "intel-xeon")]
+)
+def test_a_machine_has_a_name_for_files(processor, name, monkeypatch):
+    monkeypatch.setattr("dynamoe_hf.benchmark._cpu_info", lambda: ["flags\t: amx", f"model name\t: {processor}"])
+    record = machine(threads=1)
+    assert record["processor"] == processor
+    assert record["name"].startswith(f"{name}_20")
 
 
 def test_peak_memory():

@@ -186,7 +186,7 @@ def test_rehearsal(base, texts, tmp_path):
     record = json.loads(next(results.glob("*.json")).read_text())
     rows = record["rows"]
     assert {row["contender"] for row in rows} == set(CONTENDERS)
-    assert len(rows) == 2 * (2 + 1 + len(SHARES) * (len(CONTENDERS) - 2))
+    assert len(rows) == 2 * (2 + 2 + len(SHARES) * (len(CONTENDERS) - 2))  # two dense ones, and full width of two of ours
     for row in rows:
         low, high = row["ratio_interval"]
         assert 0 < low <= row["ratio_to_dense"] <= high
@@ -195,6 +195,7 @@ def test_rehearsal(base, texts, tmp_path):
     dense = [row["ratio_to_dense"] for row in rows if row["contender"] == "dense"]
     assert dense == [1.0, 1.0]
     learned = record["learned"]
+    assert learned["contender"] == "ours-long"
     assert len(learned["by_layer"]) == 2 and all(0 < share <= 1 for share in learned["by_layer"])
     assert sum(entry["tokens"] for entry in learned["by_class"].values()) == rows[0]["blocks"] * 512
     assert next(results.glob("*.png")).stat().st_size > 10_000
