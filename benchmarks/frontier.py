@@ -25,7 +25,7 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   tuned         the dense model trained on the same tokens (full width only), with the same losses
 
 Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
-benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}.
+benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
 """
 
 import argparse
@@ -38,6 +38,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -266,16 +267,18 @@ class Bench:
         return activation_sizes(self.dense, self.calibration[:4])
 
     def training_seconds(self):
-        return sum(read_json(path)["seconds"] for path in self.out.glob(f"*/{TRAINING}"))
+        """Of each folder that was trained."""
+        return {path.parent.name: read_json(path)["seconds"] for path in sorted(self.out.glob(f"*/{TRAINING}"))}
 
     def measured(self, contender, share, text):
         """`{"share": reached, "nll": [each block], ...}` of one contender on one text, kept in `out`."""
         path = self.out / "measured" / f"{contender}-{share:g}-{text}.json"
         if not path.exists():
-            started, trained = time.monotonic(), self.training_seconds()
+            started, trained = time.monotonic(), sum(self.training_seconds().values())
             record = CONTENDERS[contender](self, share, text)
             # A contender is trained when it is first asked for, and its training keeps its own time.
-            record["seconds"] = round(time.monotonic() - started - self.training_seconds() + trained, 1)
+            trained -= sum(self.training_seconds().values())
+            record["seconds"] = round(time.monotonic() - started + trained, 1)
             path.parent.mkdir(exist_ok=True)
             staging = path.with_suffix(".partial")
             staging.write_text(json.dumps(record))
@@ -539,7 +542,6 @@ def what_is_learned(bench, name, share):
         classes.setdefault(names[token], []).append(width)
     edges = [0, 1, 4, 16, 64, 256, 512]
     return {
-        "contender": name,
         "share": share,
         "by_layer": [round(value, 4) for value in width_LNS.mean((1, 2)).tolist()],
         "by_position": {f"{a} to {b - 1}": round(width_NS[:, a:b].mean().item(), 4) for a, b in zip(edges, edges[1:])},
@@ -562,28 +564,43 @@ def token_class(token):
 def compare(bench, names, texts):
     """Rows of the record: each contender at each share on each text, beside the dense base, and beside ours where it is measured."""
     rows = []
-    for name in names:
+    for text, name in product(texts, names):
         for share in (1.0,) if name in FULL_ONLY else (*((1.0,) if name in WITH_FULL else ()), *SHARES):
-            for text in texts:
-                record = bench.measured(name, share, text)
-                nll = torch.tensor(record["nll"], dtype=torch.float64)
-                dense_nll = torch.tensor(bench.measured("dense", 1.0, text)["nll"], dtype=torch.float64)
-                row = {"contender": name, "asked": share, "text": text, "share": record["share"], "blocks": len(nll)}
-                row |= {"perplexity": math.exp(nll.mean().item()), **ratio_to(nll, dense_nll)}
-                row |= {key: record[key] for key in ("sensitivity", "mlp_share", "seconds") if key in record}
-                if "ours" in names and name != "ours" and name not in FULL_ONLY:
-                    best = torch.tensor(bench.measured("ours", share, text)["nll"], dtype=torch.float64)
-                    row["ours_over_this"] = ratio_to(best, nll)
-                rows.append(row)
+            record = bench.measured(name, share, text)
+            nll = torch.tensor(record["nll"], dtype=torch.float64)
+            dense_nll = torch.tensor(bench.measured("dense", 1.0, text)["nll"], dtype=torch.float64)
+            row = {"contender": name, "asked": share, "text": text, "share": record["share"], "blocks": len(nll)}
+            row |= {"perplexity": math.exp(nll.mean().item()), **ratio_to(nll, dense_nll)}
+            row |= {key: record[key] for key in ("sensitivity", "mlp_share", "seconds") if key in record}
+            if "ours" in names and name != "ours" and name not in FULL_ONLY:
+                best = torch.tensor(bench.measured("ours", share, text)["nll"], dtype=torch.float64)
+                row["ours_over_this"] = ratio_to(best, nll)
+            rows.append(row)
     return rows
 
 
+def joined(record, kept):
+    """
+    A record, and what an earlier one of the same settings has beside it: contenders and texts may be run on several days, in
+    several folders. Rows of a text are kept where the dense base had the same perplexity there, hence the same tokens.
+    """
+    if any(kept[key] != record[key] for key in ("tokens", "eval_tokens", "base", "bf16", "recipe")):
+        return record
+    old, new = ({row["text"]: row["perplexity"] for row in r["rows"] if row["contender"] == "dense"} for r in (kept, record))
+    same = {text for text in old if math.isclose(old[text], new.get(text, old[text]), rel_tol=1e-5)}
+    done = {(row["contender"], row["text"]) for row in record["rows"]}
+    rows = [row for row in kept["rows"] if row["text"] in same and (row["contender"], row["text"]) not in done]
+    rows = sorted(record["rows"] + rows, key=lambda row: (TEXTS.index(row["text"]), list(CONTENDERS).index(row["contender"])))
+    return {**record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
+
+
 def table(record):
+    seconds = sum(record["training_seconds"].values()) + sum(row["seconds"] for row in record["rows"])
     lines = [
         f"{record['machine']['processor']}, torch {record['machine']['torch']}, transformers {record['machine']['transformers']}, "
         f"{record['machine']['date']}. Perplexity over the dense base's on the same tokens, with 95% intervals; in brackets the "
         f"mean MLP share reached, where it is not the one asked for. {record['tokens']:,} training tokens each. "
-        f"Made by `python benchmarks/frontier.py OUT` (the contenders of the table); hours: {record['hours']}.",
+        f"Made by `python benchmarks/frontier.py OUT` (the contenders of the table) in {seconds / 3600:.1f} hours.",
     ]
     for text in dict.fromkeys(row["text"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["text"] == text]
@@ -680,16 +697,16 @@ def main(argv=None):
                     f"{name:12} {row['text']:18} {row['asked']:4.0%} [{row['share']:.1%}] {row['ratio_to_dense']:.3f}",
                     flush=True,
                 )
-    seconds = bench.training_seconds() + sum(read_json(path)["seconds"] for path in (args.out / "measured").glob("*.json"))
     record = {
-        "machine": machine(torch.get_num_threads()), **settings, "hours": round(seconds / 3600, 1),
-        "recipe": OURS, "rows": compare(bench, names, args.texts),
+        "machine": machine(torch.get_num_threads()), **settings, "recipe": OURS,
+        "training_seconds": bench.training_seconds(), "rows": compare(bench, names, args.texts),
     }  # fmt: skip
-    ours = [name for name in WITH_FULL if name in names]
-    if ours and UNSEEN in args.texts:
-        record["learned"] = what_is_learned(bench, ours[-1], 0.6)
+    seen = [name for name in WITH_FULL if name in names and UNSEEN in args.texts]
+    record["learned"] = {name: what_is_learned(bench, name, 0.6) for name in seen}
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"frontier_{record['machine']['name']}"
+    if path.with_suffix(".json").exists():
+        record = joined(record, read_json(path.with_suffix(".json")))
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(record))
     draw(record, path.with_suffix(".png"))

@@ -10,8 +10,8 @@ Three kinds of items from the held-out documents, in equal parts of each text, d
 - word: a sentence up to a word, and four words of the paragraph, each with the rest of the sentence; one was there;
 - cloze: a paragraph up to the last word of a sentence, one that has been used before in it; it must be the model's first guess.
 
-Evaluates the dense base, our model at every share and, where frontier.py has made them, the dense model trained on the same tokens
-and a static width for each layer. Writes OUT/tasks/*.{yaml,jsonl} (`dynamoe evaluate FOLDER --tasks FILE.yaml` reads them) and
+Evaluates the dense base, our model at every share (the one trained longest) and, where frontier.py has made them, the dense model
+trained on the same tokens and a static width for each layer; in bfloat16 where they were trained in it. Writes OUT/tasks/*.{yaml,jsonl} (`dynamoe evaluate FOLDER --tasks FILE.yaml` reads them) and
 benchmarks/results/tasks_<processor>_<yyyymm>.{json,md}.
 """
 
@@ -25,7 +25,7 @@ from itertools import product, takewhile
 from pathlib import Path
 
 import torch
-from frontier import SHARES, TEXTS, UNSEEN, Bench
+from frontier import LABELS, SHARES, TEXTS, UNSEEN, Bench
 from subnets import pruned
 
 from dynamoe_hf.benchmark import machine
@@ -134,11 +134,12 @@ def write_tasks(held_out: Path, out: Path, count: int) -> list[Path]:
 def settings(bench):
     """(name, share, model, context in which it is evaluated) of each row."""
     yield "dense base", 1.0, bench.dense, nullcontext()
-    full = bench.ours.config.expert_count - 1
-    yield "DynaMoE, full width", 1.0, bench.ours, bench.ours.routing(force_expert=full)
+    ours = "ours-long" if (bench.out / "ours-long").exists() else "ours"
+    model = bench.ours_long if ours == "ours-long" else bench.ours
+    yield f"{LABELS[ours]}, full width", 1.0, model, model.routing(force_expert=model.config.expert_count - 1)
     for share in SHARES:
-        theta = bench.measured("ours", share, UNSEEN)["sensitivity"]
-        yield f"DynaMoE, {share:.0%}", share, bench.ours, bench.ours.routing(sensitivity=theta)
+        theta = bench.measured(ours, share, UNSEEN)["sensitivity"]
+        yield f"{LABELS[ours]}, {share:.0%}", share, model, model.routing(sensitivity=theta)
     if (bench.out / "tuned").exists():
         yield "dense, trained on the same tokens", 1.0, bench.family("tuned"), nullcontext()
     if (bench.out / "static").exists():
@@ -162,8 +163,10 @@ def main(argv=None):
     for name, share, model, context in settings(bench):
         kept = args.out / "tasks" / f"{name.replace(' ', '-')}.{args.items if local else '-'.join(paths)}.json"
         if not kept.exists():
+            if bench.bf16:
+                model.bfloat16()
             with context:
-                results = run_tasks(model, bench.tokenizer, list(map(str, paths)))
+                results = run_tasks(model, bench.tokenizer, list(map(str, paths)), batch_size=16)
             kept.parent.mkdir(exist_ok=True)
             write_json(kept, results)
         rows.append({"model": name, "share": share, "tasks": read_json(kept)})

@@ -14,7 +14,7 @@ from reference import assert_close
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import frontier
 import tasks
-from frontier import CONTENDERS, SHARES, TEXTS, prepare_texts
+from frontier import CONTENDERS, SHARES, TEXTS, UNSEEN, prepare_texts
 from subnets import InputRouters, Subnet, module_errors, pruned, search
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -194,8 +194,8 @@ def test_rehearsal(base, texts, tmp_path):
             assert abs(row["share"] - row["asked"]) < 0.05, row
     dense = [row["ratio_to_dense"] for row in rows if row["contender"] == "dense"]
     assert dense == [1.0, 1.0]
-    learned = record["learned"]
-    assert learned["contender"] == "ours-long"
+    learned = record["learned"]["ours"]
+    assert learned != record["learned"]["ours-long"]
     assert len(learned["by_layer"]) == 2 and all(0 < share <= 1 for share in learned["by_layer"])
     assert sum(entry["tokens"] for entry in learned["by_class"].values()) == rows[0]["blocks"] * 512
     assert next(results.glob("*.png")).stat().st_size > 10_000
@@ -204,8 +204,31 @@ def test_rehearsal(base, texts, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     frontier.main([*command, "--only", "ours", "static"])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads(next(results.glob("*.json")).read_text()) == record, "what is not run again stays in the record"
     with pytest.raises(SystemExit, match="was begun with"):
         frontier.main([str(out), "--tokens", "2048"])
+
+
+def test_records_of_several_days_are_joined():
+    """Rows that the new record lacks stay, but for those of other tokens or other settings."""
+    settings = {"tokens": 1, "eval_tokens": 2, "base": None, "bf16": False, "recipe": {}}
+
+    def record(seconds, *rows, **changed):
+        rows = [dict(zip(("contender", "text", "perplexity"), row)) for row in rows]
+        return {**settings, "training_seconds": seconds, "learned": {}, "rows": rows, **changed}
+
+    def names(record):
+        return [(row["contender"], row["text"]) for row in record["rows"]]
+
+    old = record({"a": 1}, ("dense", "topics", 9.0), ("teal", "topics", 12.0), ("dense", UNSEEN, 19.0), ("teal", UNSEEN, 25.0))
+    new = record({"b": 2}, ("dense", UNSEEN, 19.0), ("ours", UNSEEN, 20.0))
+    both = frontier.joined(new, old)
+    assert names(both) == [(c, UNSEEN) for c in ("dense", "ours", "teal")] + [(c, "topics") for c in ("dense", "teal")]
+    assert both["training_seconds"] == {"a": 1, "b": 2}
+    other_tokens = record({}, ("dense", UNSEEN, 18.0))
+    assert names(frontier.joined(other_tokens, old)) == [("dense", UNSEEN), ("dense", "topics"), ("teal", "topics")]
+    other_settings = record({}, ("dense", UNSEEN, 19.0), tokens=5)
+    assert frontier.joined(other_settings, old) == other_settings
 
 
 def test_a_trained_family_goes_on_where_it_stopped(base, texts, tmp_path, monkeypatch):
