@@ -22,7 +22,7 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   flextron-in   the same weights, widths and heads chosen for each token by small routers
   teal          magnitude sparsity of the activations that the MLP's products read, training-free (share: entries not zero)
   cmoe          shared and routed experts by clustering, training-free (share: neurons computed)
-  tuned         the dense model trained on the same tokens (full width only), with the same losses
+  tuned         the dense model trained on the same tokens (full width only)
 
 Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
 benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
@@ -68,12 +68,19 @@ PIECE = 4000  # characters of the pieces in which the training text is shuffled
 EIGHTHS = [step / 8 for step in range(1, 9)]
 # What every trained contender has in common with ours, so that only the architecture differs.
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 3e-4}
+# First the full width learns the text, gently: a dense model that its narrower experts then learn from.
+ADAPT = {
+    **SCHEDULE, "learning_rate": 1e-4, "train": "layers", "sensitivity_range": (1, 1), "route": "router", "teacher": "none",
+    "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "router_loss_coef": 0.0, "logit_fraction": 1.0, "router_tokens": 0,
+}  # fmt: skip
+ADAPT_TOKENS = 65_536
 OURS = {
     **SCHEDULE,
+    "learning_rate": 1.5e-4,
     "train": "layers",
     "route": "router",
     "harm": "token",
-    "lm_loss_coef": 1.0,
+    "lm_loss_coef": 0.0,
     "kd_loss_coef": 1.0,
     "router_loss_coef": 0.0,
     "logit_fraction": 1.0,
@@ -84,7 +91,9 @@ PAPER = {
     **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
     "router_loss_coef": 1.0, "logit_fraction": 1.0, "router_tokens": 0,
 }  # fmt: skip
-TRAINED_SHARES = (0.3, 0.9)  # what the sensitivities drawn in our training span: there is little to learn above
+# Routers spend two fifths of the width at 0.3. At 1 the full width stays in what is trained, or it would drift.
+TRAINED_SENSITIVITY = (0.2, 1.0)
+SMALLEST_SHARE = 0.3  # that is drawn for the static families
 SHARE_STEPS = 20  # shares that the static families draw, so that each sub-network is searched once
 CMOE_GROUPS = 24
 INPUT_TOKENS = 16_384  # that the routers of flextron-in are fitted on
@@ -165,7 +174,8 @@ class Bench:
 
     @cached_property
     def training_blocks(self):
-        return token_blocks(read_documents(self.out / "train.txt"), self.tokenizer, SCHEDULE["block_size"], self.tokens)
+        tokens = self.tokens - self.adapt_tokens
+        return token_blocks(read_documents(self.out / "train.txt"), self.tokenizer, SCHEDULE["block_size"], tokens)
 
     @cached_property
     def calibration(self):
@@ -177,10 +187,7 @@ class Bench:
         if not folder.exists():
             shutil.rmtree(staging, ignore_errors=True)
             convert_model(self.base, staging, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
-            model = load_model(staging)
-            blocks = token_blocks(read_documents(self.out / "train.txt"), load_tokenizer(staging), 512, CALIBRATION_TOKENS)
-            profiles, shares = similarity_profiles(model, blocks), expert_shares(model)
-            update_config(staging, train_sensitivity=[sensitivity_for(profiles, shares, share) for share in TRAINED_SHARES])
+            update_config(staging, train_sensitivity=TRAINED_SENSITIVITY)
             staging.rename(folder)
         return folder
 
@@ -201,8 +208,17 @@ class Bench:
     def ours_long(self):
         return self._by_our_recipe("ours-long", LONGER * self.tokens)
 
+    @property
+    def adapt_tokens(self):
+        return min(ADAPT_TOKENS, self.tokens // 4)
+
+    @cached_property
+    def adapted(self):
+        return self.trained("adapted", self.converted, self.adapt_tokens, **ADAPT)
+
     def _by_our_recipe(self, name, tokens):
-        return load_model(self.trained(name, self.converted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
+        tokens -= self.adapt_tokens
+        return load_model(self.trained(name, self.adapted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
     def routers(self):
@@ -212,6 +228,10 @@ class Bench:
     @cached_property
     def untrained(self):
         return load_model(self.converted)
+
+    @cached_property
+    def tuned(self):
+        return load_model(self.trained("tuned", self.converted, self.tokens, **ADAPT))
 
     def _paper(self, share):
         """The paper's model of one share: the labels of the projection take that share on the calibration text, before training."""
@@ -228,8 +248,8 @@ class Bench:
 
     @cached_property
     def sorted_dense(self):
-        """The dense base with its neurons in the order of importance: what rivals that take prefixes start from."""
-        return dense_prefix(self.untrained, 1.0)
+        """The adapted full width, its neurons in the order of importance: where rivals that take prefixes start, as ours does."""
+        return dense_prefix(load_model(self.adapted), 1.0)
 
     @cached_property
     def errors(self):
@@ -242,8 +262,7 @@ class Bench:
         """A dense model trained so that its sub-networks serve too; each step draws one of them. With ours' losses and tokens."""
         folder = self.out / name
         if not folder.exists():
-            draw = {"tuned": lambda share, coin: Subnet(), "static": self._draw_static, "flextron": self._draw_flextron}[name]
-            train_family(self, folder, draw)
+            train_family(self, folder, {"static": self._draw_static, "flextron": self._draw_flextron}[name])
         return load_dense(folder)[0]
 
     def _draw_static(self, share, coin):
@@ -288,10 +307,10 @@ class Bench:
 
 def train_family(bench, folder, draw):
     """
-    Train the layers of the dense model under sub-networks drawn step by step, with the tokens, the losses and the schedule of ours.
+    Train the layers of the adapted dense model under sub-networks drawn step by step, with the tokens, the loss and the schedule of ours.
     A state is kept every fifty steps, from which the next call goes on.
     """
-    model, teacher = copy.deepcopy(bench.sorted_dense), bench.dense
+    model, teacher = copy.deepcopy(bench.sorted_dense), bench.sorted_dense
     model.requires_grad_(True).get_input_embeddings().requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=SCHEDULE["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
@@ -301,7 +320,7 @@ def train_family(bench, folder, draw):
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(blocks), generator=generator)
     draws = torch.rand(steps, 2, generator=generator)
-    shares = TRAINED_SHARES[0] + (1 - TRAINED_SHARES[0]) * draws[:, 0]
+    shares = SMALLEST_SHARE + (1 - SMALLEST_SHARE) * draws[:, 0]
     shares = (shares * SHARE_STEPS).round() / SHARE_STEPS
     path, first, seconds = Path(f"{folder}.state.pt"), 0, 0.0
     if path.exists():
@@ -320,15 +339,13 @@ def train_family(bench, folder, draw):
             with torch.no_grad():
                 target_hidden = teacher.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
-            def losses(hidden, target, target_hidden):
-                log_probs = model.lm_head(hidden).float().log_softmax(-1)
+            def losses(hidden, target_hidden):
                 with torch.no_grad():
                     wanted = teacher.lm_head(target_hidden).float().log_softmax(-1)
-                kd_loss = F.kl_div(log_probs, wanted, log_target=True, reduction="sum")
-                return torch.stack([F.nll_loss(log_probs, target, reduction="sum"), kd_loss])
+                log_probs = model.lm_head(hidden).float().log_softmax(-1)
+                return F.kl_div(log_probs, wanted, log_target=True, reduction="sum")[None]
 
-            weights = torch.tensor([OURS["lm_loss_coef"], OURS["kd_loss_coef"]]) / len(hidden)
-            loss, _ = LossesInChunks.apply(losses, weights, hidden, batch[:, 1:].flatten(), target_hidden)
+            loss, _ = LossesInChunks.apply(losses, torch.ones(1) / len(hidden), hidden, target_hidden)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -495,7 +512,7 @@ CONTENDERS: dict[str, Callable] = {
     "ours-random": random_routes,
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
     "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
-    "tuned": partial(family, name="tuned", subnet=lambda bench, share: Subnet()),
+    "tuned": lambda bench, share, text: routed(bench, share, text, bench.tuned),
     "teal": teal,
     "cmoe": cmoe,
     "static": partial(family, name="static", subnet=uniform_width),

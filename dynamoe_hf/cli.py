@@ -110,6 +110,13 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--teacher", default="frozen", choices=("frozen", "self", "none"), help="whose full width is distilled (frozen)"
     )
+    c.add_argument(
+        "--sensitivity-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="sequences draw their sensitivity from it (the config's); 1 1 trains the full width alone",
+    )
     c.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     c.add_argument("--block-size", type=int, default=256, help="tokens in one sequence (256)")
     c.add_argument("--batch-size", type=int, default=8, help="sequences in one step (8)")

@@ -540,6 +540,7 @@ def train_model(
     train: str = "mlp",
     route: str = "label",
     teacher: str = "frozen",
+    sensitivity_range: Sequence[float] | None = None,
     resume: bool = False,
     block_size: int = 256,
     batch_size: int = 8,
@@ -570,7 +571,8 @@ def train_model(
         dataset, column: or a dataset id (streamed) and the name of its text column.
         max_tokens: tokens to train on; shorter texts are repeated.
         train: what is trained: routers, mlp (routers and MLPs), layers (all but embeddings and head), all, or lora.
-        route, teacher, ..._coef, logit_fraction: see `DynaMoETrainingArguments`.
+        route, teacher, sensitivity_range, ..._coef, logit_fraction: see `DynaMoETrainingArguments`. A range of (1, 1) trains the full
+            width alone, as one does with a dense model.
         router_tokens: after the training, routers are fitted anew on the first so many of its tokens (`fit_routers`), and with
             `route="router"` before it too; 0 leaves them as the training made them. With `train="routers"` the fit, on
             all `max_tokens`, is the whole training.
@@ -619,7 +621,7 @@ def train_model(
             warmup_steps=min(10, steps // 10), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
             bf16=bf16, use_cpu=not torch.accelerator.is_available(), **({"gradient_checkpointing": True} if gradient_checkpointing else {}), save_steps=save_steps, save_total_limit=2,
             logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
-            teacher=teacher, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
+            teacher=teacher, sensitivity_range=sensitivity_range and list(sensitivity_range), lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
             logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(), accelerator_config={"dispatch_batches": False},
         )  # fmt: skip
@@ -651,7 +653,7 @@ def train_model(
         "router_fit": fit,
         "seconds": round(time.monotonic() - started, 1),
         "settings": {
-            "train": train, "route": route, "teacher": teacher, "block_size": block_size, "batch_size": batch_size,
+            "train": train, "route": route, "teacher": teacher, "sensitivity_range": sensitivity_range, "block_size": block_size, "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
             "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
             "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction, "harm": harm, "bf16": bf16, "seed": seed,
