@@ -10,7 +10,7 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
-  ours-long     the same on four times the tokens of all others: what more training gives
+  ours-long     the same on twice the tokens of all others: what more training gives
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
   routers       our conversion with nothing but its routers trained, in minutes
@@ -21,8 +21,10 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   flextron      widths and attention heads of each layer, searched for the active parameters of the share, a family of its own
   flextron-in   the same weights, widths and heads chosen for each token by small routers
   teal          magnitude sparsity of the activations that the MLP's products read, training-free (share: entries not zero)
+  teal-adapted  the same sparsity on the adapted dense model
   cmoe          shared and routed experts by clustering, training-free (share: neurons computed)
-  tuned         the dense model trained on the same tokens (full width only)
+  adapted       the dense model after the first 65,536 tokens, from which ours and the trained rivals learn (full width only)
+  tuned         the dense model trained on all of the tokens (full width only)
 
 Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
 benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
@@ -85,7 +87,7 @@ OURS = {
     "router_loss_coef": 0.0,
     "logit_fraction": 1.0,
 }
-LONGER = 4  # times the tokens of the others that `ours-long` learns from
+LONGER = 2  # times the tokens of the others that `ours-long` learns from
 ROUTER_TOKENS = 65_536
 PAPER = {
     **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
@@ -154,7 +156,9 @@ class Bench:
         self.out, self.tokens, self.eval_tokens, self.bf16 = out, tokens, eval_tokens, bf16
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
-        self.text, self.subnet, self.paper, self.family = map(cache, (self._text, self._subnet, self._paper, self._family))
+        self.text, self.subnet, self.paper, self.family, self.magnitudes = map(
+            cache, (self._text, self._subnet, self._paper, self._family, self._magnitudes)
+        )
 
     @cached_property
     def dense(self):
@@ -280,10 +284,9 @@ class Bench:
     def clusters(self):
         return shared_and_routed(self.dense, self.calibration[:8], groups=CMOE_GROUPS, shared=CMOE_GROUPS // 4)
 
-    @cached_property
-    def magnitudes(self):
+    def _magnitudes(self, adapted):
         """For each layer, sorted sizes of what gate and up read, and of what down reads, over calibration tokens."""
-        return activation_sizes(self.dense, self.calibration[:4])
+        return activation_sizes(self.sorted_dense if adapted else self.dense, self.calibration[:4])
 
     def training_seconds(self):
         """Of each folder that was trained."""
@@ -462,9 +465,9 @@ def flextron_by_input(bench, share, text):
     }
 
 
-def teal(bench, share, text):
+def teal(bench, share, text, adapted=False):
     """Entries below a quantile of calibration sizes are zero; the share is that of the entries left, over all three products."""
-    dense, seen = bench.dense, [0, 0]
+    dense, seen = bench.sorted_dense if adapted else bench.dense, [0, 0]
 
     def hook(threshold):
         def cut(module, args):
@@ -477,7 +480,7 @@ def teal(bench, share, text):
         return cut
 
     hooks = []
-    for layer, (reads, activations) in zip(dense.model.layers, bench.magnitudes):
+    for layer, (reads, activations) in zip(dense.model.layers, bench.magnitudes(adapted)):
         low, high = (values[min(int((1 - share) * len(values)), len(values) - 1)].item() for values in (reads, activations))
         hooks += [
             layer.mlp.gate_proj.register_forward_pre_hook(hook(low)),
@@ -512,8 +515,10 @@ CONTENDERS: dict[str, Callable] = {
     "ours-random": random_routes,
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
     "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
+    "adapted": lambda bench, share, text: routed(bench, share, text, load_model(bench.adapted)),
     "tuned": lambda bench, share, text: routed(bench, share, text, bench.tuned),
     "teal": teal,
+    "teal-adapted": partial(teal, adapted=True),
     "cmoe": cmoe,
     "static": partial(family, name="static", subnet=uniform_width),
     "mixnmatch": partial(family, name="static", subnet=lambda bench, share: bench.subnet(share, False)),
@@ -521,18 +526,20 @@ CONTENDERS: dict[str, Callable] = {
     "flextron-in": flextron_by_input,
     "paper": paper,
 }
-FULL_ONLY, WITH_FULL = ("dense", "tuned"), ("ours", "ours-long")
+FULL_ONLY, WITH_FULL = ("dense", "adapted", "tuned"), ("ours", "ours-long")
 ORACLES = ("ours-oracle", "untrained")
 LABELS = {
     "dense": "dense base",
     "ours": "DynaMoE",
-    "ours-long": f"DynaMoE, {LONGER} times the tokens",
+    "ours-long": "DynaMoE, twice the tokens",
     "ours-oracle": "its labels (oracle)",
     "ours-random": "random routes",
     "routers": "routers alone trained",
     "untrained": "labels before training (oracle)",
+    "adapted": "dense, adapted: the teacher",
     "tuned": "dense, trained on the same tokens",
     "teal": "activation sparsity (TEAL-style)",
+    "teal-adapted": "activation sparsity of the adapted model",
     "cmoe": "shared + routed experts (CMoE-style)",
     "static": "static width",
     "mixnmatch": "static width per layer (Mix'n'Match)",
@@ -685,7 +692,7 @@ def draw(record, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is made; run again with the same to go on")
-    parser.add_argument("--tokens", type=int, default=393_216, help="training tokens of each contender (393216)")
+    parser.add_argument("--tokens", type=int, default=786_432, help="training tokens of each contender (786432)")
     parser.add_argument("--eval-tokens", type=int, default=20_480, help="evaluation tokens of each text (20480)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="contenders, in this order (all)")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, metavar="NAME", help=f"of {', '.join(TEXTS)}")

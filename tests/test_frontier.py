@@ -186,11 +186,11 @@ def test_rehearsal(base, texts, tmp_path):
     record = json.loads(next(results.glob("*.json")).read_text())
     rows = record["rows"]
     assert {row["contender"] for row in rows} == set(CONTENDERS)
-    assert len(rows) == 2 * (2 + 2 + len(SHARES) * (len(CONTENDERS) - 2))  # two dense ones, and full width of two of ours
+    assert len(rows) == 2 * (3 + 2 + len(SHARES) * (len(CONTENDERS) - 3))  # three dense ones, and full width of two of ours
     for row in rows:
         low, high = row["ratio_interval"]
         assert 0 < low <= row["ratio_to_dense"] <= high
-        if row["contender"] in ("static", "cmoe", "teal"):
+        if row["contender"] in ("static", "cmoe", "teal", "teal-adapted"):
             assert abs(row["share"] - row["asked"]) < 0.05, row
     dense = [row["ratio_to_dense"] for row in rows if row["contender"] == "dense"]
     assert dense == [1.0, 1.0]
