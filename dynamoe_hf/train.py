@@ -134,6 +134,13 @@ class DynaMoETrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is unknown: found {getattr(self, name)!r}. Choose one of {', '.join(allowed)}.")
         if not 0 < self.logit_fraction <= 1:
             raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
+        if self.sensitivity_range is not None:
+            low, high = self.sensitivity_range
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"`sensitivity_range` must rise within 0 and 1, found {low:g} to {high:g}. Give a range such as 0.2 1, or 1 1 "
+                    "for the full width alone."
+                )
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` does not go with the router loss. Leave it at 0.")
 

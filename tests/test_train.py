@@ -156,6 +156,22 @@ def test_training_routers_alone_leaves_the_rest(converted, text_file, tmp_path):
     assert all(torch.equal(ours[name], tensor) == (".router." not in name) for name, tensor in theirs.items())
 
 
+def test_the_full_width_can_be_trained_alone(converted, text_file, tmp_path):
+    """As a dense model is: all neurons in every step, by the LM loss, and the routers stay as they were."""
+    settings = {
+        "text": str(text_file), "train": "layers", "max_tokens": 512, "block_size": 32, "batch_size": 4, "route": "router",
+        "teacher": "none", "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "router_loss_coef": 0.0, "router_tokens": 0,
+    }  # fmt: skip
+    record = train_model(converted, tmp_path / "out", sensitivity_range=(1, 1), **settings)
+    assert all(entry["mean_width"] == 1 and entry["kd_loss"] == 0 < entry["lm_loss"] for entry in record["history"])
+    ours, theirs = load_model(tmp_path / "out").state_dict(), load_model(converted).state_dict()
+    changed = {name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)}
+    assert any(".down_proj." in name for name in changed) and not any(".router." in name for name in changed)
+    for wrong in ((0.5, 0.2), (0.5, 2)):
+        with pytest.raises(ValueError, match="must rise within 0 and 1"):
+            train_model(converted, tmp_path / "other", sensitivity_range=wrong, **settings)
+
+
 def test_sampled_logits_are_unbiased(tmp_path):
     """The mean of many quarter samples is the loss over all positions."""
     model, totals = tiny_model(), {}
