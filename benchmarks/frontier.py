@@ -69,7 +69,7 @@ TEXTS = (UNSEEN, *TRAINING_PACKAGES, "topics")
 PIECE = 4000  # characters of the pieces in which the training text is shuffled
 EIGHTHS = [step / 8 for step in range(1, 9)]
 # What every trained contender has in common with ours, so that only the architecture differs.
-SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 3e-4}
+SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 1.5e-4}
 # First the full width learns the text, gently: a dense model that its narrower experts then learn from.
 ADAPT = {
     **SCHEDULE, "learning_rate": 1e-4, "train": "layers", "sensitivity_range": (1, 1), "route": "router", "teacher": "none",
@@ -78,7 +78,6 @@ ADAPT = {
 ADAPT_TOKENS = 65_536
 OURS = {
     **SCHEDULE,
-    "learning_rate": 1.5e-4,
     "train": "layers",
     "route": "router",
     "harm": "token",
@@ -156,8 +155,8 @@ class Bench:
         self.out, self.tokens, self.eval_tokens, self.bf16 = out, tokens, eval_tokens, bf16
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
-        self.text, self.subnet, self.paper, self.family, self.magnitudes = map(
-            cache, (self._text, self._subnet, self._paper, self._family, self._magnitudes)
+        self.text, self.ours, self.subnet, self.paper, self.family, self.magnitudes = map(
+            cache, (self._text, self._ours, self._subnet, self._paper, self._family, self._magnitudes)
         )
 
     @cached_property
@@ -204,14 +203,6 @@ class Bench:
             train_model(source, folder, resume=resume, **settings)
         return folder
 
-    @cached_property
-    def ours(self):
-        return self._by_our_recipe("ours", self.tokens)
-
-    @cached_property
-    def ours_long(self):
-        return self._by_our_recipe("ours-long", LONGER * self.tokens)
-
     @property
     def adapt_tokens(self):
         return min(ADAPT_TOKENS, self.tokens // 4)
@@ -220,8 +211,8 @@ class Bench:
     def adapted(self):
         return self.trained("adapted", self.converted, self.adapt_tokens, **ADAPT)
 
-    def _by_our_recipe(self, name, tokens):
-        tokens -= self.adapt_tokens
+    def _ours(self, name):
+        tokens = {"ours": 1, "ours-long": LONGER}[name] * self.tokens - self.adapt_tokens
         return load_model(self.trained(name, self.adapted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
@@ -251,16 +242,16 @@ class Bench:
         return load_model(self.trained(f"paper-{share:.0%}", source, self.tokens // len(SHARES), **PAPER))
 
     @cached_property
-    def sorted_dense(self):
+    def adapted_dense(self):
         """The adapted full width, its neurons in the order of importance: where rivals that take prefixes start, as ours does."""
         return dense_prefix(load_model(self.adapted), 1.0)
 
     @cached_property
     def errors(self):
-        return module_errors(self.sorted_dense, self.calibration)
+        return module_errors(self.adapted_dense, self.calibration)
 
     def _subnet(self, share, with_heads):
-        return search(self.errors, self.sorted_dense.config, share, with_heads)
+        return search(self.errors, self.adapted_dense.config, share, with_heads)
 
     def _family(self, name):
         """A dense model trained so that its sub-networks serve too; each step draws one of them. With ours' losses and tokens."""
@@ -270,7 +261,7 @@ class Bench:
         return load_dense(folder)[0]
 
     def _draw_static(self, share, coin):
-        return self.subnet(share, False) if coin else Subnet.of_width(share, self.sorted_dense.config)
+        return self.subnet(share, False) if coin else Subnet.of_width(share, self.adapted_dense.config)
 
     def _draw_flextron(self, share, coin):
         return self.subnet(share, True)
@@ -286,7 +277,7 @@ class Bench:
 
     def _magnitudes(self, adapted):
         """For each layer, sorted sizes of what gate and up read, and of what down reads, over calibration tokens."""
-        return activation_sizes(self.sorted_dense if adapted else self.dense, self.calibration[:4])
+        return activation_sizes(self.adapted_dense if adapted else self.dense, self.calibration[:4])
 
     def training_seconds(self):
         """Of each folder that was trained."""
@@ -313,7 +304,7 @@ def train_family(bench, folder, draw):
     Train the layers of the adapted dense model under sub-networks drawn step by step, with the tokens, the loss and the schedule of ours.
     A state is kept every fifty steps, from which the next call goes on.
     """
-    model, teacher = copy.deepcopy(bench.sorted_dense), bench.sorted_dense
+    model, teacher = copy.deepcopy(bench.adapted_dense), bench.adapted_dense
     model.requires_grad_(True).get_input_embeddings().requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=SCHEDULE["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
@@ -385,8 +376,8 @@ def activation_sizes(dense, blocks):
     return [[torch.cat(values).sort().values for values in kept] for kept in sizes]
 
 
-def dense_base(bench, share, text):
-    return {"share": 1.0, "nll": block_nll(bench.dense, bench.text(text)).tolist()}
+def unrouted(bench, text, dense):
+    return {"share": 1.0, "nll": block_nll(dense, bench.text(text)).tolist()}
 
 
 def routed(bench, share, text, model):
@@ -421,7 +412,7 @@ def oracle(bench, share, text, model):
 def random_routes(bench, share, text):
     use = torch.tensor(bench.measured("ours", share, text)["expert_use"])
     torch.manual_seed(0)
-    return _routed(bench.ours, bench.text(text), route="random", histogram=use)
+    return _routed(bench.ours("ours"), bench.text(text), route="random", histogram=use)
 
 
 def _routed(model, blocks, **routing):
@@ -467,7 +458,7 @@ def flextron_by_input(bench, share, text):
 
 def teal(bench, share, text, adapted=False):
     """Entries below a quantile of calibration sizes are zero; the share is that of the entries left, over all three products."""
-    dense, seen = bench.sorted_dense if adapted else bench.dense, [0, 0]
+    dense, seen = bench.adapted_dense if adapted else bench.dense, [0, 0]
 
     def hook(threshold):
         def cut(module, args):
@@ -504,18 +495,18 @@ def cmoe(bench, share, text):
 
 
 def uniform_width(bench, share):
-    return Subnet.of_width(share, bench.sorted_dense.config)
+    return Subnet.of_width(share, bench.adapted_dense.config)
 
 
 CONTENDERS: dict[str, Callable] = {
-    "dense": dense_base,
-    "ours": lambda bench, share, text: routed(bench, share, text, bench.ours),
-    "ours-long": lambda bench, share, text: routed(bench, share, text, bench.ours_long),
-    "ours-oracle": lambda bench, share, text: oracle(bench, share, text, bench.ours),
+    "dense": lambda bench, share, text: unrouted(bench, text, bench.dense),
+    "ours": lambda bench, share, text: routed(bench, share, text, bench.ours("ours")),
+    "ours-long": lambda bench, share, text: routed(bench, share, text, bench.ours("ours-long")),
+    "ours-oracle": lambda bench, share, text: oracle(bench, share, text, bench.ours("ours")),
     "ours-random": random_routes,
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
     "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
-    "adapted": lambda bench, share, text: routed(bench, share, text, load_model(bench.adapted)),
+    "adapted": lambda bench, share, text: unrouted(bench, text, bench.adapted_dense),
     "tuned": lambda bench, share, text: routed(bench, share, text, bench.tuned),
     "teal": teal,
     "teal-adapted": partial(teal, adapted=True),
@@ -552,7 +543,7 @@ LABELS = {
 @torch.no_grad()
 def what_is_learned(bench, name, share):
     """Mean share of MLP width at one setting on the unseen text: by layer, by position in the block, by class of token."""
-    model, blocks = bench.ours_long if name == "ours-long" else bench.ours, bench.text(UNSEEN)
+    model, blocks = bench.ours(name), bench.text(UNSEEN)
     kept, shares = [], expert_shares(model)
     with model.routing(sensitivity=bench.measured(name, share, UNSEEN)["sensitivity"], records=[]) as routing:
         for batch in blocks.split(4):
@@ -608,7 +599,7 @@ def joined(record, kept):
     A record, and what an earlier one of the same settings has beside it: contenders and texts may be run on several days, in
     several folders. Rows of a text are kept where the dense base had the same perplexity there, hence the same tokens.
     """
-    if any(kept[key] != record[key] for key in ("tokens", "eval_tokens", "base", "bf16", "recipe")):
+    if any(kept.get(key) != record[key] for key in ("tokens", "eval_tokens", "base", "bf16", "recipe")):
         return record
     old, new = ({row["text"]: row["perplexity"] for row in r["rows"] if row["contender"] == "dense"} for r in (kept, record))
     same = {text for text in old if math.isclose(old[text], new.get(text, old[text]), rel_tol=1e-5)}
@@ -624,7 +615,8 @@ def table(record):
         f"{record['machine']['processor']}, torch {record['machine']['torch']}, transformers {record['machine']['transformers']}, "
         f"{record['machine']['date']}. Perplexity over the dense base's on the same tokens, with 95% intervals; in brackets the "
         f"mean MLP share reached, where it is not the one asked for. {record['tokens']:,} training tokens each. "
-        f"Made by `python benchmarks/frontier.py OUT` (the contenders of the table) in {seconds / 3600:.1f} hours.",
+        f"Made by `python benchmarks/frontier.py OUT --tokens {record['tokens']}{' --bf16' * record['bf16']}` (the contenders of the "
+        f"table) in {seconds / 3600:.1f} hours.",
     ]
     for text in dict.fromkeys(row["text"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["text"] == text]

@@ -11,8 +11,8 @@ Three kinds of items from the held-out documents, in equal parts of each text, d
 - cloze: a paragraph up to the last word of a sentence, one that has been used before in it; it must be the model's first guess.
 
 Evaluates the dense base, our model at every share (the one trained longest) and, where frontier.py has made them, the dense model
-trained on the same tokens and a static width for each layer; in bfloat16 where they were trained in it. Writes OUT/tasks/*.{yaml,jsonl} (`dynamoe evaluate FOLDER --tasks FILE.yaml` reads them) and
-benchmarks/results/tasks_<processor>_<yyyymm>.{json,md}.
+trained on the same tokens and a static width for each layer; in bfloat16 where they were trained in it. Writes OUT/tasks/*.{yaml,jsonl}
+(`dynamoe evaluate FOLDER --tasks FILE.yaml` reads them) and benchmarks/results/tasks_<processor>_<yyyymm>.{json,md}.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def settings(bench):
     """(name, share, model, context in which it is evaluated) of each row."""
     yield "dense base", 1.0, bench.dense, nullcontext()
     ours = "ours-long" if (bench.out / "ours-long").exists() else "ours"
-    model = bench.ours_long if ours == "ours-long" else bench.ours
+    model = bench.ours(ours)
     yield f"{LABELS[ours]}, full width", 1.0, model, model.routing(force_expert=model.config.expert_count - 1)
     for share in SHARES:
         theta = bench.measured(ours, share, UNSEEN)["sensitivity"]

@@ -136,7 +136,7 @@ class DynaMoETrainingArguments(TrainingArguments):
             raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
         if self.sensitivity_range is not None:
             low, high = self.sensitivity_range
-            if not 0 <= low <= high <= 1:
+            if not 0 < low <= high <= 1:
                 raise ValueError(
                     f"`sensitivity_range` must rise within 0 and 1, found {low:g} to {high:g}. Give a range such as 0.2 1, or 1 1 "
                     "for the full width alone."
@@ -626,10 +626,11 @@ def train_model(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, adam_beta2=0.95,
             warmup_steps=min(10, steps // 10), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
-            bf16=bf16, use_cpu=not torch.accelerator.is_available(), **({"gradient_checkpointing": True} if gradient_checkpointing else {}), save_steps=save_steps, save_total_limit=2,
+            bf16=bf16, use_cpu=not torch.accelerator.is_available(), save_steps=save_steps, save_total_limit=2,
+            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
-            teacher=teacher, sensitivity_range=sensitivity_range and list(sensitivity_range), lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
-            logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,
+            teacher=teacher, sensitivity_range=sensitivity_range, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef,
+            kd_loss_coef=kd_loss_coef, logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(), accelerator_config={"dispatch_batches": False},
         )  # fmt: skip
         if train == "lora":
@@ -660,7 +661,8 @@ def train_model(
         "router_fit": fit,
         "seconds": round(time.monotonic() - started, 1),
         "settings": {
-            "train": train, "route": route, "teacher": teacher, "sensitivity_range": sensitivity_range, "block_size": block_size, "batch_size": batch_size,
+            "train": train, "route": route, "teacher": teacher, "sensitivity_range": sensitivity_range,
+            "block_size": block_size, "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
             "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
             "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction, "harm": harm, "bf16": bf16, "seed": seed,

@@ -229,6 +229,7 @@ def test_records_of_several_days_are_joined():
     assert names(frontier.joined(other_tokens, old)) == [("dense", UNSEEN), ("dense", "topics"), ("teal", "topics")]
     other_settings = record({}, ("dense", UNSEEN, 19.0), tokens=5)
     assert frontier.joined(other_settings, old) == other_settings
+    assert frontier.joined(new, {"rows": []}) == new, "a record of before has not all that is asked now"
 
 
 def test_a_trained_family_goes_on_where_it_stopped(base, texts, tmp_path, monkeypatch):

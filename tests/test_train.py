@@ -167,7 +167,7 @@ def test_the_full_width_can_be_trained_alone(converted, text_file, tmp_path):
     ours, theirs = load_model(tmp_path / "out").state_dict(), load_model(converted).state_dict()
     changed = {name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)}
     assert any(".down_proj." in name for name in changed) and not any(".router." in name for name in changed)
-    for wrong in ((0.5, 0.2), (0.5, 2)):
+    for wrong in ((0.5, 0.2), (0.5, 2), (0, 0.5)):
         with pytest.raises(ValueError, match="must rise within 0 and 1"):
             train_model(converted, tmp_path / "other", sensitivity_range=wrong, **settings)
 
