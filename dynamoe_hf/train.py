@@ -134,15 +134,21 @@ class DynaMoETrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is unknown: found {getattr(self, name)!r}. Choose one of {', '.join(allowed)}.")
         if not 0 < self.logit_fraction <= 1:
             raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
-        if self.sensitivity_range is not None:
-            low, high = self.sensitivity_range
-            if not 0 < low <= high <= 1:
-                raise ValueError(
-                    f"`sensitivity_range` must rise within 0 and 1, found {low:g} to {high:g}. Give a range such as 0.2 1, or 1 1 "
-                    "for the full width alone."
-                )
+        check_range(self.sensitivity_range)
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` does not go with the router loss. Leave it at 0.")
+
+
+def check_range(sensitivity_range: Sequence[float] | None) -> None:
+    """Raise `ValueError` unless sensitivities can be drawn from this range; None is the model's own."""
+    if sensitivity_range is None:
+        return
+    low, high = sensitivity_range
+    if not 0 < low <= high <= 1:
+        raise ValueError(
+            f"`sensitivity_range` must rise within 0 and 1, found {low:g} to {high:g}. Give a range such as 0.2 1, or 1 1 "
+            "for the full width alone."
+        )
 
 
 class DynaMoETrainer(Trainer):
@@ -350,6 +356,7 @@ def fit_routers(
     seed: int = 0,
     harm: str = "layer",
     route: str = "label",
+    sensitivity_range: Sequence[float] | None = None,
     bf16: bool = False,
 ) -> dict:
     """
@@ -365,15 +372,18 @@ def fit_routers(
             gradient of the loss at its own MLP output, which takes a backward pass. A router cannot know a token's gradient, but
             learns what to expect of it. Needs a profile router and a similarity weighted by the loss.
         route: `"router"` lets tokens follow the routers as they are while inputs are collected.
+        sensitivity_range: each sequence draws its sensitivity from it; by default from `config.train_sensitivity`.
         bf16: collect under autocast.
 
     Returns:
         `tokens`, `router_agreement` with the labels on the tokens held out, and `label_frequency`, that of the commonest label.
 
     Raises:
-        ValueError: an unknown `harm`, or one that the model's similarity or router type does not have.
+        ValueError: an unknown `harm`, or one that the model's similarity or router type does not have; a range that does not rise.
     """
     check_harm(model.config, harm)
+    check_range(sensitivity_range)
+    span = sensitivity_range or model.config.train_sensitivity
     torch.manual_seed(seed)
     model.eval()
     layers = model.model.layers
@@ -384,7 +394,7 @@ def fit_routers(
     progress = tqdm(total=len(layers), desc="Fitting routers", leave=False)
     for start in range(0, len(layers), group):
         part = layers[start : start + group]
-        inputs, profiles, weights, thetas = _collect(model, start, len(part), blocks, harm, route, bf16)
+        inputs, profiles, weights, thetas = _collect(model, start, len(part), blocks, harm, route, span, bf16)
         for layer, x, profile, weight in zip(part, inputs, profiles, weights):
             router = layer.mlp.router
             fit_router(
@@ -418,7 +428,7 @@ def check_harm(config, harm: str) -> None:
         )
 
 
-def _collect(model, start, count, blocks, harm, route, bf16):
+def _collect(model, start, count, blocks, harm, route, span, bf16):
     """
     Router inputs (T, D), profiles (T, E), and with harm="token" weights (T,) of mean 1, else None, of each of `count` layers from
     `start`; and the sensitivity of each token (T,).
@@ -431,7 +441,7 @@ def _collect(model, start, count, blocks, harm, route, bf16):
         )
         for index in layers
     ]
-    low, high = model.config.train_sensitivity
+    low, high = span
 
     def see(index, gradient):
         if index in squares:
@@ -602,6 +612,7 @@ def train_model(
         raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     check_harm(model.config, harm)  # before hours of training, not after them
+    check_range(sensitivity_range)
     longest = getattr(model.config, "max_position_embeddings", None)
     block_size = min(block_size, longest) if longest else block_size
     tokens_a_step = block_size * batch_size * gradient_accumulation_steps
@@ -620,7 +631,7 @@ def train_model(
     if train == "routers":
         router_tokens = max_tokens
     elif route == "router" and router_tokens and last is None:
-        fit_routers(model, fit_blocks(router_tokens), seed=seed, harm=harm, bf16=bf16)
+        fit_routers(model, fit_blocks(router_tokens), seed=seed, harm=harm, sensitivity_range=sensitivity_range, bf16=bf16)
     if train != "routers":
         args = DynaMoETrainingArguments(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
@@ -651,7 +662,10 @@ def train_model(
     fit = None
     if router_tokens:
         own_route = "router" if route == "router" and train != "routers" else "label"
-        fit = fit_routers(model, fit_blocks(router_tokens), seed=seed, harm=harm, route=own_route, bf16=bf16)
+        span = sensitivity_range
+        fit = fit_routers(
+            model, fit_blocks(router_tokens), seed=seed, harm=harm, route=own_route, sensitivity_range=span, bf16=bf16
+        )
     record = {
         "from": Path(folder).name,
         "text": dataset or text_names(text),

@@ -133,28 +133,28 @@ class TokenRouter(nn.Module):
     def choose_few(self, x, sensitivity):
         """Experts of a few tokens, as a list: (B, S, D). Once a layer in decoding, so in few and small steps, and on the host."""
         first, second = self.input, self.output
+        if type(first) is not nn.Linear or type(second) is not nn.Linear or first.weight.device != x.device:
+            return self.choose(self(x), sensitivity).flatten().tolist()  # wrapped (LoRA) or offloaded: only modules know how
         hidden = F.silu(F.linear(x.flatten(0, 1).to(first.weight.dtype), first.weight, first.bias))
         rows = F.linear(hidden, second.weight, second.bias).tolist()
+        return [self.choose_one(row, sensitivity) for row in rows]
+
+    def choose_one(self, row, sensitivity):
+        """The expert of one token, from its row of the output layer, a list of numbers."""
         if self.router_type == "argmax":
-            return [row.index(max(row)) for row in rows]
-        threshold = logit_of(float(sensitivity))
-        return [_first_to_reach(threshold, row) for row in rows]
+            return row.index(max(row))
+        threshold, logit = logit_of(float(sensitivity)), 0.0
+        for expert, step in enumerate(row):
+            logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
+            if logit >= threshold:
+                return expert
+        return len(row)
 
     def loss(self, logits, profile, label):
         """Binary cross-entropy for each token, (B, S): against the profile, or the one-hot label for the argmax router."""
         target = F.one_hot(label, profile.shape[-1]) if self.router_type == "argmax" else profile[..., :-1].clamp(0, 1)
         loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
         return loss.mean(-1) if loss.shape[-1] else loss.sum(-1)
-
-
-def _first_to_reach(threshold, steps):
-    """The first expert whose logit, the sum of the steps up to it, reaches the threshold; steps after the first as softplus."""
-    logit = 0.0
-    for expert, step in enumerate(steps):
-        logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))
-        if logit >= threshold:
-            return expert
-    return len(steps)
 
 
 def logit_of(sensitivity):
@@ -206,6 +206,27 @@ def addresses(tensor):
     return [place for name in tensor.__tensor_flatten__()[0] for place in addresses(getattr(tensor, name))]
 
 
+class Kept(NamedTuple):
+    """What one layer needs for a single token, looked up once."""
+
+    linears: list[tuple[dict, str, nn.Linear, int]]  # the modules that hold it, its name there, itself, where its weight lies
+    router: TokenRouter
+    router_input: tuple[torch.Tensor, torch.Tensor]  # weight, bias
+    router_output: tuple[torch.Tensor, torch.Tensor]
+    router_dtype: torch.dtype
+    prefixes: list[Projections]
+
+    def holds(self, modules):
+        """Whether all of it is still in place. The trap: moving or casting swaps the tensor inside a parameter."""
+        if modules["router"] is not self.router:
+            return False
+        for owner, name, linear, place in self.linears:
+            weight = linear._parameters.get("weight")
+            if owner[name] is not linear or weight is None or weight.data_ptr() != place:
+                return False
+        return True
+
+
 class NestedMLP(nn.Module):
     """
     The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
@@ -227,7 +248,7 @@ class NestedMLP(nn.Module):
         # A compiled graph cannot hold the activation module, but its name.
         self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
-        self._sliced = (None, None)
+        self._sliced, self._kept = (None, None), None
         width, hidden_size = self.down_linear.in_features, self.down_linear.out_features
         self.widths = config.layer_widths(layer, width)
         self.router = TokenRouter(
@@ -253,6 +274,8 @@ class NestedMLP(nn.Module):
             sensitivity, forced = self.config.sensitivity, self.config.force_expert if forced is None else forced
         record = routing.records is not None
         if not record and not routing.needs_labels and routing.route == "router":
+            if forced is None and x.shape[:2] == (1, 1) and (y := self._one_token(x, sensitivity)) is not None:
+                return y
             # Nothing to ask the router: the dense kernels, in the dense order, or one prefix for all.
             if forced is None and self.router.is_off(sensitivity):
                 forced = full
@@ -288,6 +311,41 @@ class NestedMLP(nn.Module):
         # Labels need every neuron anyway, so then the rest of the work is one mask.
         y = self.down_linear(self._mask(hidden, expert)) if needs_labels else self._run(x, expert)
         return self._drop(y)
+
+    def _one_token(self, x, sensitivity):
+        """
+        A step of decoding, (1, 1, D), or None where there is more to it. Whatever can be kept is not looked up: when a layer has
+        its turn again, the weights of all others have passed through the processor's cache, and each lookup waits for memory.
+        """
+        if isinstance(sensitivity, torch.Tensor) or sensitivity >= 1 or self.training or torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() or self._on_device(x):
+            return None
+        kept = self._kept
+        if kept is None or not kept.holds(self._modules):
+            kept = self._kept = self._keep(x)
+            if kept is None:
+                return None
+        hidden = F.silu(F.linear(x.to(kept.router_dtype), *kept.router_input))
+        row = F.linear(hidden, *kept.router_output).tolist()[0][0]
+        return dense_mlp(x, kept.prefixes[kept.router.choose_one(row, sensitivity)])
+
+    def _keep(self, x):
+        """What `_one_token` keeps, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
+        router, linears = self.router, []
+        if type(router) is not TokenRouter:
+            return None
+        places = [(self._modules, name) for name in self.layout[:3] if name is not None]
+        for owner, name in [*places, (router._modules, "input"), (router._modules, "output")]:
+            linear = owner[name]
+            weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
+            if type(weight) is not nn.Parameter or weight.device != x.device:
+                return None
+            linears.append((owner, name, linear, weight.data_ptr()))
+        first, second = linears[-2][2], linears[-1][2]
+        return Kept(
+            linears, router, (first.weight, first.bias), (second.weight, second.bias), first.weight.dtype, self.prefixes(x)
+        )
 
     def hidden(self, x):
         """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""
@@ -384,11 +442,11 @@ class NestedMLP(nn.Module):
         return [whole.block(0, width) for width in self.widths]
 
     def _apply(self, *args, **kwargs):
-        self._sliced = (None, None)  # or the old tensors would live on beside the moved ones
+        self._sliced, self._kept = (None, None), None  # or the old tensors would live on beside the moved ones
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_sliced": (None, None)}
+        return {**super().__getstate__(), "_sliced": (None, None), "_kept": None}
 
     def _run(self, x, expert):
         """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 # A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
 # tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
-SMALLEST_BLOCK = 2_500_000
+SMALLEST_BLOCK = 3_500_000
 FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
 ROWS = 4  # products of few rows are fastest in multiples of this: three rows take longer than four
 
@@ -66,8 +66,7 @@ def staircase_mlp(x_TD, expert_T, prefixes):
     if len(stairs) == 1:
         return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
     order_T = torch.argsort(expert_T, descending=True, stable=True)
-    x_TD, weights = x_TD[order_T], prefixes[-1]
-    y_TD = torch.zeros_like(x_TD) if weights.down_bias is None else weights.down_bias.expand_as(x_TD).clone()
+    x_TD, weights, y_TD = x_TD.index_select(0, order_T), prefixes[-1], None
     for rows, low, high, stops in stairs:
         block = weights.block(low, high)
         hidden = block.hidden(x_TD[:rows])
@@ -75,7 +74,12 @@ def staircase_mlp(x_TD, expert_T, prefixes):
             hidden = hidden.clone()  # some activations, such as relu, need their own output in backward
         for row, stop in stops:
             hidden[row:, stop - low :] = 0
-        if type(block.down) is torch.Tensor:
+        if y_TD is None:  # written, not added to: a pass over memory less
+            y_TD = F.linear(hidden, block.down, weights.down_bias)
+            if rows < len(order_T):  # with a null expert: the tokens that stop before the first neuron
+                rest = y_TD.new_zeros(len(order_T) - rows, y_TD.shape[1])
+                y_TD = torch.cat([y_TD, rest if weights.down_bias is None else rest + weights.down_bias])
+        elif type(block.down) is torch.Tensor:
             y_TD[:rows].addmm_(hidden, block.down.t())
         else:  # the tensors of quantisers know `linear` and little else
             y_TD[:rows] += F.linear(hidden, block.down)

@@ -119,6 +119,25 @@ def test_few_tokens_are_routed_as_many(router_type, experts):
         assert router.choose_few(x[1:2], torch.tensor([sensitivity])) == chosen[1].tolist()
 
 
+def test_adapters_on_routers_are_heard(token_ids):
+    """The steps of decoding, where routers are read without their modules, too."""
+    peft = pytest.importorskip("peft")
+    model = tiny_dynamoe()
+    with torch.no_grad():
+        model(token_ids[:1, :1], sensitivity=0.4)  # what is kept for one token is kept before the routers are wrapped
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*router\.(input|output)"))
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        mlp, x = model.model.layers[1].mlp, torch.randn(1, 8, 32)
+        for sensitivity in (0.2, 0.4, 0.6, 0.8):
+            chosen = mlp.router.choose(mlp.router(x), sensitivity)
+            assert mlp.router.choose_few(x, sensitivity) == chosen[0].tolist()
+            with model.routing(sensitivity=sensitivity):
+                for token, expert in zip(x[0], chosen[0]):
+                    assert_close("one token", mlp(token[None, None])[0], nested_mlp(mlp, token[None], expert[None]))
+
+
 def test_sensitivity_for_each_sequence(token_ids):
     model = tiny_dynamoe()
     both = model(token_ids, sensitivity=torch.tensor([0.1, 0.8])).logits
@@ -286,17 +305,21 @@ def test_training_forward_never_waits_for_the_device(route, monkeypatch):
 
 
 def test_kept_slices_follow_the_weights(token_ids):
-    """Slices are kept between calls; moved, cast, loaded, replaced or edited weights must show."""
-    model = tiny_dynamoe()
+    """Slices are kept between calls; moved, cast, loaded, replaced or edited weights must show, for many tokens and for one."""
+    model, one = tiny_dynamoe(), token_ids[:1, :1]
     with torch.no_grad():
         before = model(token_ids, sensitivity=0.4).logits
+        model(one, sensitivity=0.4)
         fresh = tiny_dynamoe(seed=4)
-        expected = fresh(token_ids, sensitivity=0.4).logits
+        expected, expected_one = fresh(token_ids, sensitivity=0.4).logits, fresh(one, sensitivity=0.4).logits
         model.load_state_dict(fresh.state_dict())
         assert_close("loaded", model(token_ids, sensitivity=0.4).logits, expected)
+        assert_close("loaded, one token", model(one, sensitivity=0.4).logits, expected_one)
         model.double()
         assert_close("cast", model(token_ids, sensitivity=0.4).logits.float(), expected, atol=1e-3)
+        assert_close("cast, one token", model(one, sensitivity=0.4).logits.float(), expected_one, atol=1e-3)
         model.float()
+        model(one, sensitivity=0.4)
         other = tiny_dynamoe()
         for layer, source in zip(model.model.layers, other.model.layers):
             for name in ("gate_proj", "up_proj", "down_proj"):
@@ -304,9 +327,9 @@ def test_kept_slices_follow_the_weights(token_ids):
             layer.mlp.router = source.mlp.router
         model.model.layers[0].mlp.up_proj.weight.data = other.model.layers[0].mlp.up_proj.weight.data.clone()
         for index, layer in enumerate(model.model.layers):
-            x = torch.randn(2, 5, 32)
             other.set_sensitivity(0.4), model.set_sensitivity(0.4)
-            assert_close("replaced", layer.mlp(x), other.model.layers[index].mlp(x))
+            for x in (torch.randn(2, 5, 32), torch.randn(1, 1, 32)):
+                assert_close("replaced", layer.mlp(x), other.model.layers[index].mlp(x))
         assert not torch.allclose(before, expected)
 
 

@@ -143,6 +143,10 @@ def test_offloaded_weights_give_the_same_logits(tmp_path, token_ids):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk")
     assert loaded.model.layers[1].mlp.gate_proj.weight.device.type == "meta"
     assert_close("offloaded", loaded(token_ids, sensitivity=0.4).logits, model(token_ids, sensitivity=0.4).logits)
+    few = token_ids[:1, :3]
+    assert_close("few tokens", loaded(few, sensitivity=0.4).logits, model(few, sensitivity=0.4).logits)
+    options = {"sensitivity": 0.4, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(few, **options), model.generate(few, **options))
 
 
 def test_dense_checkpoint_loads_with_only_routers_missing(tmp_path, token_ids):

@@ -147,6 +147,9 @@ def test_fitted_routers_beat_the_best_constant(router_type):
     # One layer at a time, as where memory is short, must do as well.
     by_layer = fit_routers(model, blocks, steps=300, cache_bytes=1)
     assert by_layer["router_agreement"] == pytest.approx(whole["router_agreement"], abs=0.06)
+    assert fit_routers(model, blocks, steps=1, sensitivity_range=(1, 1))["label_frequency"] == 1, (
+        "at 1 every label is the widest"
+    )
 
 
 def test_training_routers_alone_leaves_the_rest(converted, text_file, tmp_path):
@@ -170,6 +173,8 @@ def test_the_full_width_can_be_trained_alone(converted, text_file, tmp_path):
     for wrong in ((0.5, 0.2), (0.5, 2), (0, 0.5)):
         with pytest.raises(ValueError, match="must rise within 0 and 1"):
             train_model(converted, tmp_path / "other", sensitivity_range=wrong, **settings)
+        with pytest.raises(ValueError, match="must rise within 0 and 1"):
+            fit_routers(load_model(converted), torch.zeros(4, 8, dtype=torch.long), sensitivity_range=wrong)
 
 
 def test_sampled_logits_are_unbiased(tmp_path):
