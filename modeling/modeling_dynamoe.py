@@ -209,19 +209,19 @@ def addresses(tensor):
 class Kept(NamedTuple):
     """What one layer needs for a single token, looked up once."""
 
-    linears: list[tuple[dict, str, nn.Linear, int]]  # the modules that hold it, its name there, itself, where its weight lies
+    # Of each linear layer: the modules that hold it, its name there, itself, its parameters, where its weight lies.
+    linears: list[tuple[dict, str, nn.Linear, dict, int]]
     router: TokenRouter
     router_input: tuple[torch.Tensor, torch.Tensor]  # weight, bias
     router_output: tuple[torch.Tensor, torch.Tensor]
-    router_dtype: torch.dtype
     prefixes: list[Projections]
 
     def holds(self, modules):
         """Whether all of it is still in place. The trap: moving or casting swaps the tensor inside a parameter."""
         if modules["router"] is not self.router:
             return False
-        for owner, name, linear, place in self.linears:
-            weight = linear._parameters.get("weight")
+        for owner, name, linear, parameters, place in self.linears:
+            weight = parameters.get("weight")
             if owner[name] is not linear or weight is None or weight.data_ptr() != place:
                 return False
         return True
@@ -268,14 +268,15 @@ class NestedMLP(nn.Module):
         return getattr(self, self.layout.act)
 
     def forward(self, x):
-        routing, full = self.slot.current, len(self.widths) - 1
+        routing = self.slot.current
+        if x.shape[1] == 1 and (y := self._one_token(x, routing)) is not None:
+            return y
+        full = len(self.widths) - 1
         sensitivity, forced = routing.sensitivity, routing.force_expert
         if sensitivity is None:  # the backbone is called alone; the model's own `forward` has asked the config
             sensitivity, forced = self.config.sensitivity, self.config.force_expert if forced is None else forced
         record = routing.records is not None
         if not record and not routing.needs_labels and routing.route == "router":
-            if forced is None and x.shape[:2] == (1, 1) and (y := self._one_token(x, sensitivity)) is not None:
-                return y
             # Nothing to ask the router: the dense kernels, in the dense order, or one prefix for all.
             if forced is None and self.router.is_off(sensitivity):
                 forced = full
@@ -312,21 +313,33 @@ class NestedMLP(nn.Module):
         y = self.down_linear(self._mask(hidden, expert)) if needs_labels else self._run(x, expert)
         return self._drop(y)
 
-    def _one_token(self, x, sensitivity):
+    def _one_token(self, x, routing):
         """
         A step of decoding, (1, 1, D), or None where there is more to it. Whatever can be kept is not looked up: when a layer has
         its turn again, the weights of all others have passed through the processor's cache, and each lookup waits for memory.
         """
-        if isinstance(sensitivity, torch.Tensor) or sensitivity >= 1 or self.training or torch.is_grad_enabled():
-            return None
-        if torch.compiler.is_compiling() or self._on_device(x):
+        sensitivity = routing.sensitivity
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.training
+            or len(x) != 1
+            or type(sensitivity) is not float
+            or sensitivity >= 1
+            or routing.force_expert is not None
+            or routing.records is not None
+            or routing.needs_labels
+            or routing.route != "router"
+            or self.slot.mlp_implementation != "torch"
+        ):
             return None
         kept = self._kept
         if kept is None or not kept.holds(self._modules):
             kept = self._kept = self._keep(x)
             if kept is None:
                 return None
-        hidden = F.silu(F.linear(x.to(kept.router_dtype), *kept.router_input))
+        weight, bias = kept.router_input
+        hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias))
         row = F.linear(hidden, *kept.router_output).tolist()[0][0]
         return dense_mlp(x, kept.prefixes[kept.router.choose_one(row, sensitivity)])
 
@@ -341,11 +354,11 @@ class NestedMLP(nn.Module):
             weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
             if type(weight) is not nn.Parameter or weight.device != x.device:
                 return None
-            linears.append((owner, name, linear, weight.data_ptr()))
+            linears.append((owner, name, linear, linear._parameters, weight.data_ptr()))
         first, second = linears[-2][2], linears[-1][2]
-        return Kept(
-            linears, router, (first.weight, first.bias), (second.weight, second.bias), first.weight.dtype, self.prefixes(x)
-        )
+        act = getattr(self.activation, "forward", self.activation)  # without what a module's call adds
+        prefixes = [prefix._replace(act=act) for prefix in self.prefixes(x)]
+        return Kept(linears, router, (first.weight, first.bias), (second.weight, second.bias), prefixes)
 
     def hidden(self, x):
         """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""

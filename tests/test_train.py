@@ -369,7 +369,7 @@ def test_token_harm_is_the_gradient_of_the_loss():
     model, blocks = tiny_model().eval(), torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
     model.requires_grad_(True)
     model.config.train_sensitivity = [0.5, 0.5]
-    inputs, profiles, weights, _ = _collect(model, 0, 2, blocks, "token", "label", bf16=False)
+    inputs, profiles, weights, _ = _collect(model, 0, 2, blocks, "token", "label", model.config.train_sensitivity, bf16=False)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     outputs = []
     hooks = [layer.mlp.register_forward_hook(lambda *args: outputs.append(args[-1])) for layer in model.model.layers]
@@ -381,7 +381,9 @@ def test_token_harm_is_the_gradient_of_the_loss():
     for gradient, weight in zip(torch.autograd.grad(lm_loss, outputs), weights):
         expected = gradient.square().sum(-1).flatten()
         assert_close("weights", weight, expected / expected.mean(), rtol=1e-4)
-    plain_inputs, plain_profiles, nothing, _ = _collect(model, 0, 2, blocks, "layer", "label", bf16=False)
+    plain_inputs, plain_profiles, nothing, _ = _collect(
+        model, 0, 2, blocks, "layer", "label", model.config.train_sensitivity, bf16=False
+    )
     assert nothing == [None, None]
     for kept, plain in zip(inputs + profiles, plain_inputs + plain_profiles):
         assert torch.equal(kept, plain)
