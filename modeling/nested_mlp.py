@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 # tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
 SMALLEST_BLOCK = 8_000_000
 FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
-ROWS = 4  # products of few rows are fastest in multiples of this: three rows take longer than four
+ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
 
 
 class Projections(NamedTuple):
@@ -101,7 +101,7 @@ def _stairs(counts, prefixes):
             continue
         high = prefix.down.shape[1]
         going_on -= count
-        following = min(tokens, -(-going_on // ROWS) * ROWS)
+        following = min(tokens, next((rows for rows in ROWS if going_on <= rows), going_on))
         if going_on and (rows - following) * (high - low) * hidden_size < SMALLEST_BLOCK:
             stops.append((going_on, high))
             continue
@@ -115,7 +115,8 @@ def _stairs(counts, prefixes):
 def _masked_mlp(x_TD, expert_T, prefixes):
     """As `staircase_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
     widths = tuple(prefix.down.shape[1] for prefix in prefixes)
-    hidden = prefixes[-1].hidden(x_TD).masked_fill(_beyond(widths, x_TD.device)[expert_T], 0)
+    hidden, beyond = prefixes[-1].hidden(x_TD), _beyond(widths, x_TD.device).index_select(0, expert_T)
+    hidden = hidden.masked_fill(beyond, 0) if torch.is_grad_enabled() else hidden.masked_fill_(beyond, 0)
     return F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)
 
 

@@ -125,7 +125,7 @@ def test_compiled_decoding(folder, monkeypatch):
         load_model(folder), torch.randint(3, 128, (1, 20)), {"a": 0.4, "full": 1.0}, new_tokens=4, rounds=1, compile=True
     )
     assert [row["setting"] for row in rows] == ["a", "full"]
-    assert backends == [{"fullgraph": True}] * 3
+    assert backends == [{"fullgraph": True}] * 4  # each setting beside a dense side of its own
 
 
 def test_single_mlp_cases(monkeypatch):
