@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 # A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
 # tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
-SMALLEST_BLOCK = 8_000_000
+SMALLEST_BLOCK = 2_500_000
 FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
 ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
 
