@@ -109,7 +109,7 @@ class Engine:
     """The model, for all visitors. How it routes is state of the model, so one forward pass runs at a time."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.lock, self.taken = model, tokenizer, threading.Lock(), []
+        self.model, self.tokenizer, self.lock, self.taken = model, tokenizer, threading.Lock(), {}
         layers = model.model.layers
         self.shares_LE = torch.tensor([[width / layer.mlp.widths[-1] for width in layer.mlp.widths] for layer in layers])
         self.floor = self.shares_LE.min().item()
@@ -119,20 +119,19 @@ class Engine:
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         # Forced, not sensitivity 1: the dense kernels then run whichever router the model has.
         self.dense = {"force_expert": self.shares_LE.shape[1] - 1}
-        for layer in layers:
-            self._listen(layer.mlp.router)
+        for index, layer in enumerate(layers):
+            self._listen(index, layer.mlp.router)
 
-    def _listen(self, router):
+    def _listen(self, index, router):
         # `output_router_logits` tells the experts too, but leaves the fast path for few tokens: the clock would charge the
         # dynamic side a tenth for its colours.
-        choose = router.choose_few
+        choose = router.choose_one
 
-        def keep(x, sensitivity):
-            experts = choose(x, sensitivity)
-            self.taken.append(experts[-1])
-            return experts
+        def keep(row, sensitivity):
+            self.taken[index] = choose(row, sensitivity)  # of a few tokens the last one stays
+            return self.taken[index]
 
-        router.choose_few = keep
+        router.choose_one = keep
 
     @torch.no_grad()
     def run(self, ids, score=False, **options):
@@ -146,7 +145,11 @@ class Engine:
             else:
                 value = outputs.logits[0, -1].argmax().item()
             seconds = time.perf_counter() - begun
-            share_L = self.shares_LE[range(len(self.taken)), self.taken] if self.taken else torch.ones(len(self.shares_LE))
+            share_L = (
+                self.shares_LE[range(len(self.taken)), list(self.taken.values())]
+                if self.taken
+                else torch.ones(len(self.shares_LE))
+            )
             return outputs, value, share_L, seconds
 
     def tokens_of(self, text, keep_end=False):
