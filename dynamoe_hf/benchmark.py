@@ -274,15 +274,13 @@ def bench_decode(
 
         return [*timed_steps, back]
 
-    what, timed = f"Decoding, batch {len(tokens)}", {}
-    if compile:
-        # A graph for each setting is one more whose guards every step tries in turn, so each setting is compiled alone.
-        for name, theta in sensitivities.items():
+    timed = {}
+    # A graph for each setting is one more whose guards every step tries in turn, so each setting is compiled alone.
+    for group in [{name: theta} for name, theta in sensitivities.items()] if compile else [sensitivities]:
+        if compile:
             torch._dynamo.reset()
-            timed |= interleaved({"dense": decoder(dense), name: decoder(model, sensitivity=theta)}, rounds, what)
-    else:
-        sides = {name: decoder(model, sensitivity=theta) for name, theta in sensitivities.items()}
-        timed = interleaved({"dense": decoder(dense), **sides}, rounds, what)
+        sides = {name: decoder(model, sensitivity=theta) for name, theta in group.items()}
+        timed |= interleaved({"dense": decoder(dense), **sides}, rounds, f"Decoding, batch {len(tokens)}")
     rows = []
     for name, theta in sensitivities.items():
         share, widest = _decode_shares(model, prompt, steps, theta)

@@ -626,12 +626,13 @@ def train_model(
     else:
         distinct = fit_blocks(max_tokens)
         blocks = _Blocks(distinct, steps * batch_size * gradient_accumulation_steps)
+    fit_options = {"seed": seed, "harm": harm, "sensitivity_range": sensitivity_range, "bf16": bf16}
     started = time.monotonic()
     history, steps_done = [], 0
     if train == "routers":
         router_tokens = max_tokens
     elif route == "router" and router_tokens and last is None:
-        fit_routers(model, fit_blocks(router_tokens), seed=seed, harm=harm, sensitivity_range=sensitivity_range, bf16=bf16)
+        fit_routers(model, fit_blocks(router_tokens), **fit_options)
     if train != "routers":
         args = DynaMoETrainingArguments(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
@@ -662,10 +663,7 @@ def train_model(
     fit = None
     if router_tokens:
         own_route = "router" if route == "router" and train != "routers" else "label"
-        span = sensitivity_range
-        fit = fit_routers(
-            model, fit_blocks(router_tokens), seed=seed, harm=harm, route=own_route, sensitivity_range=span, bf16=bf16
-        )
+        fit = fit_routers(model, fit_blocks(router_tokens), route=own_route, **fit_options)
     record = {
         "from": Path(folder).name,
         "text": dataset or text_names(text),

@@ -348,8 +348,8 @@ class NestedMLP(nn.Module):
         router, linears = self.router, []
         if type(router) is not TokenRouter:
             return None
-        places = [(self._modules, name) for name in self.layout[:3] if name is not None]
-        for owner, name in [*places, (router._modules, "input"), (router._modules, "output")]:
+        projections = [(self._modules, name) for name in self.layout[:3] if name is not None]
+        for owner, name in [*projections, (router._modules, "input"), (router._modules, "output")]:
             linear = owner[name]
             weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
             if type(weight) is not nn.Parameter or weight.device != x.device:

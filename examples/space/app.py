@@ -145,11 +145,8 @@ class Engine:
             else:
                 value = outputs.logits[0, -1].argmax().item()
             seconds = time.perf_counter() - begun
-            share_L = (
-                self.shares_LE[range(len(self.taken)), list(self.taken.values())]
-                if self.taken
-                else torch.ones(len(self.shares_LE))
-            )
+            taken = list(self.taken.values())  # in the order of the layers
+            share_L = self.shares_LE[range(len(taken)), taken] if taken else torch.ones(len(self.shares_LE))
             return outputs, value, share_L, seconds
 
     def tokens_of(self, text, keep_end=False):
