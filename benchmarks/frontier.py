@@ -10,7 +10,7 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
-  ours-long     the same on twice the tokens of all others: what more training gives
+  ours-long     the same on two and a half times the tokens of all others: what more training gives
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
   routers       our conversion with nothing but its routers trained, in minutes
@@ -59,7 +59,7 @@ from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
 from dynamoe_hf.folder import TRAINING, load_model, load_tokenizer, new_folder, read_json, update_config, write_json
 from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
-from dynamoe_hf.train import LossesInChunks, train_model
+from dynamoe_hf.train import LossesInChunks, layer_outputs, relative_error, train_model
 
 
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4)
@@ -69,10 +69,10 @@ TEXTS = (UNSEEN, *TRAINING_PACKAGES, "topics")
 PIECE = 4000  # characters of the pieces in which the training text is shuffled
 EIGHTHS = [step / 8 for step in range(1, 9)]
 # What every trained contender has in common with ours, so that only the architecture differs.
-SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 1.5e-4}
+SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
 # First the full width learns the text, gently: a dense model that its narrower experts then learn from.
 ADAPT = {
-    **SCHEDULE, "learning_rate": 1e-4, "train": "layers", "sensitivity_range": (1, 1), "route": "router", "teacher": "none",
+    **SCHEDULE, "learning_rate": 6e-5, "train": "layers", "sensitivity_range": (1, 1), "route": "router", "teacher": "none",
     "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "router_loss_coef": 0.0, "logit_fraction": 1.0, "router_tokens": 0,
 }  # fmt: skip
 ADAPT_TOKENS = 65_536
@@ -83,10 +83,11 @@ OURS = {
     "harm": "token",
     "lm_loss_coef": 0.0,
     "kd_loss_coef": 1.0,
+    "hidden_loss_coef": 10.0,
     "router_loss_coef": 0.0,
     "logit_fraction": 1.0,
 }
-LONGER = 2  # times the tokens of the others that `ours-long` learns from
+LONGER = 2.5  # times the tokens of the others that `ours-long` learns from
 ROUTER_TOKENS = 65_536
 PAPER = {
     **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
@@ -212,7 +213,7 @@ class Bench:
         return self.trained("adapted", self.converted, self.adapt_tokens, **ADAPT)
 
     def _ours(self, name):
-        tokens = {"ours": 1, "ours-long": LONGER}[name] * self.tokens - self.adapt_tokens
+        tokens = int({"ours": 1, "ours-long": LONGER}[name] * self.tokens) - self.adapt_tokens
         return load_model(self.trained(name, self.adapted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
@@ -301,7 +302,7 @@ class Bench:
 
 def train_family(bench, folder, draw):
     """
-    Train the layers of the adapted dense model under sub-networks drawn step by step, with the tokens, the loss and the schedule of ours.
+    Train the layers of the adapted dense model under sub-networks drawn step by step, with the tokens, the losses and the schedule of ours.
     A state is kept every fifty steps, from which the next call goes on.
     """
     model, teacher = copy.deepcopy(bench.adapted_dense), bench.adapted_dense
@@ -328,9 +329,10 @@ def train_family(bench, folder, draw):
     for step in tqdm(range(first, steps), desc=folder.name, initial=first, total=steps):
         batch = blocks[order[step * size : (step + 1) * size]]
         subnet = draw(shares[step].item(), draws[step, 1] < 0.5)
-        with pruned(model, subnet), torch.autocast("cpu", torch.bfloat16, enabled=bench.bf16):
-            hidden = model.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bench.bf16), pruned(model, subnet):
+            with layer_outputs(model.model.layers) as states:
+                hidden = model.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            with torch.no_grad(), layer_outputs(teacher.model.layers) as target_states:
                 target_hidden = teacher.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
             def losses(hidden, target_hidden):
@@ -340,6 +342,7 @@ def train_family(bench, folder, draw):
                 return F.kl_div(log_probs, wanted, log_target=True, reduction="sum")[None]
 
             loss, _ = LossesInChunks.apply(losses, torch.ones(1) / len(hidden), hidden, target_hidden)
+            loss = loss + OURS["hidden_loss_coef"] * relative_error(states, target_states)[:, :-1].mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -522,7 +525,7 @@ ORACLES = ("ours-oracle", "untrained")
 LABELS = {
     "dense": "dense base",
     "ours": "DynaMoE",
-    "ours-long": "DynaMoE, twice the tokens",
+    "ours-long": f"DynaMoE, {LONGER:g} times the tokens",
     "ours-oracle": "its labels (oracle)",
     "ours-random": "random routes",
     "routers": "routers alone trained",

@@ -126,6 +126,12 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--lm-loss-coef", type=float, default=0.0)
     c.add_argument("--router-loss-coef", type=float, default=1.0)
     c.add_argument("--kd-loss-coef", type=float, default=1.0)
+    c.add_argument(
+        "--hidden-loss-coef",
+        type=float,
+        default=0.0,
+        help="relative error of each layer's hidden states (0; 10 for long runs)",
+    )
     c.add_argument("--logit-fraction", type=float, default=0.25, help="share of positions whose logits are computed (0.25)")
     c.add_argument(
         "--router-tokens", type=int, default=16384, help="tokens of the closing fit of the routers (16384); 0: none"

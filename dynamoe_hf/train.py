@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +87,8 @@ class DynaMoETrainingArguments(TrainingArguments):
     r"""
     `TrainingArguments`, and how nested experts are trained. The loss of a batch is
 
-        lm_loss_coef * LM loss + router_loss_coef * router loss + kd_loss_coef * KL(full width || chosen experts),
+        lm_loss_coef * LM loss + router_loss_coef * router loss + kd_loss_coef * KL(full width || chosen experts)
+        + hidden_loss_coef * mean over layers of |h - h_full|^2 / |h_full|^2, h the hidden state that a layer gives,
 
     each summed over real tokens and divided by their number in the whole accumulated batch. The paper's is
     `lm_loss_coef=0.2, router_loss_coef=1, kd_loss_coef=0`.
@@ -98,7 +99,7 @@ class DynaMoETrainingArguments(TrainingArguments):
         `"routers"`, `"mlp"` (routers and MLPs), `"layers"` (all but embeddings and head), `"all"`, or `"lora"` (what the PEFT
         model has made trainable).
     teacher (`str`, defaults to `"frozen"`):
-        Whose full-width logits are distilled: `"frozen"`, the model as it was when training began (a second copy in memory
+        Whose full width is distilled: `"frozen"`, the model as it was when training began (a second copy in memory
         where MLPs are trained; none with LoRA or routers), `"self"`, the weights of the moment, or `"none"`.
 
     > Parameters that control the route
@@ -106,11 +107,13 @@ class DynaMoETrainingArguments(TrainingArguments):
     route (`str`, defaults to `"label"`):
         Expert of each token while training: its `"label"`, the `"router"`'s choice, or `"random"`.
     sensitivity_range (`list[float]`, *optional*):
-        Each sequence draws its sensitivity from this range. Defaults to the model's `config.train_sensitivity`.
+        Each sequence draws its sensitivity from this range, those of a batch one from each of as many equal parts of it.
+        Defaults to the model's `config.train_sensitivity`.
 
     > Parameters that control the losses
 
-    lm_loss_coef, router_loss_coef, kd_loss_coef (`float`): weights of the three losses.
+    lm_loss_coef, router_loss_coef, kd_loss_coef, hidden_loss_coef (`float`): weights of the losses. The last one keeps two
+        hidden states a layer in memory.
     logit_fraction (`float`, defaults to 0.25):
         Share of the positions whose logits are computed. Logits over a whole vocabulary are the largest tensor of a
         step; a random quarter of the positions gives an unbiased estimate of the LM and distillation losses.
@@ -118,12 +121,13 @@ class DynaMoETrainingArguments(TrainingArguments):
     """
 
     train_parts: str = field(default="mlp", metadata={"help": f"What is trained: {', '.join(TRAINED_PARTS)}."})
-    teacher: str = field(default="frozen", metadata={"help": f"Whose full-width logits are distilled: {', '.join(TEACHERS)}."})
+    teacher: str = field(default="frozen", metadata={"help": f"Whose full width is distilled: {', '.join(TEACHERS)}."})
     route: str = field(default="label", metadata={"help": "Expert of each token while training: label, router or random."})
     sensitivity_range: list[float] | None = field(default=None, metadata={"help": "Range of the sensitivities drawn."})
     lm_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the LM loss."})
     router_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the router loss."})
     kd_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
+    hidden_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the distance between hidden states."})
     logit_fraction: float = field(default=0.25, metadata={"help": "Share of the positions whose logits are computed."})
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the routers."})
 
@@ -174,7 +178,7 @@ class DynaMoETrainer(Trainer):
         self.core = core
         choose_trainable(core, args.train_parts)
         self.teacher = None
-        if args.kd_loss_coef and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
+        if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
         self._parts: dict[str, list[torch.Tensor]] = {}
         super().__init__(model=model, args=args, **kwargs)
@@ -204,11 +208,13 @@ class DynaMoETrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         low, high = args.sensitivity_range or core.config.train_sensitivity
-        sensitivity = low + (high - low) * torch.rand(labels.shape[0], device=labels.device)
+        # One from each of equal parts of the range: a batch of a few sequences sees narrow and wide experts alike.
+        count, device = labels.shape[0], labels.device
+        sensitivity = low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
         positions = self._sample_positions(labels)
         needs_labels = args.route == "label" or args.router_loss_coef > 0
         with core.routing(route=args.route, sensitivity=sensitivity, needs_labels=needs_labels, records=[]) as routing:
-            hidden = self._hidden_states(model, core, inputs)
+            hidden, states = self._hidden_states(model, core, inputs)
 
         mask = loss_mask(labels)
         items = mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -216,19 +222,25 @@ class DynaMoETrainer(Trainer):
         # A sum over the sampled positions stands for the sum over all of them.
         scale = mask.sum() / sampled.sum().clamp_min(1) / items
         targets = torch.where(mask, F.pad(labels[:, 1:], (0, 1)), -100)[:, positions]
-        target_hidden = self._full_width_hidden(model, inputs)[:, positions] if self._distils else None
+        target_hidden, hidden_loss = None, torch.zeros_like(scale)
+        if self._distils(args):
+            target_hidden, target_states = self._full_width_hidden(model, inputs)
+            target_hidden = target_hidden[:, positions]
+            if states:
+                hidden_loss = (relative_error(states, target_states) * mask).sum() / items
         outer_loss, lm_loss, kd_loss = self._losses_at(hidden[:, positions], targets, target_hidden, scale)
         router_loss = mean_router_loss(routing.records, mask, items) if needs_labels else torch.zeros_like(outer_loss)
-        loss = outer_loss + args.router_loss_coef * router_loss
-        self._record(routing.records, sensitivity, mask, lm_loss=lm_loss, router_loss=router_loss, kd_loss=kd_loss)
+        loss = outer_loss + args.router_loss_coef * router_loss + args.hidden_loss_coef * hidden_loss
+        parts = {"lm_loss": lm_loss, "router_loss": router_loss, "kd_loss": kd_loss, "hidden_loss": hidden_loss}
+        self._record(routing.records, sensitivity, mask, **parts)
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    @property
-    def _distils(self):
+    @staticmethod
+    def _distils(args):
         # With only routers trained, no gradient would reach anything through the experts.
-        return bool(self.args.kd_loss_coef) and self.args.teacher != "none" and self.args.train_parts != "routers"
+        return bool(args.kd_loss_coef or args.hidden_loss_coef) and args.teacher != "none" and args.train_parts != "routers"
 
     def _sample_positions(self, labels):
         """Sorted positions, the same for all sequences of a batch: `logits_to_keep` selects along the sequence."""
@@ -236,25 +248,31 @@ class DynaMoETrainer(Trainer):
         count = max(1, math.ceil(self.args.logit_fraction * length))
         return torch.rand(length, device=labels.device).argsort()[:count].sort().values
 
-    @staticmethod
-    def _hidden_states(model, core, inputs):
-        """(B, S, D), what the head reads. By `model`'s own `forward` over no position: wrappers such as DDP must see the call."""
+    def _hidden_states(self, model, core, inputs):
+        """
+        What the head reads (B, S, D), and what each layer gives, as many, if the loss asks for it.
+
+        By `model`'s own `forward` over no position: wrappers such as DDP must see the call.
+        """
         kept = []
-        with core.model.register_forward_hook(lambda module, args, output: kept.append(output[0])):
+        watched = core.model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
+        last = core.model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        with last, layer_outputs(watched) as states:
             model(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device))
-        return kept[0]
+        return kept[0], states
 
     @torch.no_grad()
     def _full_width_hidden(self, model, inputs):
+        """As `_hidden_states`, of the teacher at its full width."""
         lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
         unwrapped = self.accelerator.unwrap_model(model)
         teacher, core = (unwrapped, self.core) if self.teacher is None else (self.teacher, self.teacher)
         with unwrapped.disable_adapter() if lora else nullcontext(), self.accelerator.autocast():
             teacher.eval()
             with core.routing(force_expert=core.config.expert_count - 1):
-                hidden = self._hidden_states(teacher, core, inputs)
+                found = self._hidden_states(teacher, core, inputs)
             model.train()
-        return hidden
+        return found
 
     def _losses_at(self, hidden, targets, target_hidden, scale):
         """
@@ -320,6 +338,27 @@ class DynaMoETrainer(Trainer):
                 logs[name] = round(mean * steps if name.endswith("_loss") else mean, 6)
             self._parts.clear()
         super().log(logs, start_time)
+
+
+@contextmanager
+def layer_outputs(layers):
+    """The hidden states (B, S, D) that `layers` give in a forward pass inside, one for each layer."""
+    states = []
+    hooks = [layer.register_forward_hook(lambda module, args, output: states.append(output)) for layer in layers]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def relative_error(states, targets):
+    """Mean over layers of |h - t|^2 / |t|^2 of each token: lists of L tensors (B, S, D) -> (B, S), float32."""
+    errors = [
+        (state.float() - target.float()).square().sum(-1) / target.float().square().sum(-1)
+        for state, target in zip(states, targets)
+    ]
+    return torch.stack(errors).mean(0)
 
 
 def choose_trainable(model: DynaMoEForCausalLM, parts: str) -> None:
@@ -567,6 +606,7 @@ def train_model(
     lm_loss_coef: float = 0.0,
     router_loss_coef: float = 1.0,
     kd_loss_coef: float = 1.0,
+    hidden_loss_coef: float = 0.0,
     logit_fraction: float = 0.25,
     router_tokens: int = 16384,
     harm: str = "layer",
@@ -642,7 +682,8 @@ def train_model(
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
             teacher=teacher, sensitivity_range=sensitivity_range, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef,
-            kd_loss_coef=kd_loss_coef, logit_fraction=logit_fraction, router_learning_rate=router_learning_rate, remove_unused_columns=False,
+            kd_loss_coef=kd_loss_coef, hidden_loss_coef=hidden_loss_coef, logit_fraction=logit_fraction,
+            router_learning_rate=router_learning_rate, remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(), accelerator_config={"dispatch_batches": False},
         )  # fmt: skip
         if train == "lora":
@@ -677,7 +718,8 @@ def train_model(
             "block_size": block_size, "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
             "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
-            "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction, "harm": harm, "bf16": bf16, "seed": seed,
+            "hidden_loss_coef": hidden_loss_coef, "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction,
+            "harm": harm, "bf16": bf16, "seed": seed,
         },
         "history": history,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -62,3 +62,11 @@ def causal_losses(logits, target_logits, labels):
             lm_loss = lm_loss - log_probs[following]
             kd_loss = kd_loss + (target.exp() * (target - log_probs)).sum()
     return lm_loss, kd_loss
+
+
+def relative_error(states, targets, mask):
+    """Mean over layers and tokens that count of |h - t|^2 / |t|^2, token by token: L of (B, S, D), as many, (B, S) -> scalar."""
+    errors = []
+    for state, target in zip(states, targets):
+        errors += [(h - t).square().sum() / t.square().sum() for h, t in zip(state[mask], target[mask])]
+    return torch.stack(errors).mean()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILIES, tiny_dense, tiny_tokenizer
-from reference import assert_close, causal_losses
+from reference import assert_close, causal_losses, relative_error
 from transformers import Trainer, TrainingArguments
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -76,17 +76,18 @@ def test_exactly_the_chosen_parts_move(parts, tmp_path):
 @pytest.mark.parametrize("route", ["label", "router", "random"])
 @pytest.mark.parametrize("teacher", ["frozen", "self", "none"])
 def test_all_parts_are_logged(route, teacher, tmp_path):
-    trainer = train(tiny_model(), tmp_path, route=route, teacher=teacher, lm_loss_coef=0.2, max_steps=2)
+    trainer = train(tiny_model(), tmp_path, route=route, teacher=teacher, lm_loss_coef=0.2, hidden_loss_coef=3.0, max_steps=2)
     log = trainer.state.log_history[0]
-    names = {"loss", "lm_loss", "router_loss", "kd_loss", "mean_width", "router_accuracy"} | {
+    names = {"loss", "lm_loss", "router_loss", "kd_loss", "hidden_loss", "mean_width", "router_accuracy"} | {
         f"share_expert_{e}" for e in range(4)
     }
     assert names <= set(log)
     assert sum(log[f"share_expert_{e}"] for e in range(4)) == pytest.approx(1, abs=1e-3)
     width = sum(log[f"share_expert_{e}"] * (e + 1) / 4 for e in range(4))
     assert log["mean_width"] == pytest.approx(width, abs=1e-3)
-    assert log["loss"] == pytest.approx(0.2 * log["lm_loss"] + log["router_loss"] + log["kd_loss"], rel=1e-3)
-    assert (log["kd_loss"] > 0) == (teacher != "none")
+    parts = 0.2 * log["lm_loss"] + log["router_loss"] + log["kd_loss"] + 3 * log["hidden_loss"]
+    assert log["loss"] == pytest.approx(parts, rel=1e-3)
+    assert (log["kd_loss"] > 0) == (log["hidden_loss"] > 0) == (teacher != "none")
 
 
 @pytest.mark.parametrize(("size", "steps"), [(4, 2), (2, 4), (1, 8)], ids=["4x2", "2x4", "1x8"])
@@ -208,7 +209,7 @@ def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_pa
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".router." not in name}
     model.zero_grad()
     torch.manual_seed(0)
-    torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+    torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
     target = trainer.teacher(batch["input_ids"], force_expert=3).logits
     with model.routing(route="random", sensitivity=0.5, needs_labels=True, records=[]):
         lm_loss, kd_loss = causal_losses(model(batch["input_ids"]).logits, target, batch["labels"])
@@ -219,6 +220,49 @@ def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_pa
     for name, parameter in model.named_parameters():
         if ".router." not in name:
             assert_close(name, gradients[name], parameter.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_path):
+    """Value and gradients, beside hidden states that transformers gives; positions without a label do not count."""
+    model = DynaMoEForCausalLM.from_dense(
+        tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
+    )
+    args = DynaMoETrainingArguments(str(tmp_path), report_to="none", use_cpu=True, train_parts="all", router_loss_coef=0.0,
+                                    kd_loss_coef=0.0, hidden_loss_coef=2.0, route="random")  # fmt: skip
+    trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
+    batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".router." not in name}
+    model.zero_grad()
+    torch.manual_seed(0)
+    torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+
+    def layer_states(model, **routing):
+        """What transformers gives is normed after the last layer, so that one is what the norm reads."""
+        last = []
+        with model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0])):
+            states = model(batch["input_ids"], output_hidden_states=True, **routing).hidden_states
+        return (*states[1:-1], *last)
+
+    with torch.no_grad():
+        target = layer_states(trainer.teacher, force_expert=3)
+    with model.routing(route="random", sensitivity=0.5, needs_labels=True, records=[]):
+        states = layer_states(model)
+    mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    expected = 2 * relative_error(states, target, mask)
+    expected.backward()
+    assert_close("loss", loss, expected)
+    assert loss > 0
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:  # head and last norm come after the last layer
+            reference = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert_close(name, gradients[name], reference, atol=1e-4)
 
 
 def test_full_width_stays_where_distilled(tmp_path):
