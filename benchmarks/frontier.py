@@ -13,6 +13,7 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   ours-long     the same on two and a half times the tokens of all others: what more training gives
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
+  ours-long-oracle, ours-long-random   both with the weights of ours-long
   routers       our conversion with nothing but its routers trained, in minutes
   untrained     our conversion before training, labels as routes (an oracle)
   paper         the paper's recipe: projection labels, argmax routers, 0.2 LM loss + router loss, one run for each share
@@ -412,10 +413,10 @@ def oracle(bench, share, text, model):
     return _routed(model, blocks, route="label", sensitivity=theta)
 
 
-def random_routes(bench, share, text):
-    use = torch.tensor(bench.measured("ours", share, text)["expert_use"])
+def random_routes(bench, share, text, name):
+    use = torch.tensor(bench.measured(name, share, text)["expert_use"])
     torch.manual_seed(0)
-    return _routed(bench.ours("ours"), bench.text(text), route="random", histogram=use)
+    return _routed(bench.ours(name), bench.text(text), route="random", histogram=use)
 
 
 def _routed(model, blocks, **routing):
@@ -506,7 +507,9 @@ CONTENDERS: dict[str, Callable] = {
     "ours": lambda bench, share, text: routed(bench, share, text, bench.ours("ours")),
     "ours-long": lambda bench, share, text: routed(bench, share, text, bench.ours("ours-long")),
     "ours-oracle": lambda bench, share, text: oracle(bench, share, text, bench.ours("ours")),
-    "ours-random": random_routes,
+    "ours-random": partial(random_routes, name="ours"),
+    "ours-long-oracle": lambda bench, share, text: oracle(bench, share, text, bench.ours("ours-long")),
+    "ours-long-random": partial(random_routes, name="ours-long"),
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
     "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
     "adapted": lambda bench, share, text: unrouted(bench, text, bench.adapted_dense),
@@ -521,13 +524,15 @@ CONTENDERS: dict[str, Callable] = {
     "paper": paper,
 }
 FULL_ONLY, WITH_FULL = ("dense", "adapted", "tuned"), ("ours", "ours-long")
-ORACLES = ("ours-oracle", "untrained")
+ORACLES = ("ours-oracle", "ours-long-oracle", "untrained")
 LABELS = {
     "dense": "dense base",
     "ours": "DynaMoE",
     "ours-long": f"DynaMoE, {LONGER:g} times the tokens",
     "ours-oracle": "its labels (oracle)",
     "ours-random": "random routes",
+    "ours-long-oracle": f"labels (oracle), {LONGER:g} times the tokens",
+    "ours-long-random": f"random routes, {LONGER:g} times the tokens",
     "routers": "routers alone trained",
     "untrained": "labels before training (oracle)",
     "adapted": "dense, adapted: the teacher",
@@ -617,7 +622,7 @@ def table(record):
     lines = [
         f"{record['machine']['processor']}, torch {record['machine']['torch']}, transformers {record['machine']['transformers']}, "
         f"{record['machine']['date']}. Perplexity over the dense base's on the same tokens, with 95% intervals; in brackets the "
-        f"mean MLP share reached, where it is not the one asked for. {record['tokens']:,} training tokens each. "
+        f"mean MLP share reached, where it is not the one asked for. {record['tokens']:,} training tokens each, if its row does not say otherwise. "
         f"Made by `python benchmarks/frontier.py OUT --tokens {record['tokens']}{' --bf16' * record['bf16']}` (the contenders of the "
         f"table) in {seconds / 3600:.1f} hours.",
     ]
