@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--hidden-loss-coef",
         type=float,
         default=0.0,
-        help="relative error of each layer's hidden states (0; 10 for long runs)",
+        help="relative error of each layer's hidden states (0; docs/results.md: 10)",
     )
     c.add_argument("--logit-fraction", type=float, default=0.25, help="share of positions whose logits are computed (0.25)")
     c.add_argument(

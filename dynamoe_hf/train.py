@@ -354,11 +354,8 @@ def layer_outputs(layers):
 
 def relative_error(states, targets):
     """Mean over layers of |h - t|^2 / |t|^2 of each token: lists of L tensors (B, S, D) -> (B, S), float32."""
-    errors = [
-        (state.float() - target.float()).square().sum(-1) / target.float().square().sum(-1)
-        for state, target in zip(states, targets)
-    ]
-    return torch.stack(errors).mean(0)
+    pairs = ((state.float(), target.float()) for state, target in zip(states, targets))
+    return torch.stack([(h - t).square().sum(-1) / t.square().sum(-1) for h, t in pairs]).mean(0)
 
 
 def choose_trainable(model: DynaMoEForCausalLM, parts: str) -> None:

@@ -191,18 +191,20 @@ def test_sampled_logits_are_unbiased(tmp_path):
     assert totals[0.25] == pytest.approx(totals[1.0], rel=0.02)
 
 
-@pytest.mark.parametrize("logit_rows", [8, 24, 10**6])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_path, monkeypatch):
-    """Outputs and gradients, whatever the head does after its product, and with the teacher's logits in chunks too."""
-    monkeypatch.setattr("dynamoe_hf.train.LOGIT_ROWS", logit_rows)
+def loss_and_gradients(family, folder, checkpointing=False, **settings):
+    """
+    A trainer on random routes, its batch, the loss and the gradients of all but routers. The random state is left where the routes
+    were drawn, the model without gradients: a reference can follow at once.
+    """
     model = DynaMoEForCausalLM.from_dense(
         tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
     )
-    args = DynaMoETrainingArguments(str(tmp_path), report_to="none", use_cpu=True, logit_fraction=1.0, train_parts="all",
-                                    lm_loss_coef=0.3, router_loss_coef=0.0, kd_loss_coef=0.7, route="random")  # fmt: skip
+    args = DynaMoETrainingArguments(str(folder), report_to="none", use_cpu=True, train_parts="all", router_loss_coef=0.0,
+                                    route="random", **settings)  # fmt: skip
     trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
     batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     torch.manual_seed(0)
     loss = trainer.compute_loss(model, batch)
     loss.backward()
@@ -210,6 +212,17 @@ def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_pa
     model.zero_grad()
     torch.manual_seed(0)
     torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+    return trainer, batch, loss, gradients
+
+
+@pytest.mark.parametrize("logit_rows", [8, 24, 10**6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_path, monkeypatch):
+    """Outputs and gradients, whatever the head does after its product, and with the teacher's logits in chunks too."""
+    monkeypatch.setattr("dynamoe_hf.train.LOGIT_ROWS", logit_rows)
+    settings = {"logit_fraction": 1.0, "lm_loss_coef": 0.3, "kd_loss_coef": 0.7}
+    trainer, batch, loss, gradients = loss_and_gradients(family, tmp_path, **settings)
+    model = trainer.model
     target = trainer.teacher(batch["input_ids"], force_expert=3).logits
     with model.routing(route="random", sensitivity=0.5, needs_labels=True, records=[]):
         lm_loss, kd_loss = causal_losses(model(batch["input_ids"]).logits, target, batch["labels"])
@@ -226,22 +239,9 @@ def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_path):
     """Value and gradients, beside hidden states that transformers gives; positions without a label do not count."""
-    model = DynaMoEForCausalLM.from_dense(
-        tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
-    )
-    args = DynaMoETrainingArguments(str(tmp_path), report_to="none", use_cpu=True, train_parts="all", router_loss_coef=0.0,
-                                    kd_loss_coef=0.0, hidden_loss_coef=2.0, route="random")  # fmt: skip
-    trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
-    batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    torch.manual_seed(0)
-    loss = trainer.compute_loss(model, batch)
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".router." not in name}
-    model.zero_grad()
-    torch.manual_seed(0)
-    torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+    settings = {"kd_loss_coef": 0.0, "hidden_loss_coef": 2.0}
+    trainer, batch, loss, gradients = loss_and_gradients(family, tmp_path, checkpointing, **settings)
+    model = trainer.model
 
     def layer_states(model, **routing):
         """What transformers gives is normed after the last layer, so that one is what the norm reads."""
