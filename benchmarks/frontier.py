@@ -60,7 +60,7 @@ from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
 from dynamoe_hf.folder import TRAINING, load_model, load_tokenizer, new_folder, read_json, update_config, write_json
 from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
-from dynamoe_hf.train import LossesInChunks, layer_outputs, relative_error, train_model
+from dynamoe_hf.train import LossesInChunks, adapt_model, layer_outputs, relative_error, train_model
 
 
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4)
@@ -71,11 +71,7 @@ PIECE = 4000  # characters of the pieces in which the training text is shuffled
 EIGHTHS = [step / 8 for step in range(1, 9)]
 # What every trained contender has in common with ours, so that only the architecture differs.
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
-# First the full width learns the text, gently: a dense model that its narrower experts then learn from.
-ADAPT = {
-    **SCHEDULE, "learning_rate": 6e-5, "train": "layers", "sensitivity_range": (1, 1), "route": "router", "teacher": "none",
-    "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "router_loss_coef": 0.0, "logit_fraction": 1.0, "router_tokens": 0,
-}  # fmt: skip
+# First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from.
 ADAPT_TOKENS = 65_536
 OURS = {
     **SCHEDULE,
@@ -92,7 +88,7 @@ LONGER = 2.5  # times the tokens of the others that `ours-long` learns from
 ROUTER_TOKENS = 65_536
 PAPER = {
     **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
-    "router_loss_coef": 1.0, "logit_fraction": 1.0, "router_tokens": 0,
+    "hidden_loss_coef": 0.0, "router_loss_coef": 1.0, "logit_fraction": 1.0, "router_tokens": 0,
 }  # fmt: skip
 # Routers spend two fifths of the width at 0.3. At 1 the full width stays in what is trained, or it would drift.
 TRAINED_SENSITIVITY = (0.2, 1.0)
@@ -196,13 +192,13 @@ class Bench:
             staging.rename(folder)
         return folder
 
-    def trained(self, name, source, tokens, **settings):
+    def trained(self, name, source, tokens, stage=train_model, **settings):
         """A folder trained from `source`, going on where an earlier run stopped."""
         folder = self.out / name
         if not folder.exists():
             resume = any(Path(f"{folder}.checkpoints").glob("checkpoint-*"))
             settings = {**settings, "text": self.out / "train.txt", "max_tokens": tokens, "bf16": self.bf16}
-            train_model(source, folder, resume=resume, **settings)
+            stage(source, folder, resume=resume, **settings)
         return folder
 
     @property
@@ -211,7 +207,7 @@ class Bench:
 
     @cached_property
     def adapted(self):
-        return self.trained("adapted", self.converted, self.adapt_tokens, **ADAPT)
+        return self.trained("adapted", self.converted, self.adapt_tokens, adapt_model)
 
     def _ours(self, name):
         tokens = int({"ours": 1, "ours-long": LONGER}[name] * self.tokens) - self.adapt_tokens
@@ -228,7 +224,7 @@ class Bench:
 
     @cached_property
     def tuned(self):
-        return load_model(self.trained("tuned", self.converted, self.tokens, **ADAPT))
+        return load_model(self.trained("tuned", self.converted, self.tokens, adapt_model))
 
     def _paper(self, share):
         """The paper's model of one share: the labels of the projection take that share on the calibration text, before training."""

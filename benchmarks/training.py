@@ -7,7 +7,7 @@ FOLDER is any model folder; both sides train all weights on the same tokens, for
 
 - plain: the model with `labels` under any `Trainer`: difficulty labels, router loss and LM loss;
 - ours: the same losses in `DynaMoETrainer`, logits of all positions in chunks;
-- ours, distilled: and a frozen full-width teacher, logits of a quarter of the positions (what `dynamoe train` does).
+- recipe: what `dynamoe train` does: no labels and no LM loss, but a frozen full-width teacher's logits and hidden states at all positions.
 
 Memory is what a step needs at its peak beyond the weights. Writes benchmarks/results/training_<processor>_<yyyymm>.json.
 """
@@ -46,15 +46,15 @@ def main():
     batch = {"input_ids": tokens, "labels": tokens}
 
     def trainer(**settings):
-        settings = {"train_parts": "all", "lm_loss_coef": 0.2, **settings}
+        settings = {"train_parts": "all", "logit_fraction": 1.0, **settings}
         arguments = DynaMoETrainingArguments(tempfile.mkdtemp(), report_to="none", use_cpu=True, **settings)
         return DynaMoETrainer(model=model, args=arguments)
 
     losses = {
         "dense": lambda: dense(**batch, use_cache=False).loss,
         "plain": lambda: model(**batch, use_cache=False).loss,
-        "ours": partial(trainer(logit_fraction=1.0, kd_loss_coef=0.0).compute_loss, model, batch),
-        "ours, distilled": partial(trainer().compute_loss, model, batch),
+        "ours": partial(trainer(lm_loss_coef=0.2, kd_loss_coef=0.0).compute_loss, model, batch),
+        "recipe": partial(trainer(route="router", router_loss_coef=0.0, hidden_loss_coef=10.0).compute_loss, model, batch),
     }
     sides = {name: dense if name == "dense" else model for name in losses}
 

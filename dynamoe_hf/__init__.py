@@ -19,7 +19,7 @@ from .evaluate import evaluate_model
 from .label import difficulty_labels
 from .publish import publish_model
 from .report import report_folder
-from .train import DynaMoETrainer, DynaMoETrainingArguments, lora_config, train_model
+from .train import DynaMoETrainer, DynaMoETrainingArguments, adapt_model, lora_config, train_model
 
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "DynaMoETrainer",
     "DynaMoETrainingArguments",
     "__version__",
+    "adapt_model",
     "calibrate_budgets",
     "convert_model",
     "difficulty_labels",

@@ -8,14 +8,14 @@ import sys
 from ._version import __version__
 from .benchmark import SHAPES, bench_folder
 from .calibrate import calibrate_budgets
-from .convert import convert_model, export_dense
+from .convert import EIGHTHS, convert_model, export_dense
 from .demo import run_demo
 from .evaluate import evaluate_model
 from .folder import inspect_folder
 from .generate import generate_text
 from .publish import publish_model
 from .report import report_folder
-from .train import HARMS, TRAINED_PARTS, train_model
+from .train import HARMS, TRAINED_PARTS, adapt_model, train_model
 
 
 DESCRIPTION = """\
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("base", help="Hub id or folder of a dense model; folders with a .gguf file too")
     c.add_argument("out", help="folder to write; must not exist")
     c.add_argument(
-        "--widths", type=numbers, default=(0.25, 0.5, 0.75, 1.0), metavar="A,B,..,1", help="expert widths (0.25,0.5,0.75,1)"
+        "--widths", type=numbers, default=EIGHTHS, metavar="A,B,..,1", help="expert widths (eight: 0.125,0.25,..,1)"
     )
     c.add_argument("--text", nargs="+", metavar="FILE", help="calibration text")
     c.add_argument(
@@ -73,9 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--similarity",
-        default="loss_weighted",
+        default="loss_gain",
         metavar="NAME",
-        help="loss_weighted, loss_gain, projection, cosine, relative_error",
+        help="loss_gain, loss_weighted, projection, cosine, relative_error",
     )
     c.add_argument(
         "--router-type", default="profile", choices=("profile", "argmax"), help="profile has a dial; argmax is the paper's"
@@ -86,26 +86,46 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--dtype", default="auto", help="dtype of the weights (as in the checkpoint)")
     c.add_argument("--seed", type=int, default=0)
 
-    c = add("train", "Fine-tune routers and experts.",
+    def add_training(c, max_tokens, learning_rate):
+        c.add_argument("folder", help="model folder to read")
+        c.add_argument("out", help="folder to write; checkpoints lie in OUT.checkpoints until the end")
+        c.add_argument("--text", nargs="+", metavar="FILE", help="training text")
+        c.add_argument("--dataset", metavar="ID[:CONFIG]", help="or a dataset, streamed")
+        c.add_argument("--column", default="text", help="its text column (text)")
+        c.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens to train on ({max_tokens})")
+        c.add_argument("--learning-rate", type=float, default=learning_rate, help=f"of all but routers ({learning_rate:g})")
+        c.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+        c.add_argument("--block-size", type=int, default=256, help="tokens in one sequence (256)")
+        c.add_argument("--batch-size", type=int, default=4, help="sequences in one step (4)")
+        c.add_argument("--gradient-accumulation-steps", type=int, default=1)
+        c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs, and CPUs with AMX")
+        c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+        c.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (50)")
+        c.add_argument("--seed", type=int, default=0)
+
+    c = add("adapt", "Let the full width learn a text that the base does not know, before `train`. Leave it out to keep the base's.",
+            "dynamoe adapt converted adapted --text corpus.txt\n"
+            "dynamoe train adapted trained --text corpus.txt --max-tokens 2000000", adapt_model, show_training)  # fmt: skip
+    add_training(c, 65_536, 6e-5)
+
+    c = add("train", "Fine-tune routers and experts; the full width stays what it is. The defaults are the recipe of docs/results.md.",
             "dynamoe train converted trained\n"
             "dynamoe train converted trained --text a.txt b.txt --max-tokens 2000000\n"
             "dynamoe train converted trained --resume              # after an interruption\n"
             "dynamoe train converted trained --dataset HuggingFaceFW/fineweb-edu:sample-10BT --train lora --bf16",
             train_model, show_training)  # fmt: skip
-    c.add_argument("folder", help="model folder to read")
-    c.add_argument("out", help="folder to write; checkpoints lie in OUT.checkpoints until the end")
-    c.add_argument("--text", nargs="+", metavar="FILE", help="training text")
-    c.add_argument("--dataset", metavar="ID[:CONFIG]", help="or a dataset, streamed")
-    c.add_argument("--column", default="text", help="its text column (text)")
-    c.add_argument("--max-tokens", type=int, default=100_000, help="tokens to train on (100000)")
+    add_training(c, 100_000, 2e-4)
     c.add_argument(
         "--train",
-        default="mlp",
+        default="layers",
         choices=TRAINED_PARTS,
-        help="what is trained (mlp: routers and MLPs); layers: not the embeddings",
+        help="what is trained (layers: all but the embeddings); mlp: routers and MLPs",
     )
     c.add_argument(
-        "--route", default="label", choices=("label", "router", "random"), help="expert of each token in training (label)"
+        "--route",
+        default="router",
+        choices=("router", "label", "random"),
+        help="expert of each token in training (router: fitted before, and after)",
     )
     c.add_argument(
         "--teacher", default="frozen", choices=("frozen", "self", "none"), help="whose full width is distilled (frozen)"
@@ -117,36 +137,29 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="sequences draw their sensitivity from it (the config's); 1 1 trains the full width alone",
     )
-    c.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    c.add_argument("--block-size", type=int, default=256, help="tokens in one sequence (256)")
-    c.add_argument("--batch-size", type=int, default=8, help="sequences in one step (8)")
-    c.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    c.add_argument("--learning-rate", type=float, default=2e-4, help="of the MLPs (2e-4)")
-    c.add_argument("--router-learning-rate", type=float, default=1e-3, help="of the routers (1e-3)")
-    c.add_argument("--lm-loss-coef", type=float, default=0.0)
-    c.add_argument("--router-loss-coef", type=float, default=1.0)
-    c.add_argument("--kd-loss-coef", type=float, default=1.0)
+    c.add_argument("--router-learning-rate", type=float, default=1e-3, help="of the routers, if they have a loss (1e-3)")
+    c.add_argument("--lm-loss-coef", type=float, default=0.0, help="next tokens of the text (0)")
+    c.add_argument("--router-loss-coef", type=float, default=0.0, help="routers learn while experts do (0: only in the fits)")
+    c.add_argument("--kd-loss-coef", type=float, default=1.0, help="what the full width says (1)")
     c.add_argument(
         "--hidden-loss-coef",
         type=float,
-        default=0.0,
-        help="relative error of each layer's hidden states (0; docs/results.md: 10)",
+        default=10.0,
+        help="relative error of each layer's hidden states to the full width's (10)",
     )
-    c.add_argument("--logit-fraction", type=float, default=0.25, help="share of positions whose logits are computed (0.25)")
     c.add_argument(
-        "--router-tokens", type=int, default=16384, help="tokens of the closing fit of the routers (16384); 0: none"
+        "--logit-fraction", type=float, default=1.0, help="share of positions whose logits are computed (1); less saves time"
+    )
+    c.add_argument(
+        "--router-tokens", type=int, default=65536, help="tokens of the fit of the routers, at most (65536); 0: none"
     )
     c.add_argument(
         "--harm",
-        default="layer",
         choices=HARMS,
-        help="what routers are fitted to: an error costs the same in a layer (layer), or what its token's gradient says (token)",
+        help="what routers are fitted to: an error costs the same in a layer (layer), or what its token's gradient says (token; "
+        "default where the similarity allows)",
     )
     c.add_argument("--lora-rank", type=int, default=16)
-    c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs, and CPUs with AMX")
-    c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    c.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (50)")
-    c.add_argument("--seed", type=int, default=0)
 
     c = add("calibrate", "Budgets (mean share of MLP width) -> sensitivities, written into the folder's config.",
             "dynamoe calibrate trained --budgets 0.5,0.6,0.75,0.9", calibrate_budgets, show_calibration)  # fmt: skip
@@ -246,8 +259,10 @@ def make_parser() -> argparse.ArgumentParser:
     c = add("demo", "The whole way on SmolLM2-135M-Instruct: about a quarter of an hour on two cores.",
             "dynamoe demo --out runs/demo", run_demo, lambda rows: None)  # fmt: skip
     c.add_argument("--out", default="runs/demo", help="folder for everything that is made (runs/demo)")
-    c.add_argument("--budgets", type=numbers, default=(0.9, 0.75, 0.5), metavar="A,B,..", help="shares (0.9,0.75,0.5)")
-    c.add_argument("--max-tokens", type=int, default=40_960, help="training tokens (40960)")
+    c.add_argument(
+        "--budgets", type=numbers, default=(0.9, 0.75, 0.6, 0.5), metavar="A,B,..", help="shares (0.9,0.75,0.6,0.5)"
+    )
+    c.add_argument("--max-tokens", type=int, default=65_536, help="training tokens (65536)")
     return parser
 
 

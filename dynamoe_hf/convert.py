@@ -21,16 +21,18 @@ from .modeling.modeling_dynamoe import dense_class_of, layout_of
 
 SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
 GRADIENT_BLOCKS = 6  # sequences that estimate the error weights: more do not change them
-TRAINING_SHARES = (0.35, 0.97)  # mean shares that the sensitivities drawn in training span, by the labels
+EIGHTHS = tuple(eighth / 8 for eighth in range(1, 9))
+# Mean shares that the sensitivities drawn in training span, by the labels. Without the full width among them it drifts.
+TRAINING_SHARES = (0.35, 1.0)
 
 
 def convert_model(
     base: str | Path,
     out: str | Path,
-    widths: Sequence[float] | Sequence[Sequence[float]] = (0.25, 0.5, 0.75, 1.0),
+    widths: Sequence[float] | Sequence[Sequence[float]] = EIGHTHS,
     text: str | Sequence[str] | None = None,
     importance: str = "taylor",
-    similarity: str = "loss_weighted",
+    similarity: str = "loss_gain",
     router_type: str = "profile",
     router_dim: int | None = None,
     max_tokens: int = 8192,

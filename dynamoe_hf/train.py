@@ -162,7 +162,7 @@ class DynaMoETrainer(Trainer):
     the labels, where the route or the router loss needs labels) and `share_expert_0` ... (of the tokens, on the trained route).
 
     Raises:
-        ValueError: the model is no DynaMoE model, or `train_parts="lora"` without adapters.
+        ValueError: the model is no DynaMoE model, `train_parts="lora"` without adapters, or `"routers"` without their loss.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
@@ -175,8 +175,15 @@ class DynaMoETrainer(Trainer):
             raise ValueError(
                 '`train_parts="lora"` needs adapters: wrap the model with `get_peft_model(model, lora_config())`.'
             )
+        if args.train_parts == "routers" and not args.router_loss_coef:
+            raise ValueError(
+                '`train_parts="routers"` needs a router loss, found router_loss_coef=0. Give it a weight, such as 1.'
+            )
         self.core = core
         choose_trainable(core, args.train_parts)
+        if not args.router_loss_coef:  # no other loss reaches them, and DDP waits for every gradient that was asked for
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and ".router." not in name)
         self.teacher = None
         if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
@@ -453,11 +460,16 @@ def fit_routers(
     }
 
 
+def knows_token_harm(config) -> bool:
+    """Whether routers of a model with this config can be fitted to what an error costs a token."""
+    return config.router_type == "profile" and config.similarity.startswith("loss_")
+
+
 def check_harm(config, harm: str) -> None:
     """Raise `ValueError` unless routers of a model with this config can be fitted to this `harm` (see `fit_routers`)."""
     if harm not in HARMS:
         raise ValueError(f"`harm` is unknown: found {harm!r}. Choose one of {', '.join(HARMS)}.")
-    if harm == "token" and (config.router_type == "argmax" or not config.similarity.startswith("loss_")):
+    if harm == "token" and not knows_token_harm(config):
         raise ValueError(
             f'harm="token" needs a profile router and a similarity weighted by the loss, found {config.router_type!r} and '
             f'{config.similarity!r}. Convert with similarity loss_weighted or loss_gain, or leave harm at "layer".'
@@ -590,23 +602,23 @@ def train_model(
     dataset: str | None = None,
     column: str = "text",
     max_tokens: int = 100_000,
-    train: str = "mlp",
-    route: str = "label",
+    train: str = "layers",
+    route: str = "router",
     teacher: str = "frozen",
     sensitivity_range: Sequence[float] | None = None,
     resume: bool = False,
     block_size: int = 256,
-    batch_size: int = 8,
+    batch_size: int = 4,
     gradient_accumulation_steps: int = 1,
     learning_rate: float = 2e-4,
     router_learning_rate: float = 1e-3,
     lm_loss_coef: float = 0.0,
-    router_loss_coef: float = 1.0,
+    router_loss_coef: float = 0.0,
     kd_loss_coef: float = 1.0,
-    hidden_loss_coef: float = 0.0,
-    logit_fraction: float = 0.25,
-    router_tokens: int = 16384,
-    harm: str = "layer",
+    hidden_loss_coef: float = 10.0,
+    logit_fraction: float = 1.0,
+    router_tokens: int = 65536,
+    harm: str | None = None,
     lora_rank: int = 16,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
@@ -619,6 +631,9 @@ def train_model(
     Checkpoints lie in `OUT.checkpoints` while training goes on; each is a model folder of its own. An interrupted run
     goes on with `resume=True`. With `train="lora"` the adapters are merged into the weights that are written.
 
+    The defaults are the recipe of docs/results.md: routers are fitted first and hold still, layers learn on their routes what the
+    full width of the model as it was says and holds in its hidden states, and routers are fitted anew at the end.
+
     Args:
         folder, out: model folder to read, and to write.
         text: text files; by default the training split of Python's own documentation topics.
@@ -627,10 +642,11 @@ def train_model(
         train: what is trained: routers, mlp (routers and MLPs), layers (all but embeddings and head), all, or lora.
         route, teacher, sensitivity_range, ..._coef, logit_fraction: see `DynaMoETrainingArguments`. A range of (1, 1) trains the full
             width alone, as one does with a dense model.
-        router_tokens: after the training, routers are fitted anew on the first so many of its tokens (`fit_routers`), and with
-            `route="router"` before it too; 0 leaves them as the training made them. With `train="routers"` the fit, on
+        router_tokens: after the training, routers are fitted anew on the first so many of its tokens at most (`fit_routers`), and
+            with `route="router"` before it too; 0 leaves them as the training made them. With `train="routers"` the fit, on
             all `max_tokens`, is the whole training.
-        harm: what an error costs when routers are fitted, as `fit_routers` says: the same in a `"layer"`, or by `"token"`.
+        harm: what an error costs when routers are fitted, as `fit_routers` says: the same in a `"layer"`, or by `"token"`; by
+            default by token where the model's similarity and routers know it.
         save_steps: steps between checkpoints.
 
     Returns:
@@ -648,6 +664,8 @@ def train_model(
     if last is None and resume:
         raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if harm is None:
+        harm = "token" if knows_token_harm(model.config) else "layer"
     check_harm(model.config, harm)  # before hours of training, not after them
     check_range(sensitivity_range)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -666,11 +684,10 @@ def train_model(
     fit_options = {"seed": seed, "harm": harm, "sensitivity_range": sensitivity_range, "bf16": bf16}
     started = time.monotonic()
     history, steps_done = [], 0
-    if train == "routers":
-        router_tokens = max_tokens
-    elif route == "router" and router_tokens and last is None:
-        fit_routers(model, fit_blocks(router_tokens), **fit_options)
+    router_tokens = max_tokens if train == "routers" else min(router_tokens, max_tokens)
     if train != "routers":
+        if route == "router" and router_tokens and last is None:
+            fit_routers(model, fit_blocks(router_tokens), **fit_options)
         args = DynaMoETrainingArguments(
             output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, adam_beta2=0.95,
@@ -729,3 +746,34 @@ def train_model(
         render_card(target, local_files_only=True).save(target / "README.md")
     shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def adapt_model(
+    folder: str | Path,
+    out: str | Path,
+    text: str | Sequence[str] | None = None,
+    dataset: str | None = None,
+    column: str = "text",
+    max_tokens: int = 65_536,
+    resume: bool = False,
+    block_size: int = 256,
+    batch_size: int = 4,
+    gradient_accumulation_steps: int = 1,
+    learning_rate: float = 6e-5,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    save_steps: int = 50,
+    seed: int = 0,
+) -> dict:
+    """
+    Let the full width learn a text as a dense model would, gently, before routers and experts learn from it with `train_model`.
+
+    For text that the base does not know: experts trained with an LM loss of their own would pull the full width away from
+    everything else. Without this stage the full width stays what the base says. Arguments, result and errors are those of `train_model`.
+    """
+    return train_model(
+        folder, out, text, dataset, column, max_tokens, resume=resume, block_size=block_size, batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing, save_steps=save_steps, seed=seed,
+        sensitivity_range=(1, 1), teacher="none", lm_loss_coef=1.0, kd_loss_coef=0.0, hidden_loss_coef=0.0, router_tokens=0,
+    )  # fmt: skip

@@ -10,7 +10,20 @@ import pytest
 from dynamoe_hf import cli
 
 
-STAGES = ("convert", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export", "demo")
+STAGES = (
+    "convert",
+    "adapt",
+    "train",
+    "calibrate",
+    "evaluate",
+    "generate",
+    "inspect",
+    "bench",
+    "report",
+    "publish",
+    "export",
+    "demo",
+)
 
 
 @pytest.fixture(scope="module")

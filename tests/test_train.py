@@ -18,6 +18,7 @@ from dynamoe_hf.train import (
     DynaMoETrainer,
     DynaMoETrainingArguments,
     _collect,
+    adapt_model,
     choose_trainable,
     fit_router,
     fit_routers,
@@ -162,11 +163,8 @@ def test_training_routers_alone_leaves_the_rest(converted, text_file, tmp_path):
 
 def test_the_full_width_can_be_trained_alone(converted, text_file, tmp_path):
     """As a dense model is: all neurons in every step, by the LM loss, and the routers stay as they were."""
-    settings = {
-        "text": str(text_file), "train": "layers", "max_tokens": 512, "block_size": 32, "batch_size": 4, "route": "router",
-        "teacher": "none", "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "router_loss_coef": 0.0, "router_tokens": 0,
-    }  # fmt: skip
-    record = train_model(converted, tmp_path / "out", sensitivity_range=(1, 1), **settings)
+    settings = {"text": str(text_file), "max_tokens": 512, "block_size": 32}
+    record = adapt_model(converted, tmp_path / "out", **settings)
     assert all(entry["mean_width"] == 1 and entry["kd_loss"] == 0 < entry["lm_loss"] for entry in record["history"])
     ours, theirs = load_model(tmp_path / "out").state_dict(), load_model(converted).state_dict()
     changed = {name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)}
@@ -449,12 +447,31 @@ def test_a_router_predicts_the_mean_harm():
         assert predicted[kind == index].mean(0).tolist() == pytest.approx([mean, mean / 4], rel=0.1)
 
 
-def test_token_harm_in_the_stage(converted, text_file, tmp_path):
-    """Routers fitted before the training and after it, on their own routes; no labels are measured in between."""
-    record = train_model(
-        converted, tmp_path / "out", text=str(text_file), route="router", harm="token", router_loss_coef=0.0,
-        max_tokens=256, block_size=32, batch_size=2, router_tokens=512,
-    )  # fmt: skip
+def test_the_stage_by_default(converted, text_file, tmp_path, monkeypatch):
+    """Routers fitted to what an error costs a token before the training and after it, on their own routes, and still in between."""
+    fits, seen, step = [], [], DynaMoETrainer.training_step
+
+    def routers(model):
+        return {name: parameter.clone() for name, parameter in model.named_parameters() if ".router." in name}
+
+    def fit(model, blocks, **options):
+        found = fit_routers(model, blocks, **options)
+        fits.append((options.get("route", "label"), routers(model)))
+        return found
+
+    def watched(self, *args, **kwargs):
+        seen.append(routers(self.core))
+        assert not any(p.requires_grad for name, p in self.core.named_parameters() if ".router." in name)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynaMoETrainer, "training_step", watched)
+    monkeypatch.setattr("dynamoe_hf.train.fit_routers", fit)
+    record = train_model(converted, tmp_path / "out", text=str(text_file), max_tokens=256, block_size=32, batch_size=2)
+    assert [route for route, _ in fits] == ["label", "router"]
+    assert record["router_fit"]["tokens"] == 256, "no more than the training reads"
+    assert len(seen) == 4
+    for name, router in fits[0][1].items():
+        assert all(torch.equal(router, routers[name]) for routers in seen), name
     assert record["router_fit"]["harm"] == record["settings"]["harm"] == "token"
     assert record["history"][-1]["router_loss"] == 0
     assert "router_accuracy" not in record["history"][-1]
@@ -490,6 +507,9 @@ def test_bad_settings(converted, tmp_path):
         DynaMoETrainer(model=tiny_dense(), args=DynaMoETrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="needs adapters"):
         DynaMoETrainer(model=tiny_model(), args=DynaMoETrainingArguments(str(tmp_path), train_parts="lora", use_cpu=True))
+    no_router_loss = DynaMoETrainingArguments(str(tmp_path), train_parts="routers", router_loss_coef=0, use_cpu=True)
+    with pytest.raises(ValueError, match="needs a router loss, found router_loss_coef=0"):
+        DynaMoETrainer(model=tiny_model(), args=no_router_loss)
     with pytest.raises(ValueError, match="nothing to resume"):
         train_model(converted, tmp_path / "out", resume=True)
     with pytest.raises(FileExistsError):
