@@ -36,6 +36,7 @@ def render_card(
     family: Sequence[Variant] = (),
     base_model: str | None = None,
     local_files_only: bool = False,
+    name: str | None = None,
 ) -> ModelCard:
     """
     The card of a model folder or of one published variant of it. A checkpoint of a run that is not over has one too.
@@ -46,6 +47,7 @@ def render_card(
         family: all published variants, to link them.
         base_model: Hub id of the dense base; by default the one that was converted, if the Hub or the cache knows it.
         local_files_only: ask no network for the base's own card, which has the license and the languages.
+        name: of the model, where neither the folder nor the variant has it: a folder that is still being written.
 
     Raises:
         ValueError: the folder holds no DynaMoE model.
@@ -56,7 +58,7 @@ def render_card(
     base, base_data = _base_of(facts, base_model, local_files_only)
     evaluations = (facts["results"] or {}).get("evaluations", [])
     benchmark = read_json(folder / BENCHMARK) or {}
-    name = folder.resolve().name if variant.repo == "." else variant.repo.split("/")[-1]
+    name = name or (folder.resolve().name if variant.repo == "." else variant.repo.split("/")[-1])
     training = facts["training"] or {}
     # A streamed dataset is a name; text files are a list, and the default text is no dataset of the Hub.
     dataset = training.get("text") if isinstance(training.get("text"), str) else ""

@@ -36,7 +36,7 @@ def run_demo(
     out: str | Path = "runs/demo", budgets: tuple[float, ...] = (0.9, 0.75, 0.6, 0.5), max_tokens: int = 65_536
 ) -> list[dict]:
     """
-    Run the whole way on SmolLM2-135M-Instruct and print one table. About 14 minutes on two cores after the download.
+    Run the whole way on SmolLM2-135M-Instruct and print one table. About 13 minutes on two cores after the download.
 
     Args:
         out: folder for everything that is made; stages already done there are made anew.

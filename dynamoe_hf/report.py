@@ -299,17 +299,20 @@ def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     figure.subplots_adjust(left=0.055, right=0.945, bottom=0.55 / height, top=1 - 1.2 / height, wspace=0.24)
     same = bool((shares_LE == shares_LE[0]).all())
     names = [f"{share:.0%}" for share in shares_LE[0].tolist()] if same else [str(e) for e in range(experts)]
+    crowded = experts * len(entries) > 20
+    named = range((experts - 1) % 2, experts, 2) if crowded else range(experts)  # the last one has its name
     for axis, entry in zip(axes, entries):
         use_LE = torch.tensor(entry["expert_use"])
         axis.imshow(use_LE.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for layer, row in enumerate(use_LE.tolist()):
             for e, use in enumerate(row):
-                axis.text(e, layer, f"{use:.0%}", fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
+                label = f"{use:.0%}".rstrip("%" if crowded else "")
+                axis.text(e, layer, label, fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
         for layer, mean in enumerate((use_LE * shares_LE).sum(1).tolist()):
             _note(axis, f"{mean:.0%}", (experts - 0.5, layer), (5, 0), xycoords="data", fontsize=8, color=INK, va="center")
         _note(axis, "mean\nwidth", (1, 1), (5, 4), fontsize=8)
         axis.set_title(entry["setting"], loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
-        axis.set_xticks(range(experts), names)
+        axis.set_xticks(named, [names[e] for e in named])
         axis.set_xlabel("width of the expert" if same else "expert", fontsize=9, color=FAINT)
         axis.set_yticks(range(0, layers, 1 if layers <= 12 else 5))
         axis.tick_params(colors=FAINT, labelsize=9, length=0)
@@ -319,7 +322,8 @@ def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     thrifty, hungry = mean_L.argmin().item(), mean_L.argmax().item()
     claim = f"Layer {thrifty} gets by with {mean_L[thrifty]:.0%} of its width, layer {hungry} takes {mean_L[hungry]:.0%}"
     figure.text(0.02, 1 - 0.32 / height, f"{claim}, at {entries[0]['setting']}", fontsize=12, fontweight="bold", color=INK)
-    figure.text(0.02, 1 - 0.62 / height, "Share of a layer's tokens that take each expert", fontsize=9.5, color=FAINT)
+    subtitle = "Share of a layer's tokens that take each expert" + (", in percent" if crowded else "")
+    figure.text(0.02, 1 - 0.62 / height, subtitle, fontsize=9.5, color=FAINT)
     return figure
 
 

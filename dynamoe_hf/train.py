@@ -743,7 +743,7 @@ def train_model(
         tokenizer.save_pretrained(target)
         carry_records(folder, target)
         write_json(target / TRAINING, record)
-        render_card(target, local_files_only=True).save(target / "README.md")
+        render_card(target, local_files_only=True, name=Path(out).name).save(target / "README.md")
     shutil.rmtree(work, ignore_errors=True)
     return record
 

@@ -14,7 +14,7 @@ from conftest import tiny_dense, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.report import draw_frontier, draw_tokens, report_folder, token_difficulty, tokens_page
+from dynamoe_hf.report import draw_experts, draw_frontier, draw_tokens, report_folder, token_difficulty, tokens_page
 
 
 NASTY = "Price: $5 and $6 <script>alert('x')</script> &amp; “naïve” 🙂👩‍👧 東京\n\n\tdef f(x):  # ok\n" + "long" * 40
@@ -149,6 +149,22 @@ def test_frontier_falls_back_to_perplexity():
     assert points == {(50.0, 75.0): (21.0, 17.5), (25.0, 50.0): (24.5, 35.0)}
     assert any(list(line.get_ydata()) == [14.0, 14.0] for line in axis.lines), "the dense model is drawn"
     assert "50% of the MLP width gives 21.00 perplexity" in " ".join(axis.texts[-1].get_text().split())
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+def test_heat_map_stays_legible(experts):
+    """With as many experts as conversion makes, neither the numbers of a row nor the widths below it run into each other."""
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    uses = [[[0.88, *[0.12] * (experts - 1)]] * 30, [[1.0, *[0.0] * (experts - 1)]] * 30] * 2
+    entries = [evaluation(share, expert_use=use) for share, use in zip((0.5, 0.6, 0.75, 0.9), uses)]
+    figure = draw_experts(entries, torch.arange(1, experts + 1).div(experts).expand(30, experts))
+    canvas = agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    for axis in figure.axes:
+        for row in (axis.get_xticklabels(), axis.texts[:experts]):
+            boxes = [text.get_window_extent(canvas.get_renderer()) for text in row]
+            assert len(boxes) > 1 and all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+        assert axis.get_xticklabels()[-1].get_text() == "100%"
 
 
 def test_long_text_stays_a_picture():

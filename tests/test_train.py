@@ -467,6 +467,7 @@ def test_the_stage_by_default(converted, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(DynaMoETrainer, "training_step", watched)
     monkeypatch.setattr("dynamoe_hf.train.fit_routers", fit)
     record = train_model(converted, tmp_path / "out", text=str(text_file), max_tokens=256, block_size=32, batch_size=2)
+    assert "\n# out\n" in (tmp_path / "out" / "README.md").read_text()
     assert [route for route, _ in fits] == ["label", "router"]
     assert record["router_fit"]["tokens"] == 256, "no more than the training reads"
     assert len(seen) == 4
