@@ -651,11 +651,14 @@ def _cell(row):
 
 def draw(record, path):
     """One panel for each text: ratio to dense against the mean share, on a logarithmic axis."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    colors = colormaps["tab20"].colors
+    lowest = min(row["ratio_interval"][0] for row in record["rows"])
     texts = list(dict.fromkeys(row["text"] for row in record["rows"]))
-    figure = Figure(figsize=(4.2 * len(texts), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(texts), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
     for axis, text in zip(axes, texts):
@@ -669,19 +672,22 @@ def draw(record, path):
             shares, ratios = [100 * row["share"] for row in rows], [row["ratio_to_dense"] for row in rows]
             mine, style = name in WITH_FULL, {"ours-long": "--"} | dict.fromkeys(ORACLES, ":")
             axis.plot(
-                shares, ratios, label=LABELS[name], color="black" if mine else f"C{index}", linewidth=2.5 if mine else 1.2,
+                shares, ratios, label=LABELS[name], color="black" if mine else colors[index], linewidth=2.5 if mine else 1.2,
                 marker="o" if mine else ".", linestyle=style.get(name, "-"), zorder=3 if mine else 2,
             )  # fmt: skip
             if mine:
                 low, high = zip(*(row["ratio_interval"] for row in rows))
                 axis.fill_between(shares, low, high, color="black", alpha=0.15)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(yscale="log", ylim=(0.85, 4), xlim=(38, 102), xlabel="mean share of the MLPs, %")
+        axis.set(yscale="log", ylim=(min(0.85, 0.98 * lowest), 4), xlim=(38, 102), xlabel="mean share of the MLPs, %")
         axis.set_title(text + (" (never trained on)" if text == UNSEEN else ""), fontsize=10)
-        axis.set_yticks([0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4], labels=["0.9", "1", "1.1", "1.25", "1.5", "2", "3", "4"])
+        axis.set_yticks(
+            [0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4], labels=["0.8", "0.9", "1", "1.1", "1.25", "1.5", "2", "3", "4"]
+        )
         axis.minorticks_off()
     axes[0].set_ylabel("perplexity / dense perplexity")
-    axes[-1].legend(fontsize=8)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=1 + len(texts), fontsize=8)
     figure.savefig(path, dpi=130)
 
 
