@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
             "dynamoe train adapted trained --text corpus.txt --max-tokens 2000000", adapt_model, show_training)  # fmt: skip
     add_training(c, 65_536, 6e-5)
 
-    c = add("train", "Fine-tune routers and experts; the full width stays what it is. The defaults are the recipe of docs/results.md.",
+    c = add("train", "Fine-tune routers and experts, close to what the full width says. The defaults are the recipe of docs/results.md.",
             "dynamoe train converted trained\n"
             "dynamoe train converted trained --text a.txt b.txt --max-tokens 2000000\n"
             "dynamoe train converted trained --resume              # after an interruption\n"
