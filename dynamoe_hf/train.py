@@ -183,7 +183,8 @@ class DynaMoETrainer(Trainer):
         choose_trainable(core, args.train_parts)
         if not args.router_loss_coef:  # no other loss reaches them, and DDP waits for every gradient that was asked for
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and ".router." not in name)
+                if ".router." in name:
+                    parameter.requires_grad_(False)
         self.teacher = None
         if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)

@@ -10,20 +10,8 @@ import pytest
 from dynamoe_hf import cli
 
 
-STAGES = (
-    "convert",
-    "adapt",
-    "train",
-    "calibrate",
-    "evaluate",
-    "generate",
-    "inspect",
-    "bench",
-    "report",
-    "publish",
-    "export",
-    "demo",
-)
+STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export",
+          "demo")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
