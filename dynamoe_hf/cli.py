@@ -290,8 +290,8 @@ def show_record(record):
 def show_training(record):
     last = record["history"][-1] if record["history"] else {}
     print(f"Trained on {record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s")
-    for name in ("loss", "lm_loss", "router_loss", "kd_loss", "mean_width", "router_accuracy"):
-        if name in last:
+    for name in ("loss", "lm_loss", "kd_loss", "hidden_loss", "router_loss", "mean_width", "router_accuracy"):
+        if last.get(name):  # 0 is a loss that this training does not have
             print(f"  {name:16} {last[name]:.4f}")
     print("Next: `dynamoe calibrate` puts marks on the dial.")
 

@@ -158,7 +158,7 @@ def check_range(sensitivity_range: Sequence[float] | None) -> None:
 class DynaMoETrainer(Trainer):
     """
     `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
-    `kd_loss`, `mean_width` (share of MLP width on the trained route), `router_accuracy` (agreement of the routers with
+    `kd_loss`, `hidden_loss`, `mean_width` (share of MLP width on the trained route), `router_accuracy` (agreement of the routers with
     the labels, where the route or the router loss needs labels) and `share_expert_0` ... (of the tokens, on the trained route).
 
     Raises:
@@ -563,8 +563,9 @@ class _Progress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            shown = {"loss": "loss", "distillation": "kd_loss", "router": "router_loss", "width": "mean_width"}
-            self.training_bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs})
+            names = ("loss", "kd_loss", "hidden_loss", "router_loss", "mean_width")
+            # 0 is a loss that this training does not have.
+            self.training_bar.set_postfix({name: f"{logs[name]:.3f}" for name in names if logs.get(name)})
 
 
 class _Blocks(Dataset):

@@ -68,6 +68,15 @@ def test_the_whole_way(folders, dense_folder, capsys):
     assert any(path.endswith("index.html") for path in written)
 
 
+def test_training_shows_the_losses_that_it_has(folders, capsys):
+    record = json.loads((folders / "trained" / "training.json").read_text())
+    cli.show_training(record)
+    screen = capsys.readouterr().out
+    assert record["history"][-1]["hidden_loss"] > 0 == record["history"][-1]["router_loss"]
+    assert f"{record['history'][-1]['hidden_loss']:.4f}" in screen
+    assert "router_loss" not in screen
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_teaches_by_example(stage, capsys):
     with pytest.raises(SystemExit) as stop:
