@@ -19,7 +19,7 @@ from .evaluate import evaluate_model
 from .label import difficulty_labels
 from .publish import publish_model
 from .report import report_folder
-from .train import DynaMoETrainer, DynaMoETrainingArguments, adapt_model, lora_config, train_model
+from .train import DynaMoETrainer, DynaMoETrainingArguments, adapt_model, fit_routers, lora_config, train_model
 
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "difficulty_labels",
     "evaluate_model",
     "export_dense",
+    "fit_routers",
     "lora_config",
     "publish_model",
     "report_folder",

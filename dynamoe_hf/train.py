@@ -93,6 +93,14 @@ class DynaMoETrainingArguments(TrainingArguments):
     each summed over real tokens and divided by their number in the whole accumulated batch. The paper's is
     `lm_loss_coef=0.2, router_loss_coef=1, kd_loss_coef=0`.
 
+    The defaults suit routers that know nothing yet: they learn beside the experts. `train_model` fits them on their own instead, and
+    half the width is a tenth better for it. With a `Trainer` of one's own:
+
+        fit_routers(model, blocks)
+        DynaMoETrainer(model, DynaMoETrainingArguments(OUT, train_parts="layers", route="router", router_loss_coef=0,
+                                                       hidden_loss_coef=10, logit_fraction=1), train_dataset=...).train()
+        fit_routers(model, blocks, route="router")
+
     > Parameters that control what is trained
 
     train_parts (`str`, defaults to `"mlp"`):
@@ -398,7 +406,7 @@ def fit_routers(
     learning_rate: float = 2e-2,
     cache_bytes: int = 3 * 2**30,
     seed: int = 0,
-    harm: str = "layer",
+    harm: str | None = None,
     route: str = "label",
     sensitivity_range: Sequence[float] | None = None,
     bf16: bool = False,
@@ -414,7 +422,7 @@ def fit_routers(
         cache_bytes: inputs cached at a time, as 16-bit numbers; more layers than fit take further passes over the text.
         harm: what an error costs: as much for every token of a `"layer"`, as in the labels, or for each `"token"` by the squared
             gradient of the loss at its own MLP output, which takes a backward pass. A router cannot know a token's gradient, but
-            learns what to expect of it. Needs a profile router and a similarity weighted by the loss.
+            learns what to expect of it. Needs a profile router and a similarity weighted by the loss, and is the default there.
         route: `"router"` lets tokens follow the routers as they are while inputs are collected.
         sensitivity_range: each sequence draws its sensitivity from it; by default from `config.train_sensitivity`.
         bf16: collect under autocast.
@@ -425,7 +433,7 @@ def fit_routers(
     Raises:
         ValueError: an unknown `harm`, or one that the model's similarity or router type does not have; a range that does not rise.
     """
-    check_harm(model.config, harm)
+    harm = checked_harm(model.config, harm)
     check_range(sensitivity_range)
     span = sensitivity_range or model.config.train_sensitivity
     torch.manual_seed(seed)
@@ -461,20 +469,19 @@ def fit_routers(
     }
 
 
-def knows_token_harm(config) -> bool:
-    """Whether routers of a model with this config can be fitted to what an error costs a token."""
-    return config.router_type == "profile" and config.similarity.startswith("loss_")
-
-
-def check_harm(config, harm: str) -> None:
-    """Raise `ValueError` unless routers of a model with this config can be fitted to this `harm` (see `fit_routers`)."""
+def checked_harm(config, harm: str | None) -> str:
+    """The `harm` that routers of a model with this config are fitted to (see `fit_routers`). Raises `ValueError` where they cannot be."""
+    knows_tokens = config.router_type == "profile" and config.similarity.startswith("loss_")
+    if harm is None:
+        return "token" if knows_tokens else "layer"
     if harm not in HARMS:
         raise ValueError(f"`harm` is unknown: found {harm!r}. Choose one of {', '.join(HARMS)}.")
-    if harm == "token" and not knows_token_harm(config):
+    if harm == "token" and not knows_tokens:
         raise ValueError(
             f'harm="token" needs a profile router and a similarity weighted by the loss, found {config.router_type!r} and '
             f'{config.similarity!r}. Convert with similarity loss_weighted or loss_gain, or leave harm at "layer".'
         )
+    return harm
 
 
 def _collect(model, start, count, blocks, harm, route, span, bf16):
@@ -666,9 +673,7 @@ def train_model(
     if last is None and resume:
         raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    if harm is None:
-        harm = "token" if knows_token_harm(model.config) else "layer"
-    check_harm(model.config, harm)  # before hours of training, not after them
+    harm = checked_harm(model.config, harm)  # before hours of training, not after them
     check_range(sensitivity_range)
     longest = getattr(model.config, "max_position_embeddings", None)
     block_size = min(block_size, longest) if longest else block_size

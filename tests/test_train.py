@@ -142,12 +142,12 @@ def test_fitted_routers_beat_the_best_constant(router_type):
     blocks = torch.randint(3, 128, (200, 16), generator=torch.Generator().manual_seed(0))
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks[:40])
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if ".router." not in name}
-    whole = fit_routers(model, blocks, steps=300)
+    whole = fit_routers(model, blocks, steps=300, harm="layer")
     assert whole["router_agreement"] > whole["label_frequency"] + 0.15, whole
     assert whole["tokens"] == 3200
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
     # One layer at a time, as where memory is short, must do as well.
-    by_layer = fit_routers(model, blocks, steps=300, cache_bytes=1)
+    by_layer = fit_routers(model, blocks, steps=300, harm="layer", cache_bytes=1)
     assert by_layer["router_agreement"] == pytest.approx(whole["router_agreement"], abs=0.06)
     assert fit_routers(model, blocks, steps=1, sensitivity_range=(1, 1))["label_frequency"] == 1, (
         "at 1 every label is the widest"
@@ -487,6 +487,17 @@ def test_the_stage_by_default(converted, text_file, tmp_path, monkeypatch):
 def test_harm_that_a_model_does_not_have(settings, harm, message):
     with pytest.raises(ValueError, match=message):
         fit_routers(tiny_model(**settings), torch.randint(3, 128, (4, 16)), harm=harm)
+
+
+@pytest.mark.parametrize(
+    ("settings", "harm"), [({}, "token"), ({"similarity": "cosine"}, "layer"), ({"router_type": "argmax"}, "layer")]
+)
+def test_harm_by_default(settings, harm):
+    """By token where the model knows it, and with everything frozen too, as after LoRA."""
+    model = tiny_model(**settings).requires_grad_(False)
+    before = model.state_dict()["model.layers.0.mlp.router.output.weight"].clone()
+    assert fit_routers(model, torch.randint(3, 128, (4, 16)), steps=2)["harm"] == harm
+    assert not torch.equal(model.state_dict()["model.layers.0.mlp.router.output.weight"], before)
 
 
 @pytest.mark.gpu
