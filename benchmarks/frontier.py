@@ -150,6 +150,7 @@ class Bench:
 
     def __init__(self, out: Path, tokens: int, eval_tokens: int, base=None, bf16=False):
         self.out, self.tokens, self.eval_tokens, self.bf16 = out, tokens, eval_tokens, bf16
+        self.training = 0.0  # seconds of this process
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
         self.text, self.ours, self.subnet, self.paper, self.family, self.magnitudes = map(
@@ -197,7 +198,9 @@ class Bench:
         if not folder.exists():
             resume = any(Path(f"{folder}.checkpoints").glob("checkpoint-*"))
             settings = {**settings, "text": self.out / "train.txt", "max_tokens": tokens, "bf16": self.bf16}
+            started = time.monotonic()
             stage(source, folder, resume=resume, **settings)
+            self.training += time.monotonic() - started
         return folder
 
     @property
@@ -254,7 +257,10 @@ class Bench:
         """A dense model trained so that its sub-networks serve too; each step draws one of them. With ours' losses and tokens."""
         folder = self.out / name
         if not folder.exists():
-            train_family(self, folder, {"static": self._draw_static, "flextron": self._draw_flextron}[name])
+            draw = {"static": self._draw_static, "flextron": self._draw_flextron}[name]
+            teacher, started = self.adapted_dense, time.monotonic()
+            train_family(self, folder, teacher, draw)
+            self.training += time.monotonic() - started
         return load_dense(folder)[0]
 
     def _draw_static(self, share, coin):
@@ -284,11 +290,10 @@ class Bench:
         """`{"share": reached, "nll": [each block], ...}` of one contender on one text, kept in `out`."""
         path = self.out / "measured" / f"{contender}-{share:g}-{text}.json"
         if not path.exists():
-            started, trained = time.monotonic(), sum(self.training_seconds().values())
+            started, training = time.monotonic(), self.training
             record = CONTENDERS[contender](self, share, text)
             # A contender is trained when it is first asked for, and its training keeps its own time.
-            trained -= sum(self.training_seconds().values())
-            record["seconds"] = round(time.monotonic() - started + trained, 1)
+            record["seconds"] = round(time.monotonic() - started - (self.training - training), 1)
             path.parent.mkdir(exist_ok=True)
             staging = path.with_suffix(".partial")
             staging.write_text(json.dumps(record))
@@ -296,12 +301,12 @@ class Bench:
         return json.loads(path.read_text())
 
 
-def train_family(bench, folder, draw):
+def train_family(bench, folder, teacher, draw):
     """
-    Train the layers of the adapted dense model under sub-networks drawn step by step, with the tokens, the losses and the schedule of ours.
+    Train a copy of the `teacher`, the adapted dense model, under sub-networks drawn step by step, with the tokens, the losses and the schedule of ours.
     A state is kept every fifty steps, from which the next call goes on.
     """
-    model, teacher = copy.deepcopy(bench.adapted_dense), bench.adapted_dense
+    model = copy.deepcopy(teacher)
     model.requires_grad_(True).get_input_embeddings().requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=SCHEDULE["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)

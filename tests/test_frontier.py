@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_no_paragraph_is_trained_on_and_held_out(texts, tmp_path):
     for name in TEXTS:
         held_out = (tmp_path / "held-out" / f"{name}.txt").read_text().replace("\f", "\n\n").split("\n\n")
         assert held_out and not training & {" ".join(p.split()) for p in held_out}
+
+
+def test_evaluation_time_is_without_training(texts, base, tmp_path, monkeypatch):
+    """Without that of this process, whose folders keep it; what another process trains meanwhile is not subtracted."""
+    (tmp_path / "texts").symlink_to(texts)
+    bench = frontier.Bench(tmp_path, tokens=4096, eval_tokens=512, base=base)
+
+    def stage(source, folder, **settings):
+        time.sleep(0.3)
+        for name in (folder, tmp_path / "of-another-process"):
+            name.mkdir()
+            (name / "training.json").write_text('{"seconds": 100}')
+
+    def contender(bench, share, text):
+        bench.trained("mine", base, 0, stage)
+        return {"share": share, "nll": []}
+
+    monkeypatch.setitem(CONTENDERS, "dense", contender)
+    assert 0 <= bench.measured("dense", 1.0, UNSEEN)["seconds"] < 0.3
+    assert bench.training_seconds() == {"mine": 100, "of-another-process": 100}
 
 
 def test_a_mask_is_what_a_narrower_model_computes(token_ids):
