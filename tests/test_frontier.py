@@ -113,6 +113,9 @@ def test_a_mask_is_what_a_narrower_model_computes(token_ids):
         dense.model.layers[1].self_attn.o_proj.weight.view(32, 4, 8)[:, [0, 2]] = 0
         assert_close("heads", masked, dense(token_ids).logits)
         assert not torch.allclose(masked, full)
+        dense.bfloat16()  # as tasks.py evaluates
+        with pruned(dense, Subnet([64, 32], [4, 2], [[0, 1, 2, 3], [3, 1, 0, 2]])):
+            assert dense(token_ids).logits.dtype == torch.bfloat16
 
 
 def test_module_errors_are_weighted_squares(blocks):
@@ -187,11 +190,27 @@ def test_local_tasks_run(base, texts, tmp_path):
     out.mkdir()
     (out / "texts").symlink_to(texts)
     common = ["--results", str(tmp_path / "results")]
-    frontier.main([str(out), "--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--only", "ours", *common])
+    frontier.main(
+        [
+            str(out),
+            "--tokens",
+            "5120",
+            "--eval-tokens",
+            "2044",
+            "--base",
+            str(base),
+            "--bf16",
+            "--only",
+            "ours",
+            "static",
+            *common,
+        ]
+    )
     tasks.main([str(out), "--items", "36", *common])
     record = json.loads(next((tmp_path / "results").glob("tasks_*.json")).read_text())
     assert 12 <= sum(record["items"].values()) <= 36
-    assert [row["model"] for row in record["rows"]][:2] == ["dense base", "DynaMoE, full width"]
+    names = [row["model"] for row in record["rows"]]
+    assert names[:2] == ["dense base", "DynaMoE, full width"] and names[-1] == "static width per layer, 50%"
     for row in record["rows"]:
         assert all(0 <= metrics["acc,none"] <= 1 for metrics in row["tasks"].values())
 
