@@ -117,6 +117,8 @@ def write_tasks(held_out: Path, out: Path, count: int) -> list[Path]:
         documents = read_documents(held_out / f"{text}.txt")
         rows = items(documents, kind, -(-left // (len(pairs) - index)), draw)
         left -= len(rows)
+        if not rows:  # a short text may have none of a kind, and lm-eval takes no empty task
+            continue
         data = out / f"{name}.jsonl"
         data.write_text("\n".join(map(json.dumps, rows)) + "\n")
         choice = kind != "cloze"
