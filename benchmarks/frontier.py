@@ -40,6 +40,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -150,7 +151,7 @@ class Bench:
 
     def __init__(self, out: Path, tokens: int, eval_tokens: int, base=None, bf16=False):
         self.out, self.tokens, self.eval_tokens, self.bf16 = out, tokens, eval_tokens, bf16
-        self.training = 0.0  # seconds of this process
+        self.seconds_trained = 0.0  # in this process
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
         self.text, self.ours, self.subnet, self.paper, self.family, self.magnitudes = map(
@@ -198,10 +199,15 @@ class Bench:
         if not folder.exists():
             resume = any(Path(f"{folder}.checkpoints").glob("checkpoint-*"))
             settings = {**settings, "text": self.out / "train.txt", "max_tokens": tokens, "bf16": self.bf16}
-            started = time.monotonic()
-            stage(source, folder, resume=resume, **settings)
-            self.training += time.monotonic() - started
+            with self._training_time():
+                stage(source, folder, resume=resume, **settings)
         return folder
+
+    @contextmanager
+    def _training_time(self):
+        started = time.monotonic()
+        yield
+        self.seconds_trained += time.monotonic() - started
 
     @property
     def adapt_tokens(self):
@@ -257,10 +263,9 @@ class Bench:
         """A dense model trained so that its sub-networks serve too; each step draws one of them. With ours' losses and tokens."""
         folder = self.out / name
         if not folder.exists():
-            draw = {"static": self._draw_static, "flextron": self._draw_flextron}[name]
-            teacher, started = self.adapted_dense, time.monotonic()
-            train_family(self, folder, teacher, draw)
-            self.training += time.monotonic() - started
+            draw, teacher = {"static": self._draw_static, "flextron": self._draw_flextron}[name], self.adapted_dense
+            with self._training_time():
+                train_family(self, folder, teacher, draw)
         return load_dense(folder)[0]
 
     def _draw_static(self, share, coin):
@@ -290,10 +295,10 @@ class Bench:
         """`{"share": reached, "nll": [each block], ...}` of one contender on one text, kept in `out`."""
         path = self.out / "measured" / f"{contender}-{share:g}-{text}.json"
         if not path.exists():
-            started, training = time.monotonic(), self.training
+            started, trained = time.monotonic(), self.seconds_trained
             record = CONTENDERS[contender](self, share, text)
             # A contender is trained when it is first asked for, and its training keeps its own time.
-            record["seconds"] = round(time.monotonic() - started - (self.training - training), 1)
+            record["seconds"] = round(time.monotonic() - started - (self.seconds_trained - trained), 1)
             path.parent.mkdir(exist_ok=True)
             staging = path.with_suffix(".partial")
             staging.write_text(json.dumps(record))

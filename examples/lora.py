@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-LoRA with PEFT: fine-tune a model folder to Python source code, adapters on the experts and the routers in full; merge, save, reload.
+LoRA with PEFT: fine-tune a model folder to Python source code, adapters on the experts, then the routers in full; merge, save, reload.
 
     make demo && python examples/lora.py            # runs/demo/trained -> runs/lora, 9 minutes on one core
     python examples/lora.py FOLDER OUT --steps 100

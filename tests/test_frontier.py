@@ -190,22 +190,8 @@ def test_local_tasks_run(base, texts, tmp_path):
     out.mkdir()
     (out / "texts").symlink_to(texts)
     common = ["--results", str(tmp_path / "results")]
-    frontier.main(
-        [
-            str(out),
-            "--tokens",
-            "5120",
-            "--eval-tokens",
-            "2044",
-            "--base",
-            str(base),
-            "--bf16",
-            "--only",
-            "ours",
-            "static",
-            *common,
-        ]
-    )
+    settings = ["--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--bf16"]
+    frontier.main([str(out), *settings, "--only", "ours", "static", *common])
     tasks.main([str(out), "--items", "36", *common])
     record = json.loads(next((tmp_path / "results").glob("tasks_*.json")).read_text())
     assert 12 <= sum(record["items"].values()) <= 36
