@@ -24,8 +24,8 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   teal          magnitude sparsity of the activations that the MLP's products read, training-free (share: entries not zero)
   teal-adapted  the same sparsity on the adapted dense model
   cmoe          shared and routed experts by clustering, training-free (share: neurons computed)
-  adapted       the dense model after the first 65,536 tokens, from which ours and the trained rivals learn (full width only)
-  tuned         the dense model trained on all of the tokens (full width only)
+  adapted       the dense model after two fifths of the tokens, from which ours and the trained rivals learn (full width only)
+  tuned         the dense model trained on all of the tokens, from which ours-long learns (full width only)
 
 Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
 benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
@@ -71,8 +71,8 @@ TEXTS = (UNSEEN, *TRAINING_PACKAGES, "topics")
 PIECE = 4000  # characters of the pieces in which the training text is shuffled
 # What every trained contender has in common with ours, so that only the architecture differs.
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
-# First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from.
-ADAPT_TOKENS = 65_536
+# First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from, on the rest.
+ADAPT_SHARE = 0.4
 OURS = {
     **SCHEDULE,
     "train": "layers",
@@ -84,7 +84,6 @@ OURS = {
     "router_loss_coef": 0.0,
     "logit_fraction": 1.0,
 }
-LONGER = 2.5  # times the tokens of the others that `ours-long` learns from
 ROUTER_TOKENS = 65_536
 PAPER = {
     **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
@@ -211,15 +210,25 @@ class Bench:
 
     @property
     def adapt_tokens(self):
-        return min(ADAPT_TOKENS, self.tokens // 4)
+        """In whole steps."""
+        a_step = SCHEDULE["block_size"] * SCHEDULE["batch_size"]
+        return int(ADAPT_SHARE * self.tokens) // a_step * a_step
 
     @cached_property
     def adapted(self):
         return self.trained("adapted", self.converted, self.adapt_tokens, adapt_model)
 
+    @cached_property
+    def tuned(self):
+        """The dense model on all of the tokens, which are as many as `ours-long` adapts with: so it is its teacher too."""
+        return self.trained("tuned", self.converted, self.tokens, adapt_model)
+
     def _ours(self, name):
-        tokens = int({"ours": 1, "ours-long": LONGER}[name] * self.tokens) - self.adapt_tokens
-        return load_model(self.trained(name, self.adapted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
+        if name == "ours":
+            source, tokens = self.adapted, self.tokens - self.adapt_tokens
+        else:
+            source, tokens = self.tuned, int(self.tokens / ADAPT_SHARE) - self.tokens
+        return load_model(self.trained(name, source, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
     def routers(self):
@@ -229,10 +238,6 @@ class Bench:
     @cached_property
     def untrained(self):
         return load_model(self.converted)
-
-    @cached_property
-    def tuned(self):
-        return load_model(self.trained("tuned", self.converted, self.tokens, adapt_model))
 
     def _paper(self, share):
         """The paper's model of one share: the labels of the projection take that share on the calibration text, before training."""
@@ -518,7 +523,7 @@ CONTENDERS: dict[str, Callable] = {
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
     "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
     "adapted": lambda bench, share, text: unrouted(bench, text, bench.adapted_dense),
-    "tuned": lambda bench, share, text: routed(bench, share, text, bench.tuned),
+    "tuned": lambda bench, share, text: routed(bench, share, text, load_model(bench.tuned)),
     "teal": teal,
     "teal-adapted": partial(teal, adapted=True),
     "cmoe": cmoe,
@@ -533,11 +538,11 @@ ORACLES = ("ours-oracle", "ours-long-oracle", "untrained")
 LABELS = {
     "dense": "dense base",
     "ours": "DynaMoE",
-    "ours-long": f"DynaMoE, {LONGER:g} times the tokens",
+    "ours-long": f"DynaMoE, {1 / ADAPT_SHARE:g} times the tokens",
     "ours-oracle": "its labels (oracle)",
     "ours-random": "random routes",
-    "ours-long-oracle": f"labels (oracle), {LONGER:g} times the tokens",
-    "ours-long-random": f"random routes, {LONGER:g} times the tokens",
+    "ours-long-oracle": f"labels (oracle), {1 / ADAPT_SHARE:g} times the tokens",
+    "ours-long-random": f"random routes, {1 / ADAPT_SHARE:g} times the tokens",
     "routers": "routers alone trained",
     "untrained": "labels before training (oracle)",
     "adapted": "dense, adapted: the teacher",
