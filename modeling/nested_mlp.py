@@ -82,9 +82,9 @@ def staircase_mlp(x_TD, expert_T, prefixes):
             if rows < len(order_T):  # with a null expert: the tokens that stop before the first neuron
                 rest = y_TD.new_zeros(len(order_T) - rows, y_TD.shape[1])
                 y_TD = torch.cat([y_TD, rest if weights.down_bias is None else rest + weights.down_bias])
-        elif type(block.down) is torch.Tensor:
+        elif type(block.down) is torch.Tensor and block.down.dtype == hidden.dtype:
             y_TD[:rows].addmm_(hidden, block.down.t())
-        else:  # the tensors of quantisers know `linear` and little else
+        else:  # the tensors of quantisers know `linear` and little else, and autocast knows no product in place
             y_TD[:rows] += F.linear(hidden, block.down)
     return torch.empty_like(y_TD).index_copy_(0, order_T, y_TD)
 
@@ -164,8 +164,10 @@ def routed_mlp_op(
     """`routed_mlp` as one node of a compiled graph: what it computes depends on numbers that a compiler does not have."""
     weights = Projections(gate, gate_bias, up, up_bias, down, down_bias, _activation(act))
     if len(expert_T) == 1:  # once a layer in decoding: no more slices than this one needs
-        return dense_mlp(x_TD, weights.block(0, widths[expert_T.item()]))
-    return staircase_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
+        y_TD = dense_mlp(x_TD, weights.block(0, widths[expert_T.item()]))
+    else:
+        y_TD = staircase_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
+    return y_TD.to(x_TD.dtype)  # autocast gives products a lower one, which the graph does not know
 
 
 @routed_mlp_op.register_fake

@@ -79,6 +79,31 @@ def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monke
                 assert_close(f"{name}, {mix}, training={training}", a, e, atol=2e-4 * e.abs().max().item() + 1e-6)
 
 
+@pytest.mark.parametrize("smallest_block", [0, 10**9], ids=["a block each", "one block"])
+@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+@pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_autocast(family, widths, tokens, smallest_block, monkeypatch):
+    """Weights in float32, products in bfloat16, as a `Trainer` with bf16 evaluates: near the plain loop in float32."""
+    monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
+    mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
+    torch.manual_seed(tokens)
+    x, expert = torch.randn(1, tokens, 32, requires_grad=True), torch.randint(len(widths), (1, tokens))
+    expected = nested_mlp(mlp, x[0], expert[0])
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    for with_gradient in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(with_gradient):
+            y = mlp._run(x, expert)[0].float()
+            op = torch.ops.dynamoe.routed_mlp(x[0], expert[0], *mlp.prefixes(x)[-1][:6], mlp.act_name, mlp.widths)
+        assert op.dtype == x.dtype, "the graph of a compiled model has the dtype of the input"
+        for name, actual in (("output", y), ("output of the op", op)):
+            assert_close(name, actual, expected, atol=0.03 * expected.abs().max().item() + 1e-6, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mlp._run(x, expert)
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
+    assert_close("gradient", gradient, expected_gradient, atol=0.05 * expected_gradient.abs().max().item() + 1e-6, rtol=0)
+
+
 def test_only_the_chosen_prefix_is_computed(monkeypatch, token_ids):
     """Poison every neuron beyond the forced prefix: the output must not notice."""
     model = tiny_dynamoe()
