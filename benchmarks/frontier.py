@@ -10,7 +10,7 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
-  ours-long     the same on two and a half times the tokens of all others: what more training gives
+  ours-long     the same on twice the tokens of all others: tuned is its teacher, and as many teach the experts
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
   ours-long-oracle, ours-long-random   both with the weights of ours-long
@@ -22,7 +22,7 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   flextron      widths and attention heads of each layer, searched for the active parameters of the share, a family of its own
   flextron-in   the same weights, widths and heads chosen for each token by small routers
   teal          magnitude sparsity of the activations that the MLP's products read, training-free (share: entries not zero)
-  teal-adapted  the same sparsity on the adapted dense model
+  teal-adapted, teal-tuned   the same sparsity of the dense models below
   cmoe          shared and routed experts by clustering, training-free (share: neurons computed)
   adapted       the dense model after two fifths of the tokens, from which ours and the trained rivals learn (full width only)
   tuned         the dense model trained on all of the tokens, from which ours-long learns (full width only)
@@ -73,6 +73,7 @@ PIECE = 4000  # characters of the pieces in which the training text is shuffled
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
 # First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from, on the rest.
 ADAPT_SHARE = 0.4
+LONGER = 2  # times the tokens of the others that `ours-long` learns from: its full width from all of those, its experts from as many
 OURS = {
     **SCHEDULE,
     "train": "layers",
@@ -96,7 +97,9 @@ SHARE_STEPS = 20  # shares that the static families draw, so that each sub-netwo
 CMOE_GROUPS = 24
 INPUT_TOKENS = 16_384  # that the routers of flextron-in are fitted on
 CALIBRATION_TOKENS = 8192
-DIAL_TOKENS = 4096  # of each text, on which the dial is set for a share: no target is read, only what the routers say
+# Contenders are compared at one share of one text, so the dial is set there: first on every fifth block, then on all if that misses.
+# No target is read, only what the routers say. How far a dial set on one text carries to another, `dynamoe evaluate` shows.
+DIAL_PART, DIAL_TOLERANCE = 5, 0.01
 
 
 FUNCTION_WORD = re.compile(
@@ -153,13 +156,13 @@ class Bench:
         self.seconds_trained = 0.0  # in this process
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
-        self.text, self.ours, self.subnet, self.paper, self.family, self.magnitudes = map(
-            cache, (self._text, self._ours, self._subnet, self._paper, self._family, self._magnitudes)
+        self.text, self.dense_model, self.ours, self.subnet, self.paper, self.family, self.magnitudes = map(
+            cache, (self._text, self._dense_model, self._ours, self._subnet, self._paper, self._family, self._magnitudes)
         )
 
-    @cached_property
+    @property
     def dense(self):
-        return load_dense(self.base)[0]
+        return self.dense_model("dense")
 
     @cached_property
     def tokenizer(self):
@@ -202,6 +205,14 @@ class Bench:
                 stage(source, folder, resume=resume, **settings)
         return folder
 
+    def precision(self):
+        """In which everything is evaluated: that of the training."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def nll(self, model, text):
+        with self.precision():
+            return block_nll(model, self.text(text)).tolist()
+
     @contextmanager
     def _training_time(self):
         started = time.monotonic()
@@ -220,14 +231,14 @@ class Bench:
 
     @cached_property
     def tuned(self):
-        """The dense model on all of the tokens, which are as many as `ours-long` adapts with: so it is its teacher too."""
+        """The dense model on all of the tokens: the teacher of `ours-long` too."""
         return self.trained("tuned", self.converted, self.tokens, adapt_model)
 
     def _ours(self, name):
         if name == "ours":
             source, tokens = self.adapted, self.tokens - self.adapt_tokens
         else:
-            source, tokens = self.tuned, int(self.tokens / ADAPT_SHARE) - self.tokens
+            source, tokens = self.tuned, (LONGER - 1) * self.tokens
         return load_model(self.trained(name, source, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
@@ -252,10 +263,14 @@ class Bench:
         update_config(source, train_sensitivity=[theta, theta])
         return load_model(self.trained(f"paper-{share:.0%}", source, self.tokens // len(SHARES), **PAPER))
 
-    @cached_property
+    def _dense_model(self, name):
+        """The base, or what it was at the end of a training; of the latter, neurons are in the order of importance."""
+        return load_dense(self.base)[0] if name == "dense" else dense_prefix(load_model(getattr(self, name)), 1.0)
+
+    @property
     def adapted_dense(self):
-        """The adapted full width, its neurons in the order of importance: where rivals that take prefixes start, as ours does."""
-        return dense_prefix(load_model(self.adapted), 1.0)
+        """Where rivals that take prefixes start, as ours does."""
+        return self.dense_model("adapted")
 
     @cached_property
     def errors(self):
@@ -288,9 +303,9 @@ class Bench:
     def clusters(self):
         return shared_and_routed(self.dense, self.calibration[:8], groups=CMOE_GROUPS, shared=CMOE_GROUPS // 4)
 
-    def _magnitudes(self, adapted):
+    def _magnitudes(self, name):
         """For each layer, sorted sizes of what gate and up read, and of what down reads, over calibration tokens."""
-        return activation_sizes(self.adapted_dense if adapted else self.dense, self.calibration[:4])
+        return activation_sizes(self.dense_model(name), self.calibration[:4])
 
     def training_seconds(self):
         """Of each folder that was trained."""
@@ -391,59 +406,61 @@ def activation_sizes(dense, blocks):
 
 
 def unrouted(bench, text, dense):
-    return {"share": 1.0, "nll": block_nll(dense, bench.text(text)).tolist()}
+    return {"share": 1.0, "nll": bench.nll(dense, text)}
 
 
 def routed(bench, share, text, model):
-    """At a share of 1 the full width; else the dial is set so that the routers reach the share on a part of the text."""
-    blocks = bench.text(text)
+    """At a share of 1 the full width; else the dial is set so that the routers reach the share on the text."""
     if share == 1:
-        routing = {"force_expert": model.config.expert_count - 1}
-    else:
-        part = blocks[:: max(1, blocks.numel() // DIAL_TOKENS)]
-        run = run_routers(model, part, expert_shares(model), 0.5, 4)
-        (theta, _), _ = solve_budget(model, part, expert_shares(model), share, run, 4)
-        routing = {"sensitivity": theta}
-    return _routed(model, blocks, **routing)
+        return _routed(bench, model, text, force_expert=model.config.expert_count - 1)
+    blocks, shares = bench.text(text), expert_shares(model)
+    with bench.precision():
+        run = run_routers(model, blocks[::DIAL_PART], shares, 0.5, 4)
+        (theta, _), _ = solve_budget(model, blocks[::DIAL_PART], shares, share, run, 4)
+        run = run_routers(model, blocks, shares, theta, 4)
+        if abs(run[0] - share) > DIAL_TOLERANCE:
+            (theta, _), _ = solve_budget(model, blocks, shares, share, run, 4)
+    return _routed(bench, model, text, sensitivity=theta)
 
 
 def oracle(bench, share, text, model):
     """Labels as routes. Narrow experts in early layers change what later labels are, so the threshold is corrected twice."""
-    blocks, shares = bench.text(text), expert_shares(model)
-    part = blocks[:: max(1, blocks.numel() // DIAL_TOKENS)]
-    theta = sensitivity_for(similarity_profiles(model, part), shares, share)
-    for _ in range(2):
-        profiles = []
-        with torch.no_grad(), model.routing(route="label", sensitivity=theta, needs_labels=True, records=[]) as routing:
-            for batch in part.split(4):
-                model.model(batch, use_cache=False)
-                profiles.append(torch.stack([record.profile.flatten(0, 1) for record in routing.records]))
-                routing.records.clear()
-        theta = sensitivity_for(torch.cat(profiles, 1), shares, share)
-    return _routed(model, blocks, route="label", sensitivity=theta)
+    part, shares = bench.text(text)[::DIAL_PART], expert_shares(model)
+    with bench.precision(), torch.no_grad():
+        theta = sensitivity_for(similarity_profiles(model, part), shares, share)
+        for _ in range(2):
+            profiles = []
+            with model.routing(route="label", sensitivity=theta, needs_labels=True, records=[]) as routing:
+                for batch in part.split(4):
+                    model.model(batch, use_cache=False)
+                    profiles.append(torch.stack([record.profile.flatten(0, 1) for record in routing.records]))
+                    routing.records.clear()
+            theta = sensitivity_for(torch.cat(profiles, 1), shares, share)
+    return _routed(bench, model, text, route="label", sensitivity=theta)
 
 
 def random_routes(bench, share, text, name):
     use = torch.tensor(bench.measured(name, share, text)["expert_use"])
     torch.manual_seed(0)
-    return _routed(bench.ours(name), bench.text(text), route="random", histogram=use)
+    return _routed(bench, bench.ours(name), text, route="random", histogram=use)
 
 
-def _routed(model, blocks, **routing):
-    nll, use, _ = routed_nll(model, blocks, **routing)
+def _routed(bench, model, text, **routing):
+    with bench.precision():
+        nll, use, _ = routed_nll(model, bench.text(text), **routing)
     routing.pop("histogram", None)
     share = (use * expert_shares(model)).sum(-1).mean().item()
     return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), **routing}
 
 
 def paper(bench, share, text):
-    return _routed(bench.paper(share), bench.text(text))
+    return _routed(bench, bench.paper(share), text)
 
 
 def family(bench, share, text, name, subnet):
     model, subnet = bench.family(name), subnet(bench, share)
     with pruned(model, subnet):
-        nll = block_nll(model, bench.text(text)).tolist()
+        nll = bench.nll(model, text)
     widths = subnet.widths or [model.config.intermediate_size]
     return {
         "share": share,
@@ -458,10 +475,12 @@ def flextron_by_input(bench, share, text):
     routers, blocks = bench.input_routers, bench.text(text)
     config = routers.dense.config
     mlp, attention = (kind.cost * config.num_hidden_layers for kind in routers.kinds)
-    logit = routers.dial(blocks[:: max(1, blocks.numel() // DIAL_TOKENS)], share * mlp + attention)
+    budget = share * mlp + attention
+    with bench.precision():
+        logit = routers.dial(blocks, budget, routers.dial(blocks[::DIAL_PART], budget))
     records = []
     with routers.routed(logit, records):
-        nll = block_nll(routers.dense, blocks).tolist()
+        nll = bench.nll(routers.dense, text)
     spent = routers.spent(records, logit)
     return {
         "share": (spent - attention) / mlp,
@@ -470,9 +489,9 @@ def flextron_by_input(bench, share, text):
     }
 
 
-def teal(bench, share, text, adapted=False):
+def teal(bench, share, text, name="dense"):
     """Entries below a quantile of calibration sizes are zero; the share is that of the entries left, over all three products."""
-    dense, seen = bench.adapted_dense if adapted else bench.dense, [0, 0]
+    dense, seen = bench.dense_model(name), [0, 0]
 
     def hook(threshold):
         def cut(module, args):
@@ -485,7 +504,7 @@ def teal(bench, share, text, adapted=False):
         return cut
 
     hooks = []
-    for layer, (reads, activations) in zip(dense.model.layers, bench.magnitudes(adapted)):
+    for layer, (reads, activations) in zip(dense.model.layers, bench.magnitudes(name)):
         low, high = (values[min(int((1 - share) * len(values)), len(values) - 1)].item() for values in (reads, activations))
         hooks += [
             layer.mlp.gate_proj.register_forward_pre_hook(hook(low)),
@@ -493,7 +512,7 @@ def teal(bench, share, text, adapted=False):
             layer.mlp.down_proj.register_forward_pre_hook(hook(high)),
         ]
     try:
-        nll = block_nll(dense, bench.text(text)).tolist()
+        nll = bench.nll(dense, text)
     finally:
         for each in hooks:
             each.remove()
@@ -505,7 +524,7 @@ def cmoe(bench, share, text):
     groups = math.ceil(share * CMOE_GROUPS)
     for layer in bench.clusters.model.layers:
         layer.mlp.top_k = groups - CMOE_GROUPS // 4
-    return {"share": groups / CMOE_GROUPS, "nll": block_nll(bench.clusters, bench.text(text)).tolist()}
+    return {"share": groups / CMOE_GROUPS, "nll": bench.nll(bench.clusters, text)}
 
 
 def uniform_width(bench, share):
@@ -523,9 +542,10 @@ CONTENDERS: dict[str, Callable] = {
     "untrained": lambda bench, share, text: oracle(bench, share, text, bench.untrained),
     "routers": lambda bench, share, text: routed(bench, share, text, bench.routers),
     "adapted": lambda bench, share, text: unrouted(bench, text, bench.adapted_dense),
-    "tuned": lambda bench, share, text: routed(bench, share, text, load_model(bench.tuned)),
+    "tuned": lambda bench, share, text: unrouted(bench, text, bench.dense_model("tuned")),
     "teal": teal,
-    "teal-adapted": partial(teal, adapted=True),
+    "teal-adapted": partial(teal, name="adapted"),
+    "teal-tuned": partial(teal, name="tuned"),
     "cmoe": cmoe,
     "static": partial(family, name="static", subnet=uniform_width),
     "mixnmatch": partial(family, name="static", subnet=lambda bench, share: bench.subnet(share, False)),
@@ -534,6 +554,7 @@ CONTENDERS: dict[str, Callable] = {
     "paper": paper,
 }
 FULL_ONLY, WITH_FULL = ("dense", "adapted", "tuned"), ("ours", "ours-long")
+WITHOUT_OURS = ("dense", "tuned", "teal", "cmoe", "paper")  # what they are does not depend on our recipe
 ORACLES = ("ours-oracle", "ours-long-oracle", "untrained")
 LABELS = {
     "dense": "dense base",
@@ -549,6 +570,7 @@ LABELS = {
     "tuned": "dense, trained on the same tokens",
     "teal": "activation sparsity (TEAL-style)",
     "teal-adapted": "activation sparsity of the adapted model",
+    "teal-tuned": "activation sparsity of the dense model trained on the same tokens",
     "cmoe": "shared + routed experts (CMoE-style)",
     "static": "static width",
     "mixnmatch": "static width per layer (Mix'n'Match)",
@@ -562,8 +584,8 @@ LABELS = {
 def what_is_learned(bench, name, share):
     """Mean share of MLP width at one setting on the unseen text: by layer, by position in the block, by class of token."""
     model, blocks = bench.ours(name), bench.text(UNSEEN)
-    kept, shares = [], expert_shares(model)
-    with model.routing(sensitivity=bench.measured(name, share, UNSEEN)["sensitivity"], records=[]) as routing:
+    kept, shares, theta = [], expert_shares(model), bench.measured(name, share, UNSEEN)["sensitivity"]
+    with bench.precision(), model.routing(sensitivity=theta, records=[]) as routing:
         for batch in blocks.split(4):
             model.model(batch, use_cache=False)
             kept.append(torch.stack([row[record.expert] for row, record in zip(shares, routing.records)]))
@@ -615,14 +637,20 @@ def compare(bench, names, texts):
 def joined(record, kept):
     """
     A record, and what an earlier one of the same settings has beside it: contenders and texts may be run on several days, in
-    several folders. Rows of a text are kept where the dense base had the same perplexity there, hence the same tokens.
+    several folders. Of another recipe of ours those stay that do not learn from it. Rows of a text are kept where the dense base had
+    the same perplexity there, but for what mixed precision changes (0.1%), hence the same tokens.
     """
-    if any(kept.get(key) != record[key] for key in ("tokens", "eval_tokens", "base", "bf16", "recipe")):
+    if any(kept.get(key) != record[key] for key in ("tokens", "eval_tokens", "base", "bf16")):
         return record
+    same_recipe = kept["recipe"] == record["recipe"]
     old, new = ({row["text"]: row["perplexity"] for row in r["rows"] if row["contender"] == "dense"} for r in (kept, record))
-    same = {text for text in old if math.isclose(old[text], new.get(text, old[text]), rel_tol=1e-5)}
+    same = {text for text in old if math.isclose(old[text], new.get(text, old[text]), rel_tol=2e-3)}
     done = {(row["contender"], row["text"]) for row in record["rows"]}
     rows = [row for row in kept["rows"] if row["text"] in same and (row["contender"], row["text"]) not in done]
+    if not same_recipe:
+        rows = [row for row in rows if row["contender"] in WITHOUT_OURS]
+        rows = [{key: value for key, value in row.items() if key != "ours_over_this"} for row in rows]
+        kept = {**kept, "learned": {}}
     rows = sorted(record["rows"] + rows, key=lambda row: (TEXTS.index(row["text"]), list(CONTENDERS).index(row["contender"])))
     return {**record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
 
@@ -738,7 +766,7 @@ def main(argv=None):
                     flush=True,
                 )
     record = {
-        "machine": machine(torch.get_num_threads()), **settings, "recipe": OURS,
+        "machine": machine(torch.get_num_threads()), **settings, "recipe": {"adapt_share": ADAPT_SHARE, **OURS},
         "training_seconds": bench.training_seconds(), "rows": compare(bench, names, args.texts),
     }  # fmt: skip
     seen = [name for name in WITH_FULL if name in names and UNSEEN in args.texts]

@@ -305,14 +305,15 @@ class InputRouters:
         return total * len(self.dense.model.layers) * len(self.kinds) / len(records)
 
     @torch.no_grad()
-    def dial(self, blocks, budget, rounds=4):
-        """The logit at which a token has `budget` active parameters on average."""
-        logit = 0.0
+    def dial(self, blocks, budget, logit=0.0, rounds=4):
+        """The logit at which a token has `budget` active parameters on average, to half a percent, found from `logit` on."""
         for _ in range(rounds):
             records = []
             with self.routed(logit, records):
-                for block in blocks:
-                    self.dense.model(block[None], use_cache=False)
+                for batch in blocks.split(4):
+                    self.dense.model(batch, use_cache=False)
+            if abs(self.spent(records, logit) / budget - 1) < 0.005:
+                break
             low, high = -30.0, 30.0
             for _ in range(40):
                 logit = (low + high) / 2

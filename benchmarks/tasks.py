@@ -143,7 +143,7 @@ def settings(bench):
         theta = bench.measured(ours, share, UNSEEN)["sensitivity"]
         yield f"{LABELS[ours]}, {share:.0%}", share, model, model.routing(sensitivity=theta)
     if (bench.out / "tuned").exists():
-        yield LABELS["tuned"], 1.0, bench.tuned, bench.tuned.routing(force_expert=model.config.expert_count - 1)
+        yield LABELS["tuned"], 1.0, bench.dense_model("tuned"), nullcontext()
     if (bench.out / "static").exists():
         for share in (0.75, 0.5):
             model = bench.family("static")

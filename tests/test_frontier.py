@@ -206,7 +206,7 @@ def test_rehearsal(base, texts, tmp_path):
     out, results = tmp_path / "out", tmp_path / "results"
     out.mkdir()
     (out / "texts").symlink_to(texts)
-    command = [str(out), "--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--results", str(results)]
+    command = [str(out), "--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--bf16", "--results", str(results)]
     command += ["--texts", "postgresql-doc-15", "topics"]
     frontier.main(command)
     record = json.loads(next(results.glob("*.json")).read_text())
@@ -216,7 +216,7 @@ def test_rehearsal(base, texts, tmp_path):
     for row in rows:
         low, high = row["ratio_interval"]
         assert 0 < low <= row["ratio_to_dense"] <= high
-        if row["contender"] in ("static", "cmoe", "teal", "teal-adapted"):
+        if row["contender"] in ("static", "cmoe", "teal", "teal-adapted", "teal-tuned"):
             assert abs(row["share"] - row["asked"]) < 0.05, row
     dense = [row["ratio_to_dense"] for row in rows if row["contender"] == "dense"]
     assert dense == [1.0, 1.0]
@@ -256,6 +256,15 @@ def test_records_of_several_days_are_joined():
     other_settings = record({}, ("dense", UNSEEN, 19.0), tokens=5)
     assert frontier.joined(other_settings, old) == other_settings
     assert frontier.joined(new, {"rows": []}) == new, "a record of before has not all that is asked now"
+    other_precision = record({}, ("dense", UNSEEN, 19.01), ("ours", UNSEEN, 20.0))
+    assert ("teal", UNSEEN) in names(frontier.joined(other_precision, old))
+
+    old["rows"] += [{"contender": c, "text": UNSEEN, "perplexity": 21.0, "ours_over_this": {}} for c in ("static", "paper")]
+    assert {c for c, _ in names(frontier.joined(new, old))} == {"dense", "ours", "teal", "static", "paper"}
+    new["recipe"] = {"adapt_share": 0.5}
+    rows = frontier.joined(new, old)["rows"]
+    assert {row["contender"] for row in rows} == {"dense", "ours", "teal", "paper"}, "what learned from the former recipe goes"
+    assert not any("ours_over_this" in row for row in rows), "so does the comparison with it"
 
 
 def test_a_trained_family_goes_on_where_it_stopped(base, texts, tmp_path, monkeypatch):
