@@ -71,6 +71,7 @@ def calibrate_budgets(
         "budgets": found,
         "text": text_names(text),
         "tokens": blocks.numel(),
+        "block_size": blocks.shape[1],
     }
     update_config(folder, budgets={budget: entry["sensitivity"] for budget, entry in found.items()}, sensitivity=max(thetas))
     write_json(Path(folder) / CALIBRATION, record)

@@ -200,7 +200,10 @@ def _commands(facts) -> list[str]:
 
     def add(stage, *folders, text=None, **options):
         files = [] if text is None or isinstance(text, str) else ["--text", *(Path(path).name for path in text)]
-        flags = [part for name, value in options.items() if value is not None for part in (f"--{name}", f"{value}")]
+        flags = []
+        for name, value in options.items():
+            if value is not None:
+                flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [f"{value}"])]
         commands.append(shlex.join(["dynamoe", stage, *folders, *files, *flags]))
 
     if conversion:
@@ -209,20 +212,27 @@ def _commands(facts) -> list[str]:
         add("convert", _named(conversion["base"]), "converted", text=read["text"], widths=",".join(widths) or None,
             importance=conversion["importance"], similarity=facts["similarity"], **{"router-type": facts["router_type"],
             "max-tokens": read["tokens"], "block-size": read["block_size"], "seed": conversion["seed"]})  # fmt: skip
-    if training:
-        settings = dict(training["settings"])
+    stages = [*training.get("earlier", []), training] if training else []
+    folders = ["converted", *(f"trained-{index + 1}" for index in range(len(stages) - 1)), "trained"]
+    for stage, source, out in zip(stages, folders, folders[1:]):
+        settings = dict(stage["settings"])
         bf16 = ["--bf16"] if settings.pop("bf16") else []
-        dataset = training["text"] if training.get("distinct_tokens") is None and isinstance(training["text"], str) else None
+        dataset = stage["text"] if stage.get("distinct_tokens") is None and isinstance(stage["text"], str) else None
         settings = {name.replace("_", "-"): value for name, value in settings.items()}
-        add("train", "converted", "trained", *bf16, text=training["text"], dataset=dataset,
-            **{"max-tokens": training["tokens"]}, **settings)  # fmt: skip
+        add("train", source, out, *bf16, text=stage["text"], dataset=dataset, **{"max-tokens": stage["tokens"]}, **settings)
     if calibration:
-        add("calibrate", "trained", text=calibration["text"], budgets=",".join(calibration["budgets"]))
-    if facts["results"]:
-        budgets = [e["setting"].split()[1] for e in facts["results"]["evaluations"] if e["setting"].startswith("budget ")]
-        if budgets:
-            base = conversion and _named(conversion["base"])
-            add("evaluate", "trained", budget=",".join(dict.fromkeys(budgets)), base=base)
+        add("calibrate", "trained", text=calibration["text"], budgets=",".join(calibration["budgets"]),
+            **{"max-tokens": calibration["tokens"], "block-size": calibration.get("block_size")})  # fmt: skip
+    budgets = {}  # of each text, as it was cut into blocks
+    for entry in (facts["results"] or {"evaluations": []})["evaluations"]:
+        if entry["setting"].startswith("budget "):
+            text = entry["text"] if isinstance(entry["text"], str) else tuple(entry["text"])
+            budgets.setdefault((text, entry.get("block_size"), entry["tokens"]), {})[entry["setting"].split()[1]] = None
+    for (text, block_size, tokens), names in budgets.items():
+        options = {"budget": ",".join(names), "base": conversion and _named(conversion["base"])}
+        if block_size:  # each block's first token is not predicted
+            options |= {"max-tokens": tokens // (block_size - 1) * block_size, "block-size": block_size}
+        add("evaluate", "trained", text=text, **options)
     return commands
 
 

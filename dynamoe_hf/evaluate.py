@@ -80,7 +80,7 @@ def evaluate_model(
         nll, use, agreement = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
         share = (use * shares).sum(-1).mean().item()
         entry = {
-            "setting": name, **routing, "text": named, "tokens": nll.numel() * (blocks.shape[1] - 1),
+            "setting": name, **routing, "text": named, "tokens": nll.numel() * (blocks.shape[1] - 1), "block_size": blocks.shape[1],
             **_perplexity(nll), "mean_share": round(share, 4),
             "active_parameters": active_parameters(counts, share), "total_parameters": counts["total"],
             "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": agreement,

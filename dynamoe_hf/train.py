@@ -21,7 +21,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .card import render_card
 from .data import documents_for, iterate_blocks, text_names, token_blocks
-from .folder import CONVERSION, TRAINING, carry_records, load_model, load_tokenizer, new_folder, refuse_existing, write_json
+from .folder import (
+    CONVERSION,
+    TRAINING,
+    carry_records,
+    load_model,
+    load_tokenizer,
+    new_folder,
+    read_json,
+    refuse_existing,
+    write_json,
+)
 from .label import mlp_gradients
 from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
 from .modeling.nested_mlp import label_of
@@ -659,7 +669,8 @@ def train_model(
         save_steps: steps between checkpoints.
 
     Returns:
-        The training record, also written to `training.json`: settings, tokens, the logged history.
+        The training record, also written to `training.json`: settings, tokens, the logged history, and without theirs the records
+        of the `earlier` trainings that `folder` had behind it.
 
     Raises:
         ValueError: no DynaMoE folder, unknown setting, too little text, or an unfinished run without `resume`.
@@ -726,6 +737,8 @@ def train_model(
     if router_tokens:
         own_route = "router" if route == "router" and train != "routers" else "label"
         fit = fit_routers(model, fit_blocks(router_tokens), route=own_route, **fit_options)
+    before = read_json(Path(folder) / TRAINING)
+    earlier = [] if before is None else [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "history"}]
     record = {
         "from": Path(folder).name,
         "text": dataset or text_names(text),
@@ -735,13 +748,16 @@ def train_model(
         "router_fit": fit,
         "seconds": round(time.monotonic() - started, 1),
         "settings": {
-            "train": train, "route": route, "teacher": teacher, "sensitivity_range": sensitivity_range,
+            "train": train, "route": route, "teacher": teacher,
+            "sensitivity_range": None if sensitivity_range is None else list(sensitivity_range),
             "block_size": block_size, "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
             "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
             "hidden_loss_coef": hidden_loss_coef, "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction,
-            "harm": harm, "bf16": bf16, "seed": seed,
+            "router_tokens": router_tokens, "harm": harm, "lora_rank": lora_rank if train == "lora" else None,
+            "bf16": bf16, "seed": seed,
         },
+        "earlier": earlier,
         "history": history,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip

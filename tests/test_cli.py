@@ -1,13 +1,17 @@
 """The command line: every stage from a shell, folder in, folder out; `--help` teaches; errors are one line."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from inspect import signature
+from pathlib import Path
 
 import pytest
 
 from dynamoe_hf import cli
+from dynamoe_hf.card import render_card
 
 
 STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export",
@@ -66,6 +70,37 @@ def test_the_whole_way(folders, dense_folder, capsys):
     assert cli.main(["report", trained, "--budget", "0.6"]) == 0
     written = capsys.readouterr().out.split()
     assert any(path.endswith("index.html") for path in written)
+
+
+def test_the_card_tells_how_to_make_the_model_again(dense_folder, text_file, tmp_path, monkeypatch):
+    """Its commands, run elsewhere, give the same weights: the adaptation before the training, and routers fitted on few tokens, too."""
+    small = ["--text", "text.txt", "--max-tokens", "512", "--block-size", "32"]
+    stages = [
+        ["convert", dense_folder.name, "converted", *small],
+        ["adapt", "converted", "adapted", *small],
+        ["train", "adapted", "trained", *small, "--router-tokens", "256", "--seed", "3"],
+        ["calibrate", "trained", "--text", "text.txt", "--max-tokens", "4096", "--block-size", "64", "--budgets", "0.6"],
+        ["evaluate", "trained", *small, "--budget", "0.6", "--base", dense_folder.name],
+    ]
+
+    def at(place):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / dense_folder.name).symlink_to(dense_folder)
+        shutil.copy(text_file, tmp_path / place / "text.txt")
+        monkeypatch.chdir(tmp_path / place)
+
+    at("here")
+    for stage in stages:
+        assert cli.main(stage) == 0, stage
+    card = render_card(tmp_path / "here" / "trained", local_files_only=True).text
+    assert "Trained: layers, at full width alone." in card and "Then: 512 tokens of text.txt" in card
+    commands = [shlex.split(line) for line in card.split("```bash")[1].split("```")[0].splitlines() if line.strip()]
+    assert [command[1] for command in commands] == ["convert", "train", "train", "calibrate", "evaluate"]
+    at("elsewhere")
+    for command in commands:
+        assert cli.main(command[1:]) == 0, command
+    for name in ("model.safetensors", "config.json", "calibration.json", "results.json"):
+        assert Path("trained", name).read_bytes() == (tmp_path / "here" / "trained" / name).read_bytes(), name
 
 
 def test_training_shows_the_losses_that_it_has(folders, capsys):
