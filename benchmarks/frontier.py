@@ -418,7 +418,7 @@ def routed(bench, share, text, model):
         run = run_routers(model, blocks[::DIAL_PART], shares, 0.5, 4)
         (theta, _), _ = solve_budget(model, blocks[::DIAL_PART], shares, share, run, 4)
         run = run_routers(model, blocks, shares, theta, 4)
-        if abs(run[0] - share) > DIAL_TOLERANCE:
+        if abs(run[0].mean().item() - share) > DIAL_TOLERANCE:
             (theta, _), _ = solve_budget(model, blocks, shares, share, run, 4)
     return _routed(bench, model, text, sensitivity=theta)
 

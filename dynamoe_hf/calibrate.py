@@ -36,7 +36,8 @@ def calibrate_budgets(
         text: text files that were not trained on; by default a split of Python's own documentation topics.
 
     Returns:
-        The calibration record, also written to `calibration.json`: sensitivity and reached share of each budget, tokens.
+        The calibration record, also written to `calibration.json`: for each budget the sensitivity, the mean share reached and its
+        95% interval over blocks (None for one block), which says how near other text of the kind will come; and the tokens.
 
     Raises:
         ValueError: a budget is out of reach, for example because the routers are untrained; nothing is written then.
@@ -56,13 +57,16 @@ def calibrate_budgets(
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, max_tokens)
     found, run = {}, run_routers(model, blocks, shares, 0.5, batch_size)
     for budget in tqdm(budgets, desc="Calibrating", leave=False):
-        (sensitivity, reached), run = solve_budget(model, blocks, shares, budget, run, batch_size)
+        (sensitivity, share_N), run = solve_budget(model, blocks, shares, budget, run, batch_size)
+        reached = share_N.mean().item()
         if abs(reached - budget) > TOLERANCE:
             raise ValueError(
                 f"budget={budget:g} cannot be reached: the nearest mean share is {reached:.3f}, at sensitivity {sensitivity:.4f}. "
                 "Routers that see no difference between tokens cannot divide them: run `dynamoe train` first, or train longer."
             )
-        found[f"{budget:g}"] = {"sensitivity": sensitivity, "mean_share": round(reached, 4)}
+        half = 1.96 * share_N.std().item() / len(share_N) ** 0.5 if len(share_N) > 1 else None
+        interval = None if half is None else [round(reached - half, 4), round(reached + half, 4)]
+        found[f"{budget:g}"] = {"sensitivity": sensitivity, "mean_share": round(reached, 4), "interval": interval}
     found = dict(sorted(found.items(), key=lambda item: float(item[0])))
     thetas = [entry["sensitivity"] for entry in found.values()]
     if thetas != sorted(thetas):
@@ -79,8 +83,8 @@ def calibrate_budgets(
 
 
 def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5):
-    """The sensitivity nearest to `budget` and the mean share it reaches, starting from an earlier run; and the last run."""
-    best = (2.0, 1.0, 1.0)
+    """The sensitivity nearest to `budget` and the share of each block there (N,), starting from an earlier run; and the last run."""
+    best, distance = None, float("inf")
     for _ in range(rounds):
         # The share that the logits of the last run give is a rising step function of the threshold.
         low, high = -30.0, 30.0
@@ -89,10 +93,12 @@ def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5):
             low, high = (middle, high) if _share(run[1], shares, middle) < budget else (low, middle)
         sensitivity = min(max(torch.tensor(high, dtype=torch.float64).sigmoid().item(), 1e-9), 1 - 1e-7)
         run = run_routers(model, blocks, shares, sensitivity, batch_size)
-        best = min(best, (abs(run[0] - budget), sensitivity, run[0]))
-        if best[0] < 0.004:
+        reached = abs(run[0].mean().item() - budget)
+        if reached < distance:
+            best, distance = (sensitivity, run[0]), reached
+        if distance < 0.004:
             break
-    return best[1:], run
+    return best, run
 
 
 def _share(logits_LTE, shares_LE, threshold):
@@ -101,7 +107,7 @@ def _share(logits_LTE, shares_LE, threshold):
 
 @torch.no_grad()
 def run_routers(model: DynaMoEForCausalLM, blocks, shares, sensitivity, batch_size):
-    """Mean share at `sensitivity`, and the router logits (L, T, E - 1) of that run."""
+    """Mean share of each block (N,) at `sensitivity`, and the router logits (L, T, E - 1) of that run."""
     chosen, logits = [], []
     with model.routing(sensitivity=sensitivity, records=[]) as routing:
         for batch in blocks.split(batch_size):
@@ -109,4 +115,5 @@ def run_routers(model: DynaMoEForCausalLM, blocks, shares, sensitivity, batch_si
             chosen.append(torch.stack([record.expert.flatten().cpu() for record in routing.records]))
             logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in routing.records]))
             routing.records.clear()
-    return shares.gather(1, torch.cat(chosen, 1)).mean().item(), torch.cat(logits, 1)
+    share_LT = shares.gather(1, torch.cat(chosen, 1))
+    return share_LT.view(len(shares), *blocks.shape).mean((0, 2)), torch.cat(logits, 1)

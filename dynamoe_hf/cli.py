@@ -297,9 +297,10 @@ def show_training(record):
 
 
 def show_calibration(record):
-    print("budget  sensitivity  mean share reached")
+    print("budget  sensitivity  mean share reached (95%)")
     for budget, entry in record["budgets"].items():
-        print(f"{float(budget):6.0%}  {entry['sensitivity']:11.4f}  {entry['mean_share']:.1%}")
+        interval = "" if entry["interval"] is None else " ({:.1%} to {:.1%})".format(*entry["interval"])
+        print(f"{float(budget):6.0%}  {entry['sensitivity']:11.4f}  {entry['mean_share']:.1%}{interval}")
     largest = max(record["budgets"], key=float)
     print(f"Without further settings the model now uses budget {float(largest):.0%}.")
 

@@ -1,6 +1,7 @@
 """Calibration: budgets are reached on other text, the dial is monotone, and a failure writes nothing."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from conftest import tiny_dense, tiny_tokenizer
 
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.calibrate import calibrate_budgets
+from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.evaluate import evaluate_model
-from dynamoe_hf.folder import load_model
+from dynamoe_hf.folder import load_model, load_tokenizer
 
 
 FAST = {"max_tokens": 16384, "block_size": 64, "batch_size": 32}
@@ -33,12 +35,32 @@ def test_budgets_are_reached_on_other_text(folder):
     budgets = (0.5, 0.6, 0.75, 0.9)
     record = calibrate_budgets(folder, budgets, **FAST)
     assert list(record["budgets"]) == ["0.5", "0.6", "0.75", "0.9"]
+    for entry in record["budgets"].values():
+        low, high = entry["interval"]
+        assert low < entry["mean_share"] < high < low + 0.05
     config = load_model(folder).config
     thetas = list(config.budgets.values())
     assert thetas == sorted(thetas)
     assert config.sensitivity == thetas[-1], "the default is the largest budget"
     for budget, entry in zip(budgets, evaluate_model(folder, budget=budgets, **FAST)):
         assert abs(entry["mean_share"] - budget) < 0.02, f"budget {budget} reached {entry['mean_share']} on held-out text"
+
+
+def test_the_interval_is_that_of_the_blocks(folder):
+    """Against the definition, each block run alone; one block has none."""
+    entry = calibrate_budgets(folder, (0.6,), max_tokens=256, block_size=64)["budgets"]["0.6"]
+    model, blocks = load_model(folder), token_blocks(documents_for("calibration"), load_tokenizer(folder), 64, 256)
+    shares = [evaluate_share(model, block[None], entry["sensitivity"]) for block in blocks]
+    half = 1.96 * statistics.stdev(shares) / 2
+    assert entry["interval"] == pytest.approx([statistics.mean(shares) - half, statistics.mean(shares) + half], abs=2e-4)
+    assert calibrate_budgets(folder, (0.6,), max_tokens=64, block_size=64)["budgets"]["0.6"]["interval"] is None
+
+
+def evaluate_share(model, ids, sensitivity):
+    with torch.no_grad(), model.routing(sensitivity=sensitivity, records=[]) as routing:
+        model(ids)
+    taken = [layer.mlp.widths[e] / 64 for layer, r in zip(model.model.layers, routing.records) for e in r.expert.flatten()]
+    return statistics.mean(taken)
 
 
 def test_weights_are_not_touched(folder):
