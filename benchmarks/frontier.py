@@ -10,7 +10,7 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
-  ours-long     the same on twice the tokens of all others: tuned is its teacher, and as many teach the experts
+  ours-long     the same on 1.75 times the tokens of all others: tuned is its teacher, and the rest teaches the experts
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
   ours-long-oracle, ours-long-random   both with the weights of ours-long
@@ -73,7 +73,7 @@ PIECE = 4000  # characters of the pieces in which the training text is shuffled
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
 # First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from, on the rest.
 ADAPT_SHARE = 0.4
-LONGER = 2  # times the tokens of the others that `ours-long` learns from: its full width from all of those, its experts from as many
+LONGER = 1.75  # times the tokens of the others that `ours-long` learns from: its full width from all of those, its experts from more
 OURS = {
     **SCHEDULE,
     "train": "layers",
@@ -238,7 +238,7 @@ class Bench:
         if name == "ours":
             source, tokens = self.adapted, self.tokens - self.adapt_tokens
         else:
-            source, tokens = self.tuned, (LONGER - 1) * self.tokens
+            source, tokens = self.tuned, int((LONGER - 1) * self.tokens)
         return load_model(self.trained(name, source, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
