@@ -767,7 +767,8 @@ def main(argv=None):
                 )
     record = {
         "machine": machine(torch.get_num_threads()), **settings, "recipe": {"adapt_share": ADAPT_SHARE, **OURS},
-        "training_seconds": bench.training_seconds(), "rows": compare(bench, names, args.texts),
+        "texts": read_json(args.out / "texts" / "versions.json"), "training_seconds": bench.training_seconds(),
+        "rows": compare(bench, names, args.texts),
     }  # fmt: skip
     seen = [name for name in WITH_FULL if name in names and UNSEEN in args.texts]
     record["learned"] = {name: what_is_learned(bench, name, 0.6) for name in seen}

@@ -3,10 +3,12 @@ English prose for experiments without a network beyond Debian's mirrors: documen
 
     python benchmarks/texts.py OUT        # writes OUT/{anarchism,perl-doc,postgresql-doc-15}.txt
 
-Documents are separated by form feeds, which is how `dynamoe --text` tells them apart. Needs apt-get and dpkg-deb.
+Documents are separated by form feeds, which is how `dynamoe --text` tells them apart. `versions.json` says which packages they are from:
+those of the records in benchmarks/results where Debian still has them, else the current ones. Needs apt-get and dpkg-deb.
 """
 
 import argparse
+import json
 import random
 import re
 import subprocess
@@ -16,6 +18,8 @@ from pathlib import Path
 
 
 PACKAGES = {"anarchism": "*.html", "perl-doc": "*.pod", "postgresql-doc-15": "*.html"}
+# A perplexity is that of one text: from 15.18 to 15.20 of PostgreSQL's it moved by 3%.
+VERSIONS = {"anarchism": "15.3-3", "perl-doc": "5.36.0-7+deb12u4", "postgresql-doc-15": "15.18-0+deb12u1"}
 
 
 class Prose(HTMLParser):
@@ -63,16 +67,23 @@ def main():
 def write_texts(out: Path):
     """One text file for each of `PACKAGES`."""
     out.mkdir(parents=True, exist_ok=True)
+    versions = {}
     for package, pattern in PACKAGES.items():
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
-            subprocess.run(["dpkg-deb", "-x", next(Path(folder).glob("*.deb")), f"{folder}/x"], check=True)
+            download = ["apt-get", "download", "-qq"]
+            if subprocess.run([*download, f"{package}={VERSIONS[package]}"], cwd=folder, capture_output=True).returncode:
+                subprocess.run([*download, package], cwd=folder, check=True)
+            archive = next(Path(folder).glob("*.deb"))
+            versions[package] = archive.name.split("_")[1]
+            subprocess.run(["dpkg-deb", "-x", archive, f"{folder}/x"], check=True)
             reader = pod_text if pattern == "*.pod" else html_text
             documents = [reader(path.read_text(errors="replace")) for path in sorted(Path(folder, "x").rglob(pattern))]
         documents = [document.replace("\f", " ") for document in documents if len(document) > 500]
         random.Random(0).shuffle(documents)  # so that any first part of the file is a fair sample
         (out / f"{package}.txt").write_text("\f".join(documents))
-        print(f"{package}: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.1f} million characters")
+        about = f"{len(documents)} documents, {sum(map(len, documents)) / 1e6:.1f} million characters"
+        print(f"{package} {versions[package]}: {about}")
+    (out / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 if __name__ == "__main__":
