@@ -16,7 +16,7 @@ import transformers
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .card import render_card
@@ -585,6 +585,17 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[name]:.3f}" for name in names if logs.get(name)})
 
 
+class _Clock(TrainerCallback):
+    """Keeps beside the checkpoints how long a run has taken: what is resumed from one has a history."""
+
+    def __init__(self, path, started):
+        self.path, self.started = path, started
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_json(self.path, {"seconds": time.monotonic() - self.started})
+
+
 class _Blocks(Dataset):
     """Token blocks (N, S) as the Trainer reads them, repeated so that one epoch is the whole training."""
 
@@ -670,7 +681,7 @@ def train_model(
 
     Returns:
         The training record, also written to `training.json`: settings, tokens, the logged history, and without theirs the records
-        of the `earlier` trainings that `folder` had behind it.
+        of the `earlier` trainings that `folder` had behind it. `seconds` are those of all parts of a resumed run.
 
     Raises:
         ValueError: no DynaMoE folder, unknown setting, too little text, or an unfinished run without `resume`.
@@ -700,7 +711,8 @@ def train_model(
         distinct = fit_blocks(max_tokens)
         blocks = _Blocks(distinct, steps * batch_size * gradient_accumulation_steps)
     fit_options = {"seed": seed, "harm": harm, "sensitivity_range": sensitivity_range, "bf16": bf16}
-    started = time.monotonic()
+    clock = work / "clock.json"
+    started = time.monotonic() - (read_json(clock) or {"seconds": 0.0})["seconds"]
     history, steps_done = [], 0
     router_tokens = max_tokens if train == "routers" else min(router_tokens, max_tokens)
     if train != "routers":
@@ -728,6 +740,7 @@ def train_model(
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress)
+        trainer.add_callback(_Clock(clock, started))
         trainer.train(resume_from_checkpoint=last)
         steps_done = trainer.state.global_step
         history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -300,7 +300,11 @@ def test_resume_continues_the_same_losses(converted, text_file, tmp_path, monkey
     assert not (tmp_path / "parts").exists()
     with pytest.raises(ValueError, match="unfinished run"):
         train_model(converted, tmp_path / "parts", **settings)
+    clock = tmp_path / "parts.checkpoints" / "clock.json"
+    assert json.loads(clock.read_text())["seconds"] > 0
+    clock.write_text('{"seconds": 1000}')
     resumed = train_model(converted, tmp_path / "parts", resume=True, **settings)
+    assert whole["seconds"] < 1000 < resumed["seconds"], "the parts of a run are added up"
     losses = [{entry["step"]: entry["loss"] for entry in record["history"]} for record in (whole, resumed)]
     assert len(losses[0]) > 5
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
