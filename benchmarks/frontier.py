@@ -10,7 +10,7 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
-  ours-long     the same on 1.75 times the tokens of all others: tuned is its teacher, and the rest teaches the experts
+  ours-long     the same on two and a half times the tokens of all others: what more training of the experts gives
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
   ours-long-oracle, ours-long-random   both with the weights of ours-long
@@ -25,7 +25,7 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   teal-adapted, teal-tuned   the same sparsity of the dense models below
   cmoe          shared and routed experts by clustering, training-free (share: neurons computed)
   adapted       the dense model after two fifths of the tokens, from which ours and the trained rivals learn (full width only)
-  tuned         the dense model trained on all of the tokens, from which ours-long learns (full width only)
+  tuned         the dense model trained on all of the tokens (full width only)
 
 Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
 benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
@@ -73,7 +73,7 @@ PIECE = 4000  # characters of the pieces in which the training text is shuffled
 SCHEDULE = {"block_size": 256, "batch_size": 4, "learning_rate": 2e-4}
 # First the full width learns the text, gently (`adapt_model`): a dense model that its narrower experts then learn from, on the rest.
 ADAPT_SHARE = 0.4
-LONGER = 1.75  # times the tokens of the others that `ours-long` learns from: its full width from all of those, its experts from more
+LONGER = 2.5  # times the tokens of the others that `ours-long` learns from; its teacher is that of `ours`
 OURS = {
     **SCHEDULE,
     "train": "layers",
@@ -231,15 +231,11 @@ class Bench:
 
     @cached_property
     def tuned(self):
-        """The dense model on all of the tokens: the teacher of `ours-long` too."""
         return self.trained("tuned", self.converted, self.tokens, adapt_model)
 
     def _ours(self, name):
-        if name == "ours":
-            source, tokens = self.adapted, self.tokens - self.adapt_tokens
-        else:
-            source, tokens = self.tuned, int((LONGER - 1) * self.tokens)
-        return load_model(self.trained(name, source, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
+        tokens = int({"ours": 1, "ours-long": LONGER}[name] * self.tokens) - self.adapt_tokens
+        return load_model(self.trained(name, self.adapted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
     def routers(self):

@@ -104,8 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
         c.add_argument("--seed", type=int, default=0)
 
     c = add("adapt", "Let the full width learn a text that the base does not know, before `train`. Leave it out to keep the base's.",
-            "dynamoe adapt converted adapted --text corpus.txt\n"
-            "dynamoe train adapted trained --text corpus.txt --max-tokens 2000000", adapt_model, show_training)  # fmt: skip
+            "dynamoe adapt converted adapted --text corpus.txt --max-tokens 800000       # two fifths of the tokens you can afford\n"
+            "dynamoe train adapted trained --text corpus.txt --max-tokens 1200000", adapt_model, show_training)  # fmt: skip
     add_training(c, 65_536, 6e-5)
 
     c = add("train", "Fine-tune routers and experts, close to what the full width says. The defaults are the recipe of docs/results.md.",
