@@ -646,7 +646,8 @@ def joined(record, kept):
     if not same_recipe:
         rows = [row for row in rows if row["contender"] in WITHOUT_OURS]
         rows = [{key: value for key, value in row.items() if key != "ours_over_this"} for row in rows]
-        kept = {**kept, "learned": {}}
+        seconds = {key: s for key, s in kept["training_seconds"].items() if key.split("-")[0] in WITHOUT_OURS}
+        kept = {**kept, "learned": {}, "training_seconds": seconds}
     rows = sorted(record["rows"] + rows, key=lambda row: (TEXTS.index(row["text"]), list(CONTENDERS).index(row["contender"])))
     return {**record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
 
