@@ -695,7 +695,10 @@ def draw(record, path):
     from matplotlib.figure import Figure
 
     colors = colormaps["tab20"].colors
-    lowest = min(row["ratio_interval"][0] for row in record["rows"])
+    lowest = min(0.85, 0.98 * min(row["ratio_interval"][0] for row in record["rows"]))
+    ticks = [
+        tick for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if tick >= lowest
+    ]  # others would widen the axis
     texts = list(dict.fromkeys(row["text"] for row in record["rows"]))
     figure = Figure(figsize=(4.2 * len(texts), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -718,11 +721,9 @@ def draw(record, path):
                 low, high = zip(*(row["ratio_interval"] for row in rows))
                 axis.fill_between(shares, low, high, color="black", alpha=0.15)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(yscale="log", ylim=(min(0.85, 0.98 * lowest), 4), xlim=(38, 102), xlabel="mean share of the MLPs, %")
+        axis.set(yscale="log", ylim=(lowest, 4), xlim=(38, 102), xlabel="mean share of the MLPs, %")
         axis.set_title(text + (" (never trained on)" if text == UNSEEN else ""), fontsize=10)
-        axis.set_yticks(
-            [0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4], labels=["0.8", "0.9", "1", "1.1", "1.25", "1.5", "2", "3", "4"]
-        )
+        axis.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[0].set_ylabel("perplexity / dense perplexity")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
