@@ -696,9 +696,8 @@ def draw(record, path):
 
     colors = colormaps["tab20"].colors
     lowest = min(0.85, 0.98 * min(row["ratio_interval"][0] for row in record["rows"]))
-    ticks = [
-        tick for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if tick >= lowest
-    ]  # others would widen the axis
+    # A tick below the axis would widen it.
+    ticks = [tick for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if tick >= lowest]
     texts = list(dict.fromkeys(row["text"] for row in record["rows"]))
     figure = Figure(figsize=(4.2 * len(texts), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
