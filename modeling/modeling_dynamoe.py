@@ -27,7 +27,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
-from .nested_mlp import FEW, Projections, branch_mlp, dense_mlp, label_of, routed_mlp, routed_mlp_op, similarity_profile
+from .nested_mlp import (
+    FEW,
+    Projections,
+    branch_mlp,
+    dense_mlp,
+    label_of,
+    reads_numbers,
+    routed_mlp,
+    routed_mlp_op,
+    similarity_profile,
+    sliced_mlp,
+)
 from .nested_mlp_triton import TRITON, runs_triton, triton_mlp
 
 
@@ -478,6 +489,8 @@ class NestedMLP(nn.Module):
             return triton_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.act_name, self.widths).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():
             return routed_mlp(x.flatten(0, 1), expert.flatten(), prefixes).view_as(x)
+        elif not self.training and expert.numel() == 1 and x.device.type == "cpu" and reads_numbers():
+            return sliced_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
         elif not self.training and expert.numel() == 1 and not self.layout.fused:  # branches refuse two views of one tensor
             return branch_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
         elif not self.training and self.act_name is not None:

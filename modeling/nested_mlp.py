@@ -133,8 +133,23 @@ def routed_mlp(x_TD, expert_T, prefixes):
     return staircase_mlp(x_TD, expert_T, prefixes)
 
 
+@torch.compiler.assume_constant_result
+def reads_numbers():
+    """Whether the graph in the making may hold a number read from a tensor, as with `fullgraph=True`; elsewhere it would break there."""
+    context = torch._guards.TracingContext.try_get()
+    return context is not None and context.fake_mode is not None and context.fake_mode.shape_env.allow_scalar_outputs
+
+
+def sliced_mlp(x_TD, expert_T, weights, widths):
+    """One token, for compilers that `reads_numbers`: products of a size known when they run. (1, D), (1,) int -> (1, D)."""
+    width = torch.tensor(widths, device=x_TD.device).index_select(0, expert_T).item()
+    torch._check(width >= widths[0])
+    torch._check(width <= widths[-1])
+    return dense_mlp(x_TD, weights.block(0, width))
+
+
 def branch_mlp(x_TD, expert_T, weights, widths):
-    """One token, for compilers: a branch of the graph for each expert, so that nothing leaves compiled code. (1, D), (1,) int."""
+    """As `sliced_mlp` for other compilers: a branch of the graph for each expert, so that nothing leaves compiled code."""
     if len(widths) == 1:
         return dense_mlp(x_TD, weights.block(0, widths[0]))
     middle = len(widths) // 2

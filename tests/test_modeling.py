@@ -455,13 +455,15 @@ def test_converting_twice_or_a_vision_model():
         DynaMoEForCausalLM(DynaMoEConfig(base_config=AutoConfig.for_model("vit")))
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "starcoder2"])
-def test_compiled_decoding_equals_eager(family, token_ids):
+def test_compiled_decoding_equals_eager(family, fullgraph, token_ids):
     """One graph for all tokens: no break, no recompilation, with the static cache."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = tiny_dynamoe(family)
     model.set_sensitivity(0.4)
-    compiled, seen = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    compiled, seen = torch.compile(model, fullgraph=fullgraph, backend="aot_eager"), []
     for ids in (token_ids, token_ids[:1]):
         results = []
         for run in (model, compiled):
