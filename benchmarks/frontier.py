@@ -84,6 +84,8 @@ OURS = {
     "hidden_loss_coef": 10.0,
     "router_loss_coef": 0.0,
     "logit_fraction": 1.0,
+    "choice_share": 0.2,
+    "width_loss_coef": 0.9,
 }
 ROUTER_TOKENS = 65_536
 PAPER = {
@@ -240,7 +242,7 @@ class Bench:
     @cached_property
     def routers(self):
         tokens = min(ROUTER_TOKENS, self.tokens)
-        return load_model(self.trained("routers", self.converted, tokens, train="routers", harm="token"))
+        return load_model(self.trained("routers", self.converted, tokens, train="routers", harm="token", choice_share=1.0))
 
     @cached_property
     def untrained(self):

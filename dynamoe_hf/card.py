@@ -215,7 +215,7 @@ def _commands(facts) -> list[str]:
     stages = [*training.get("earlier", []), training] if training else []
     folders = ["converted", *(f"trained-{index + 1}" for index in range(len(stages) - 1)), "trained"]
     for stage, source, out in zip(stages, folders, folders[1:]):
-        settings = dict(stage["settings"])
+        settings = {"choice_share": 0.0, **stage["settings"]}  # records of before routers learned by choosing do not name it
         bf16 = ["--bf16"] if settings.pop("bf16") else []
         dataset = stage["text"] if stage.get("distinct_tokens") is None and isinstance(stage["text"], str) else None
         settings = {name.replace("_", "-"): value for name, value in settings.items()}

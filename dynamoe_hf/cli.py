@@ -159,6 +159,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="what routers are fitted to: an error costs the same in a layer (layer), or what its token's gradient says (token; "
         "default where the similarity allows)",
     )
+    c.add_argument(
+        "--choice-share",
+        type=float,
+        help="share of the tokens, at the end, on which routers learn by choosing (0.2 where they have a profile and are fitted); "
+        "0: none",
+    )
+    c.add_argument("--width-loss-coef", type=float, default=0.9, help="price of width that they weigh the loss against (0.9)")
     c.add_argument("--lora-rank", type=int, default=16)
 
     c = add("calibrate", "Budgets (mean share of MLP width) -> sensitivities, written into the folder's config.",
@@ -290,7 +297,7 @@ def show_record(record):
 def show_training(record):
     last = record["history"][-1] if record["history"] else {}
     print(f"Trained on {record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s")
-    for name in ("loss", "lm_loss", "kd_loss", "hidden_loss", "router_loss", "mean_width", "router_accuracy"):
+    for name in ("loss", "lm_loss", "kd_loss", "hidden_loss", "router_loss", "width_loss", "mean_width", "router_accuracy"):
         if last.get(name):  # 0 is a loss that this training does not have
             print(f"  {name:16} {last[name]:.4f}")
     print("Next: `dynamoe calibrate` puts marks on the dial.")

@@ -51,7 +51,8 @@ def evaluate_model(
 
     Returns:
         One entry a setting: `perplexity` with a 95% interval over blocks, `tokens`, `mean_share`, `active_parameters`,
-        `expert_use` (L x E shares of the tokens), `router_agreement`, and with a base `ratio_to_dense` with a paired interval.
+        `expert_use` (L x E shares of the tokens), `router_agreement` with the labels (which routers that learned by choosing
+        follow less, and do better), and with a base `ratio_to_dense` with a paired interval.
 
     Raises:
         ValueError: more than one kind of setting, an uncalibrated budget, or too little text.

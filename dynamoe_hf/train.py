@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ TEACHERS = ("frozen", "self", "none")
 HARMS = ("layer", "token")
 # A token whose loss is one of its kind would outweigh all others; and a harm of nothing has no logarithm.
 LARGEST_WEIGHT, SMALLEST_HARM = 30.0, 1e-3
+# Routers that learn by choosing: logits of noise on their threshold, and their part of a training's tokens.
+ROUTER_TEMPERATURE, CHOICE_SHARE = 0.5, 0.2
 # Positions whose logits are in memory at a time: 100 MB each of logits and of their gradient for 49,152 tokens in float32.
 LOGIT_ROWS = 512
 
@@ -99,6 +102,7 @@ class DynaMoETrainingArguments(TrainingArguments):
 
         lm_loss_coef * LM loss + router_loss_coef * router loss + kd_loss_coef * KL(full width || chosen experts)
         + hidden_loss_coef * mean over layers of |h - h_full|^2 / |h_full|^2, h the hidden state that a layer gives,
+        + width_loss_coef * (1 / sensitivity - 1) * share of the MLPs' width,
 
     each summed over real tokens and divided by their number in the whole accumulated batch. The paper's is
     `lm_loss_coef=0.2, router_loss_coef=1, kd_loss_coef=0`.
@@ -110,6 +114,8 @@ class DynaMoETrainingArguments(TrainingArguments):
         DynaMoETrainer(model, DynaMoETrainingArguments(OUT, train_parts="layers", route="router", router_loss_coef=0,
                                                        hidden_loss_coef=10, logit_fraction=1), train_dataset=...).train()
         fit_routers(model, blocks, route="router")
+        DynaMoETrainer(model, DynaMoETrainingArguments(OUT, train_parts="routers", route="router", router_loss_coef=0,
+                                                       width_loss_coef=0.9, logit_fraction=1), train_dataset=...).train()
 
     > Parameters that control what is trained
 
@@ -132,6 +138,11 @@ class DynaMoETrainingArguments(TrainingArguments):
 
     lm_loss_coef, router_loss_coef, kd_loss_coef, hidden_loss_coef (`float`): weights of the losses. The last one keeps two
         hidden states a layer in memory.
+    width_loss_coef (`float`, defaults to 0):
+        Weight of the price of width, (1 / sensitivity - 1) * the mean share of the MLPs' width that a token takes. Over 0, the routers
+        learn from what their choices do to all losses (`TokenRouter.gates`), and the price is what they weigh it against; it
+        needs `route="router"` and profile routers. The trap: beside a loss on hidden states they learn to spare those, and
+        choose worse than before, so leave that at 0 here.
     logit_fraction (`float`, defaults to 0.25):
         Share of the positions whose logits are computed. Logits over a whole vocabulary are the largest tensor of a
         step; a random quarter of the positions gives an unbiased estimate of the LM and distillation losses.
@@ -146,6 +157,7 @@ class DynaMoETrainingArguments(TrainingArguments):
     router_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the router loss."})
     kd_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
     hidden_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the distance between hidden states."})
+    width_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the price of width: routers learn by choosing."})
     logit_fraction: float = field(default=0.25, metadata={"help": "Share of the positions whose logits are computed."})
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the routers."})
 
@@ -157,6 +169,10 @@ class DynaMoETrainingArguments(TrainingArguments):
         if not 0 < self.logit_fraction <= 1:
             raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
         check_range(self.sensitivity_range)
+        if self.width_loss_coef and self.route != "router":
+            raise ValueError(
+                f'`width_loss_coef` trains routers by what they choose, so it needs route="router", found {self.route!r}.'
+            )
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` does not go with the router loss. Leave it at 0.")
 
@@ -176,8 +192,8 @@ def check_range(sensitivity_range: Sequence[float] | None) -> None:
 class DynaMoETrainer(Trainer):
     """
     `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
-    `kd_loss`, `hidden_loss`, `mean_width` (share of MLP width on the trained route), `router_accuracy` (agreement of the routers with
-    the labels, where the route or the router loss needs labels) and `share_expert_0` ... (of the tokens, on the trained route).
+    `kd_loss`, `hidden_loss`, `width_loss`, `mean_width` (share of MLP width on the trained route), `router_accuracy` (agreement
+    of the routers with the labels, where the route or the router loss needs labels) and `share_expert_0` ... (of the tokens, on the trained route).
 
     Raises:
         ValueError: the model is no DynaMoE model, `train_parts="lora"` without adapters, or `"routers"` without their loss.
@@ -193,13 +209,19 @@ class DynaMoETrainer(Trainer):
             raise ValueError(
                 '`train_parts="lora"` needs adapters: wrap the model with `get_peft_model(model, lora_config())`.'
             )
-        if args.train_parts == "routers" and not args.router_loss_coef:
+        if args.train_parts == "routers" and not (args.router_loss_coef or args.width_loss_coef):
             raise ValueError(
-                '`train_parts="routers"` needs a router loss, found router_loss_coef=0. Give it a weight, such as 1.'
+                '`train_parts="routers"` needs a router loss, found router_loss_coef=0 and width_loss_coef=0. Give one a weight, such as 1.'
+            )
+        if args.width_loss_coef and core.config.router_type != "profile":
+            raise ValueError(
+                f"`width_loss_coef` needs profile routers, found router_type={core.config.router_type!r}. Leave it at 0, or "
+                'convert with router_type="profile".'
             )
         self.core = core
         choose_trainable(core, args.train_parts)
-        if not args.router_loss_coef:  # no other loss reaches them, and DDP waits for every gradient that was asked for
+        # No other loss reaches routers, and DDP waits for every gradient that was asked for.
+        if not (args.router_loss_coef or args.width_loss_coef):
             for name, parameter in model.named_parameters():
                 if ".router." in name:
                     parameter.requires_grad_(False)
@@ -239,7 +261,10 @@ class DynaMoETrainer(Trainer):
         sensitivity = low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
         positions = self._sample_positions(labels)
         needs_labels = args.route == "label" or args.router_loss_coef > 0
-        with core.routing(route=args.route, sensitivity=sensitivity, needs_labels=needs_labels, records=[]) as routing:
+        choice = {"route": args.route, "sensitivity": sensitivity, "needs_labels": needs_labels}
+        if args.width_loss_coef:
+            choice["temperature"] = ROUTER_TEMPERATURE
+        with core.routing(**choice, records=[]) as routing:
             hidden, states = self._hidden_states(model, core, inputs)
 
         mask = loss_mask(labels)
@@ -256,8 +281,14 @@ class DynaMoETrainer(Trainer):
                 hidden_loss = (relative_error(states, target_states) * mask).sum() / items
         outer_loss, lm_loss, kd_loss = self._losses_at(hidden[:, positions], targets, target_hidden, scale)
         router_loss = mean_router_loss(routing.records, mask, items) if needs_labels else torch.zeros_like(outer_loss)
+        width_loss = torch.zeros_like(scale)
+        if args.width_loss_coef:
+            width = torch.stack([record.width.to(device) for record in routing.records]).mean(0)
+            width_loss = ((1 / sensitivity - 1)[:, None] * width * mask).sum() / items
         loss = outer_loss + args.router_loss_coef * router_loss + args.hidden_loss_coef * hidden_loss
+        loss = loss + args.width_loss_coef * width_loss
         parts = {"lm_loss": lm_loss, "router_loss": router_loss, "kd_loss": kd_loss, "hidden_loss": hidden_loss}
+        parts["width_loss"] = width_loss
         self._record(routing.records, sensitivity, mask, **parts)
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -265,8 +296,9 @@ class DynaMoETrainer(Trainer):
 
     @staticmethod
     def _distils(args):
-        # With only routers trained, no gradient would reach anything through the experts.
-        return bool(args.kd_loss_coef or args.hidden_loss_coef) and args.teacher != "none" and args.train_parts != "routers"
+        # Routers that do not learn by choosing get no gradient through the experts.
+        reached = args.train_parts != "routers" or args.width_loss_coef
+        return bool(reached and (args.kd_loss_coef or args.hidden_loss_coef)) and args.teacher != "none"
 
     def _sample_positions(self, labels):
         """Sorted positions, the same for all sequences of a batch: `logits_to_keep` selects along the sequence."""
@@ -494,6 +526,20 @@ def checked_harm(config, harm: str | None) -> str:
     return harm
 
 
+def checked_choice(config, choice_share: float | None, router_tokens: int) -> float:
+    """The `choice_share` that a training has (see `train_model`). Raises `ValueError` where it cannot have it."""
+    if choice_share is None:
+        return CHOICE_SHARE if config.router_type == "profile" and router_tokens else 0.0
+    if not 0 <= choice_share <= 1:
+        raise ValueError(f"`choice_share` must be in [0, 1], found {choice_share}.")
+    if choice_share and config.router_type != "profile":
+        raise ValueError(
+            f"`choice_share` needs profile routers, found router_type={config.router_type!r}. Leave it at 0, or convert with "
+            'router_type="profile".'
+        )
+    return float(choice_share)
+
+
 def _collect(model, start, count, blocks, harm, route, span, bf16):
     """
     Router inputs (T, D), profiles (T, E), and with harm="token" weights (T,) of mean 1, else None, of each of `count` layers from
@@ -580,7 +626,7 @@ class _Progress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            names = ("loss", "kd_loss", "hidden_loss", "router_loss", "mean_width")
+            names = ("loss", "kd_loss", "hidden_loss", "router_loss", "width_loss", "mean_width")
             # 0 is a loss that this training does not have.
             self.training_bar.set_postfix({name: f"{logs[name]:.3f}" for name in names if logs.get(name)})
 
@@ -597,30 +643,30 @@ class _Clock(TrainerCallback):
 
 
 class _Blocks(Dataset):
-    """Token blocks (N, S) as the Trainer reads them, repeated so that one epoch is the whole training."""
+    """Token blocks (N, S) as the Trainer reads them, from one on, repeated so that one epoch is the whole training."""
 
-    def __init__(self, blocks, count):
-        self.blocks, self.count = blocks, count
+    def __init__(self, blocks, start, count):
+        self.blocks, self.start, self.count = blocks, start, count
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
         # Each pass over the text comes in another order, the same in every run.
-        rounds, place = divmod(index, len(self.blocks))
+        rounds, place = divmod(self.start + index, len(self.blocks))
         order = torch.randperm(len(self.blocks), generator=torch.Generator().manual_seed(rounds))
         block = self.blocks[order[place]]
         return {"input_ids": block, "labels": block}
 
 
 class _StreamedBlocks(IterableDataset):
-    """Blocks of a streamed dataset, of which only one batch is ever in memory."""
+    """Blocks of a streamed dataset, from one on, of which only one batch is ever in memory."""
 
-    def __init__(self, documents, tokenizer, block_size):
-        self.documents, self.tokenizer, self.block_size = documents, tokenizer, block_size
+    def __init__(self, documents, tokenizer, block_size, start):
+        self.documents, self.tokenizer, self.block_size, self.start = documents, tokenizer, block_size, start
 
     def __iter__(self):
-        for block in iterate_blocks(self.documents(), self.tokenizer, self.block_size):
+        for block in islice(iterate_blocks(self.documents(), self.tokenizer, self.block_size), self.start, None):
             block = torch.tensor(block)
             yield {"input_ids": block, "labels": block}
 
@@ -649,6 +695,8 @@ def train_model(
     logit_fraction: float = 1.0,
     router_tokens: int = 65536,
     harm: str | None = None,
+    choice_share: float | None = None,
+    width_loss_coef: float = 0.9,
     lora_rank: int = 16,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
@@ -662,7 +710,8 @@ def train_model(
     goes on with `resume=True`. With `train="lora"` the adapters are merged into the weights that are written.
 
     The defaults are the recipe of docs/results.md: routers are fitted first and hold still, layers learn on their routes what the
-    full width of the model as it was says and holds in its hidden states, and routers are fitted anew at the end.
+    full width of the model as it was says and holds in its hidden states, routers are fitted anew, and at the end they alone
+    learn by choosing: from what leaving neurons out does to what the model says, against the price of width.
 
     Args:
         folder, out: model folder to read, and to write.
@@ -677,6 +726,10 @@ def train_model(
             all `max_tokens`, is the whole training.
         harm: what an error costs when routers are fitted, as `fit_routers` says: the same in a `"layer"`, or by `"token"`; by
             default by token where the model's similarity and routers know it.
+        choice_share: share of `max_tokens`, at the end, on which routers learn by choosing, from KL(full width || chosen experts) and
+            the price of width alone; by default a fifth where the routers have a profile and are fitted, else nothing.
+        width_loss_coef: weight of the price of width then, see `DynaMoETrainingArguments`. A higher one moves the dial: the same
+            sensitivity gives narrower experts, and `calibrate` finds the new marks.
         save_steps: steps between checkpoints.
 
     Returns:
@@ -689,51 +742,51 @@ def train_model(
     """
     refuse_existing(out)
     work = Path(f"{out}.checkpoints")
-    last = get_last_checkpoint(work) if work.is_dir() else None
-    if last is not None and not resume:
+    choice_work = work / "choice"
+    last, last_choice = (get_last_checkpoint(path) if path.is_dir() else None for path in (work, choice_work))
+    if (last or last_choice) and not resume:
         raise ValueError(f"{work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
-    if last is None and resume:
+    if not (last or last_choice) and resume:
         raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     harm = checked_harm(model.config, harm)  # before hours of training, not after them
+    choice_share = checked_choice(model.config, choice_share, router_tokens)
     check_range(sensitivity_range)
     longest = getattr(model.config, "max_position_embeddings", None)
     block_size = min(block_size, longest) if longest else block_size
-    tokens_a_step = block_size * batch_size * gradient_accumulation_steps
+    blocks_a_step = batch_size * gradient_accumulation_steps
+    tokens_a_step = block_size * blocks_a_step
     steps = max(1, max_tokens // tokens_a_step)
+    choice_steps = round(choice_share * steps)
+    expert_steps = 0 if train == "routers" else steps - choice_steps
 
     def fit_blocks(tokens):
         return token_blocks(documents_for("training", text, dataset, column), tokenizer, block_size, tokens)
 
-    if dataset is not None:
-        blocks = _StreamedBlocks(lambda: documents_for("training", text, dataset, column), tokenizer, block_size)
-    else:
-        distinct = fit_blocks(max_tokens)
-        blocks = _Blocks(distinct, steps * batch_size * gradient_accumulation_steps)
+    distinct = None if dataset is not None else fit_blocks(max_tokens)
     fit_options = {"seed": seed, "harm": harm, "sensitivity_range": sensitivity_range, "bf16": bf16}
     clock = work / "clock.json"
     started = time.monotonic() - (read_json(clock) or {"seconds": 0.0})["seconds"]
-    history, steps_done = [], 0
-    router_tokens = max_tokens if train == "routers" else min(router_tokens, max_tokens)
-    if train != "routers":
-        if route == "router" and router_tokens and last is None:
-            fit_routers(model, fit_blocks(router_tokens), **fit_options)
+
+    def run(model, folder, first, steps, resume_from, **settings):
+        """Train for `steps` on the text from step `first` on: what was logged, and how many steps the text gave."""
+        if dataset is not None:
+            blocks = _StreamedBlocks(
+                lambda: documents_for("training", text, dataset, column), tokenizer, block_size, first * blocks_a_step
+            )
+        else:
+            blocks = _Blocks(distinct, first * blocks_a_step, steps * blocks_a_step)
         args = DynaMoETrainingArguments(
-            output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, adam_beta2=0.95,
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps, adam_beta2=0.95,
             warmup_steps=min(10, steps // 10), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
             bf16=bf16, use_cpu=not torch.accelerator.is_available(), save_steps=save_steps, save_total_limit=2,
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
-            logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed, train_parts=train, route=route,
-            teacher=teacher, sensitivity_range=sensitivity_range, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef,
-            kd_loss_coef=kd_loss_coef, hidden_loss_coef=hidden_loss_coef, logit_fraction=logit_fraction,
+            logging_steps=max(1, min(10, steps // 10)), report_to="none", seed=seed,
+            sensitivity_range=sensitivity_range, logit_fraction=logit_fraction,
             router_learning_rate=router_learning_rate, remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(), accelerator_config={"dispatch_batches": False},
+            dataloader_pin_memory=torch.cuda.is_available(), accelerator_config={"dispatch_batches": False}, **settings,
         )  # fmt: skip
-        if train == "lora":
-            from peft import get_peft_model
-
-            model = get_peft_model(model, lora_config(lora_rank, 2 * lora_rank))
         # Blocks are of one length, so nothing is padded: many tokenizers have no padding token.
         trainer = DynaMoETrainer(
             model=model, args=args, train_dataset=blocks, processing_class=tokenizer, data_collator=default_data_collator
@@ -741,22 +794,49 @@ def train_model(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress)
         trainer.add_callback(_Clock(clock, started))
-        trainer.train(resume_from_checkpoint=last)
-        steps_done = trainer.state.global_step
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        model = model.merge_and_unload() if train == "lora" else model
-    model.requires_grad_(True)
-    fit = None
-    if router_tokens:
-        own_route = "router" if route == "router" and train != "routers" else "label"
-        fit = fit_routers(model, fit_blocks(router_tokens), route=own_route, **fit_options)
+        trainer.train(resume_from_checkpoint=resume_from)
+        logged = [{**entry, "step": first + entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
+        return logged, trainer.state.global_step
+
+    before_choice = {"history": [], "steps": 0, "fit": None}
+    router_tokens = max_tokens if train == "routers" else min(router_tokens, max_tokens)
+    if last_choice:
+        before_choice = read_json(choice_work / "before.json")
+    else:
+        if expert_steps:
+            if route == "router" and router_tokens and last is None:
+                fit_routers(model, fit_blocks(router_tokens), **fit_options)
+            if train == "lora":
+                from peft import get_peft_model
+
+                model = get_peft_model(model, lora_config(lora_rank, 2 * lora_rank))
+            before_choice["history"], before_choice["steps"] = run(
+                model, work, 0, expert_steps, last, learning_rate=learning_rate, train_parts=train, route=route,
+                teacher=teacher, lm_loss_coef=lm_loss_coef, router_loss_coef=router_loss_coef, kd_loss_coef=kd_loss_coef,
+                hidden_loss_coef=hidden_loss_coef,
+            )  # fmt: skip
+            model = model.merge_and_unload() if train == "lora" else model
+        model.requires_grad_(True)
+        if router_tokens:
+            own_route = "router" if route == "router" and expert_steps else "label"
+            before_choice["fit"] = fit_routers(model, fit_blocks(router_tokens), route=own_route, **fit_options)
+    history, steps_done, fit = before_choice["history"], before_choice["steps"], before_choice["fit"]
+    if choice_steps:
+        choice_work.mkdir(parents=True, exist_ok=True)
+        write_json(choice_work / "before.json", before_choice)
+        logged, done = run(
+            model, choice_work, steps_done, choice_steps, last_choice, train_parts="routers", route="router",
+            router_loss_coef=0.0, width_loss_coef=width_loss_coef,
+        )  # fmt: skip
+        history, steps_done = history + logged, steps_done + done
+        model.requires_grad_(True)
     before = read_json(Path(folder) / TRAINING)
     earlier = [] if before is None else [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "history"}]
     record = {
         "from": Path(folder).name,
         "text": dataset or text_names(text),
         "tokens": steps_done * tokens_a_step,
-        "distinct_tokens": None if dataset is not None else distinct.numel(),
+        "distinct_tokens": None if distinct is None else distinct.numel(),
         "steps": steps_done,
         "router_fit": fit,
         "seconds": round(time.monotonic() - started, 1),
@@ -767,7 +847,8 @@ def train_model(
             "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
             "router_learning_rate": router_learning_rate, "lm_loss_coef": lm_loss_coef, "kd_loss_coef": kd_loss_coef,
             "hidden_loss_coef": hidden_loss_coef, "router_loss_coef": router_loss_coef, "logit_fraction": logit_fraction,
-            "router_tokens": router_tokens, "harm": harm, "lora_rank": lora_rank if train == "lora" else None,
+            "router_tokens": router_tokens, "harm": harm, "choice_share": choice_share,
+            "width_loss_coef": width_loss_coef if choice_steps else None, "lora_rank": lora_rank if train == "lora" else None,
             "bf16": bf16, "seed": seed,
         },
         "earlier": earlier,
@@ -812,4 +893,5 @@ def adapt_model(
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, save_steps=save_steps, seed=seed,
         sensitivity_range=(1, 1), teacher="none", lm_loss_coef=1.0, kd_loss_coef=0.0, hidden_loss_coef=0.0, router_tokens=0,
+        choice_share=0.0,
     )  # fmt: skip

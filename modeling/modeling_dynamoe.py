@@ -74,6 +74,7 @@ class LayerRecord(NamedTuple):
     profile: torch.Tensor | None = None  # (B, S, E) true similarities
     label: torch.Tensor | None = None  # (B, S) int64
     router_loss: torch.Tensor | None = None  # (B, S)
+    width: torch.Tensor | None = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Routing:
     route: str = "router"
     needs_labels: bool = False
     histogram: torch.Tensor | None = None  # (L, E) frequencies of the random route; uniform where it is None
+    temperature: float | None = None  # of `TokenRouter.gates`, for routers that learn by choosing
     records: list[LayerRecord] | None = None  # filled layer by layer where it is a list
 
 
@@ -135,11 +137,26 @@ class TokenRouter(nn.Module):
         """Expert of each token: logits, a number or (B,) -> (B, S) int64. Compared as logits: theta = 1 is never reached."""
         if self.router_type == "argmax":
             return logits.argmax(-1)
+        return (logits.float() < self._threshold(sensitivity, logits.device)).sum(-1)
+
+    def _threshold(self, sensitivity, device):
         if isinstance(sensitivity, torch.Tensor):
-            threshold = torch.logit(sensitivity.to(logits.device, torch.float32)).view(-1, 1, 1)
-        else:
-            threshold = logit_of(sensitivity)
-        return (logits.float() < threshold).sum(-1)
+            return torch.logit(sensitivity.to(device, torch.float32)).view(-1, 1, 1)
+        return logit_of(sensitivity)
+
+    def gates(self, logits, sensitivity, temperature):
+        """
+        Which blocks of neurons each token takes, for training: (B, S, E - 1) logits -> (B, S, E), 1 or 0, the first always 1.
+
+        A profile router's choice under one draw of logistic noise a token, with the gradient of a sigmoid: the straight-through
+        estimator of binary concrete variables (Maddison, Mnih and Teh, 2017). So what a block does to a loss reaches the logit
+        that decides on it.
+        """
+        logits = logits.float()
+        noise = torch.logit(torch.rand_like(logits[..., :1]), eps=1e-4) * temperature
+        margin = self._threshold(sensitivity, logits.device) + noise - logits
+        soft = (margin / temperature).sigmoid()
+        return F.pad((margin > 0).float() + soft - soft.detach(), (1, 0), value=1.0)
 
     def choose_few(self, x, sensitivity):
         """Experts of a few tokens, as a list: (B, S, D). Once a layer in decoding, so in few and small steps, and on the host."""
@@ -267,6 +284,11 @@ class NestedMLP(nn.Module):
         )
 
     @property
+    def block_sizes(self):
+        """Neurons that each expert has more than the one before."""
+        return [high - low for low, high in zip([0, *self.widths], self.widths)]
+
+    @property
     def up_linear(self):
         return getattr(self, self.layout.up)
 
@@ -303,7 +325,7 @@ class NestedMLP(nn.Module):
             if forced is not None:
                 return self._drop(self._run(x, forced))
 
-        logits = self.router(x)
+        logits, gates = self.router(x), None
         needs_labels = routing.needs_labels or routing.route == "label"
         if needs_labels:
             hidden = self.hidden(x)
@@ -315,13 +337,21 @@ class NestedMLP(nn.Module):
             expert = label
         elif routing.route == "random":
             expert = self._random(routing.histogram, x)
+        elif routing.temperature is not None:
+            gates = self.router.gates(logits, sensitivity, routing.temperature)
+            expert = gates.detach().round().long().sum(-1) - 1
         else:
             expert = self.router.choose(logits, sensitivity)
         if record:
             extra = (profile, label, self.router.loss(logits, profile, label)) if needs_labels else ()
-            routing.records.append(LayerRecord(logits, expert, *extra))
-        # Labels need every neuron anyway, so then the rest of the work is one mask.
-        y = self.down_linear(self._mask(hidden, expert)) if needs_labels else self._run(x, expert)
+            width = None if gates is None else self._width(gates)
+            routing.records.append(LayerRecord(logits, expert, *extra)._replace(width=width))
+        if gates is not None:
+            y = self.down_linear(self._gated(hidden if needs_labels else self.hidden(x), gates))
+        elif needs_labels:  # labels need every neuron anyway, so then the rest of the work is one mask
+            y = self.down_linear(self._mask(hidden, expert))
+        else:
+            y = self._run(x, expert)
         return self._drop(y)
 
     def _one_token(self, x, routing):
@@ -507,9 +537,17 @@ class NestedMLP(nn.Module):
     def _mask(self, hidden, expert):
         """Zero the neurons beyond each token's expert: (B, S, H), (B, S) -> (B, S, H)."""
         # Filled on the device: a tensor made from a list would make the host wait for the copy.
-        sizes = [high - low for low, high in zip([0, *self.widths], self.widths)]
-        needs = torch.cat([torch.full((size,), index, device=hidden.device) for index, size in enumerate(sizes)])
+        needs = torch.cat([torch.full((size,), index, device=hidden.device) for index, size in enumerate(self.block_sizes)])
         return hidden.masked_fill(needs > expert.unsqueeze(-1), 0)
+
+    def _gated(self, hidden, gates):
+        """Each block of neurons times its gate: (B, S, H), (B, S, E) -> (B, S, H)."""
+        pairs = zip(hidden.split(self.block_sizes, -1), gates.to(hidden.dtype).split(1, -1))
+        return torch.cat([block * gate for block, gate in pairs], -1)
+
+    def _width(self, gates):
+        """Share of the MLP's width that gates (B, S, E) let through: (B, S)."""
+        return sum(gate * (size / self.widths[-1]) for gate, size in zip(gates.unbind(-1), self.block_sizes))
 
     def _random(self, histogram, x):
         if histogram is None:

@@ -50,6 +50,16 @@ def label(mlp, x, sensitivity, name, error_weight=1.0):
     return len(mlp.widths) - 1
 
 
+def gates(logits, noise, sensitivity, temperature):
+    """
+    One token's gates, and the gradient of each by the logit that decides on it: (E - 1,), a number each -> (E,), (E - 1,). The next
+    block is taken while the predicted similarity is short of the noisy threshold; the gradient is that of the sigmoid.
+    """
+    threshold = torch.logit(torch.tensor(sensitivity)) + noise
+    soft = torch.sigmoid((threshold - logits) / temperature)
+    return torch.tensor([1.0] + [float(logit < threshold) for logit in logits]), -soft * (1 - soft) / temperature
+
+
 def causal_losses(logits, target_logits, labels):
     """Sums over the positions that count of the LM loss and of KL(target || logits): (B, S, V), (B, S, V), (B, S)."""
     lm_loss = kd_loss = torch.zeros(())

@@ -107,9 +107,10 @@ def test_training_shows_the_losses_that_it_has(folders, capsys):
     record = json.loads((folders / "trained" / "training.json").read_text())
     cli.show_training(record)
     screen = capsys.readouterr().out
-    assert record["history"][-1]["hidden_loss"] > 0 == record["history"][-1]["router_loss"]
-    assert f"{record['history'][-1]['hidden_loss']:.4f}" in screen
+    assert record["history"][-1]["width_loss"] > 0 == record["history"][-1]["router_loss"], "routers have the last word"
+    assert f"{record['history'][-1]['width_loss']:.4f}" in screen
     assert "router_loss" not in screen
+    assert record["history"][0]["hidden_loss"] > 0 == record["history"][0]["width_loss"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

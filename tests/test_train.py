@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILIES, tiny_dense, tiny_tokenizer
-from reference import assert_close, causal_losses, relative_error
+from reference import assert_close, causal_losses, gates, relative_error
 from transformers import Trainer, TrainingArguments
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -15,6 +15,7 @@ from dynamoe_hf.convert import convert_model, scale_difficulty
 from dynamoe_hf.folder import load_model
 from dynamoe_hf.modeling.modeling_dynamoe import TokenRouter
 from dynamoe_hf.train import (
+    ROUTER_TEMPERATURE,
     DynaMoETrainer,
     DynaMoETrainingArguments,
     _collect,
@@ -191,14 +192,23 @@ def test_sampled_logits_are_unbiased(tmp_path):
 
 def loss_and_gradients(family, folder, checkpointing=False, **settings):
     """
-    A trainer on random routes, its batch, the loss and the gradients of all but routers. The random state is left where the routes
-    were drawn, the model without gradients: a reference can follow at once.
+    A trainer, on random routes if not told otherwise, its batch, the loss and the gradients. The random state is left where the routes were
+    drawn, the model without gradients: a reference can follow at once.
     """
     model = DynaMoEForCausalLM.from_dense(
         tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
     )
-    args = DynaMoETrainingArguments(str(folder), report_to="none", use_cpu=True, train_parts="all", router_loss_coef=0.0,
-                                    route="random", **settings)  # fmt: skip
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.router.output.weight)
+    settings = {
+        "report_to": "none",
+        "use_cpu": True,
+        "train_parts": "all",
+        "router_loss_coef": 0.0,
+        "route": "random",
+        **settings,
+    }
+    args = DynaMoETrainingArguments(str(folder), **settings)
     trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
     batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
     if checkpointing:
@@ -206,7 +216,7 @@ def loss_and_gradients(family, folder, checkpointing=False, **settings):
     torch.manual_seed(0)
     loss = trainer.compute_loss(model, batch)
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".router." not in name}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     torch.manual_seed(0)
     torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
@@ -263,6 +273,72 @@ def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_pa
             assert_close(name, gradients[name], reference, atol=1e-4)
 
 
+def test_gates_are_the_routers_choice_with_the_gradient_of_a_sigmoid():
+    router = TokenRouter(16, 8, 4, "profile")
+    logits = (3 * torch.randn(2, 5, 3)).cumsum(-1).requires_grad_()
+    sensitivity = torch.tensor([0.3, 0.7])
+    torch.manual_seed(1)
+    found = router.gates(logits, sensitivity, 0.5)
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    torch.manual_seed(1)
+    noise = 0.5 * torch.logit(torch.rand(2, 5, 1), eps=1e-4)
+    for row in range(2):
+        for token in range(5):
+            place = (row, token)
+            expected, expected_slope = gates(logits.detach()[place], noise[place].item(), sensitivity[row].item(), 0.5)
+            assert_close("gates", found.detach()[place], expected)
+            assert_close("their gradient", slope[place], expected_slope)
+    assert {0.0, 1.0} == set(found.detach().round().unique().tolist())
+    cold = router.gates(logits, sensitivity, 1e-6).detach().round().long().sum(-1) - 1
+    assert torch.equal(cold, router.choose(logits, sensitivity)), "without noise it is the choice of inference"
+    assert torch.equal(router.gates(logits, 1.0, 0.5).detach(), torch.ones(2, 5, 4)), "at sensitivity 1 nothing is left out"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_get_the_gradient_of_what_their_gates_let_through(family, checkpointing, tmp_path):
+    """The losses of a training step, and their gradients, beside a model whose hidden activations are multiplied by the gates by hand."""
+    settings = {"width_loss_coef": 0.7, "route": "router", "sensitivity_range": [0.5, 0.5], "logit_fraction": 1.0}
+    trainer, batch, loss, gradients = loss_and_gradients(family, tmp_path, checkpointing, **settings)
+    model, widths = trainer.model, []
+
+    def by_hand(mlp, args, output):
+        x, (rows, length) = args[0], args[0].shape[:2]
+        found = mlp.router.gates(mlp.router(x), torch.full((rows,), 0.5), ROUTER_TEMPERATURE)
+        factor = torch.cat([found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(mlp.block_sizes)], -1)
+        widths.append(factor.mean(-1))
+        return mlp.down_linear(mlp.hidden(x) * factor)
+
+    target = trainer.teacher(batch["input_ids"], force_expert=3).logits
+    model.gradient_checkpointing_disable()  # it would run layers again after the hooks are gone
+    hooks = [layer.mlp.register_forward_hook(by_hand) for layer in model.model.layers]
+    logits = model(batch["input_ids"], force_expert=3).logits
+    for hook in hooks:
+        hook.remove()
+    _, kd_loss = causal_losses(logits, target, batch["labels"])
+    mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    expected = kd_loss / mask.sum() + 0.7 * torch.stack(widths).mean(0)[mask].mean()  # at 0.5 the price is 1
+    expected.backward()
+    assert_close("loss", loss, expected)
+    routers = [name for name in gradients if ".router." in name]
+    assert routers and all(gradients[name].abs().sum() > 0 for name in routers)
+    for name, parameter in model.named_parameters():
+        assert_close(name, gradients[name], parameter.grad, atol=1e-4)
+
+
+def test_routers_that_choose_spend_less_where_width_costs_more(tmp_path):
+    widths = {}
+    for price in (0.01, 100.0):
+        model = tiny_model()
+        settings = {"width_loss_coef": price, "route": "router", "router_loss_coef": 0.0, "sensitivity_range": [0.5, 0.5]}
+        settings["router_learning_rate"] = 2e-2
+        trainer = train(model, tmp_path, train_parts="routers", max_steps=60, **settings)
+        widths[price] = [entry["mean_width"] for entry in trainer.state.log_history if "mean_width" in entry]
+    assert widths[0.01][-1] > widths[0.01][0] + 0.1, "nearly free, so what it adds to the model's words decides"
+    assert widths[100.0][-1] < widths[100.0][0] - 0.1
+    assert widths[100.0][-1] == pytest.approx(0.25, abs=0.02)
+
+
 def test_full_width_stays_where_distilled(tmp_path):
     """Distillation from the frozen full width pulls the narrow experts towards it."""
     model = tiny_model()
@@ -315,6 +391,48 @@ def test_resume_continues_the_same_losses(converted, text_file, tmp_path, monkey
     record = json.loads((tmp_path / "whole" / "training.json").read_text())
     assert record["tokens"] == 32 * 64
     assert (tmp_path / "whole" / "conversion.json").exists()
+
+
+@pytest.mark.parametrize("stop_at", [5, 9, 10], ids=["experts", "at the seam", "routers"])
+def test_resume_in_either_phase(stop_at, converted, text_file, tmp_path, monkeypatch):
+    """Experts take the first ten steps, routers the last five, in which nothing else moves."""
+    settings = {
+        "text": str(text_file),
+        "max_tokens": 15 * 64,
+        "block_size": 16,
+        "batch_size": 4,
+        "save_steps": 2,
+        "choice_share": 1 / 3,
+    }
+    original, steps, experts = DynaMoETrainer.training_step, [], []
+
+    class Stopped(Exception):
+        pass
+
+    def watched(self, model, *args, **kwargs):
+        if len(steps) == stop_at and not experts:
+            experts.append(None)
+            raise Stopped
+        steps.append(self.args.train_parts)
+        if self.args.train_parts == "routers":
+            experts.append(self.core.model.layers[0].mlp.up_proj.weight.detach().clone())
+        return original(self, model, *args, **kwargs)
+
+    whole = train_model(converted, tmp_path / "whole", **settings)
+    monkeypatch.setattr(DynaMoETrainer, "training_step", watched)
+    with pytest.raises(Stopped):
+        train_model(converted, tmp_path / "parts", **settings)
+    resumed = train_model(converted, tmp_path / "parts", resume=True, **settings)
+    assert steps[-5:] == ["routers"] * 5
+    assert [entry["step"] for entry in resumed["history"]] == [entry["step"] for entry in whole["history"]]
+    assert resumed["history"][-1]["loss"] == pytest.approx(whole["history"][-1]["loss"], rel=1e-5)
+    assert resumed["router_fit"] == whole["router_fit"]
+    assert resumed["steps"] == whole["steps"] == 15 and resumed["tokens"] == 15 * 64
+    ours, theirs = load_model(tmp_path / "parts").state_dict(), load_model(tmp_path / "whole").state_dict()
+    for name, tensor in theirs.items():
+        assert_close(name, ours[name], tensor)
+    assert all(torch.equal(weight, experts[-1]) for weight in experts if weight is not None)
+    assert_close("an expert", ours["model.layers.0.mlp.up_proj.weight"], experts[-1])
 
 
 def test_every_checkpoint_is_a_model_folder(converted, text_file, tmp_path, monkeypatch):
@@ -452,7 +570,7 @@ def test_a_router_predicts_the_mean_harm():
 
 
 def test_the_stage_by_default(converted, text_file, tmp_path, monkeypatch):
-    """Routers fitted to what an error costs a token before the training and after it, on their own routes, and still in between."""
+    """Routers are fitted before the training and after it, still in between, and at the end they alone learn, by choosing."""
     fits, seen, step = [], [], DynaMoETrainer.training_step
 
     def routers(model):
@@ -465,18 +583,22 @@ def test_the_stage_by_default(converted, text_file, tmp_path, monkeypatch):
 
     def watched(self, *args, **kwargs):
         seen.append(routers(self.core))
-        assert not any(p.requires_grad for name, p in self.core.named_parameters() if ".router." in name)
+        learns = {".router." in name for name, p in self.core.named_parameters() if p.requires_grad}
+        assert learns == {len(seen) > 6}, "not routers, and then nothing else"
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(DynaMoETrainer, "training_step", watched)
     monkeypatch.setattr("dynamoe_hf.train.fit_routers", fit)
-    record = train_model(converted, tmp_path / "out", text=str(text_file), max_tokens=256, block_size=32, batch_size=2)
+    record = train_model(converted, tmp_path / "out", text=str(text_file), max_tokens=256, block_size=32, batch_size=1)
     assert "\n# out\n" in (tmp_path / "out" / "README.md").read_text()
     assert [route for route, _ in fits] == ["label", "router"]
     assert record["router_fit"]["tokens"] == 256, "no more than the training reads"
-    assert len(seen) == 4
+    assert len(seen) == record["steps"] == 8
     for name, router in fits[0][1].items():
-        assert all(torch.equal(router, routers[name]) for routers in seen), name
+        assert all(torch.equal(router, routers[name]) for routers in seen[:6]), name
+        assert torch.equal(fits[1][1][name], seen[6][name]), name
+    assert any(not torch.equal(router, seen[7][name]) for name, router in seen[6].items())
+    assert record["settings"]["choice_share"] == 0.2 and record["settings"]["width_loss_coef"] == 0.9
     assert record["router_fit"]["harm"] == record["settings"]["harm"] == "token"
     assert record["history"][-1]["router_loss"] == 0
     assert "router_accuracy" not in record["history"][-1]
@@ -516,7 +638,8 @@ def test_training_on_a_gpu(bf16, tmp_path):
 def test_bad_settings(converted, tmp_path):
     for settings, message in (({"train_parts": "half"}, "`train_parts` is unknown"), ({"teacher": "x"}, "`teacher` is unknown"),
                               ({"route": "best"}, "`route` is unknown"), ({"logit_fraction": 0}, "must be in"),
-                              ({"label_smoothing_factor": 0.1}, "does not go with")):  # fmt: skip
+                              ({"label_smoothing_factor": 0.1}, "does not go with"),
+                              ({"width_loss_coef": 1.0}, 'needs route="router", found \'label\'')):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             DynaMoETrainingArguments(str(tmp_path), **settings)
     with pytest.raises(ValueError, match="found LlamaForCausalLM"):
@@ -526,6 +649,11 @@ def test_bad_settings(converted, tmp_path):
     no_router_loss = DynaMoETrainingArguments(str(tmp_path), train_parts="routers", router_loss_coef=0, use_cpu=True)
     with pytest.raises(ValueError, match="needs a router loss, found router_loss_coef=0"):
         DynaMoETrainer(model=tiny_model(), args=no_router_loss)
+    chooses = DynaMoETrainingArguments(str(tmp_path), width_loss_coef=1.0, route="router", use_cpu=True)
+    with pytest.raises(ValueError, match="needs profile routers, found router_type='argmax'"):
+        DynaMoETrainer(model=tiny_model(router_type="argmax"), args=chooses)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], found 2"):
+        train_model(converted, tmp_path / "out", choice_share=2)
     with pytest.raises(ValueError, match="nothing to resume"):
         train_model(converted, tmp_path / "out", resume=True)
     with pytest.raises(FileExistsError):
