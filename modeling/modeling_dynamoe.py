@@ -30,7 +30,6 @@ from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
 from .nested_mlp import (
     FEW,
     Projections,
-    branch_mlp,
     dense_mlp,
     label_of,
     reads_numbers,
@@ -506,6 +505,7 @@ class NestedMLP(nn.Module):
         """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""
         one_for_all = not isinstance(expert, torch.Tensor)
         prefixes = self.prefixes(x)
+        compiled = not self.training and torch.compiler.is_compiling() and not torch.is_grad_enabled()
         if prefixes is None:
             if not torch.compiler.is_compiling():  # logging would break the graph
                 logger.warning_once(
@@ -519,11 +519,9 @@ class NestedMLP(nn.Module):
             return triton_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.act_name, self.widths).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():
             return routed_mlp(x.flatten(0, 1), expert.flatten(), prefixes).view_as(x)
-        elif not self.training and expert.numel() == 1 and x.device.type == "cpu" and reads_numbers():
+        elif compiled and expert.numel() == 1 and x.device.type == "cpu" and reads_numbers():
             return sliced_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
-        elif not self.training and expert.numel() == 1 and not self.layout.fused:  # branches refuse two views of one tensor
-            return branch_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
-        elif not self.training and self.act_name is not None:
+        elif compiled and self.act_name is not None:
             *weights, _ = prefixes[-1]
             return routed_mlp_op(x.flatten(0, 1), expert.flatten(), *weights, self.act_name, self.widths).view_as(x)
         # In training the mask keeps the host out of the way: reading the counts would wait for the device.

@@ -148,21 +148,6 @@ def sliced_mlp(x_TD, expert_T, weights, widths):
     return dense_mlp(x_TD, weights.block(0, width))
 
 
-def branch_mlp(x_TD, expert_T, weights, widths):
-    """As `sliced_mlp` for other compilers: a branch of the graph for each expert, so that nothing leaves compiled code."""
-    if len(widths) == 1:
-        return dense_mlp(x_TD, weights.block(0, widths[0]))
-    middle = len(widths) // 2
-
-    def narrow(x_TD, expert_T):
-        return branch_mlp(x_TD, expert_T, weights, widths[:middle])
-
-    def wide(x_TD, expert_T):
-        return branch_mlp(x_TD, expert_T - middle, weights, widths[middle:])
-
-    return torch.cond(expert_T < middle, narrow, wide, (x_TD, expert_T))
-
-
 @torch.library.custom_op("dynamoe::routed_mlp", mutates_args=())
 def routed_mlp_op(
     x_TD: torch.Tensor,

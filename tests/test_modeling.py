@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling import nested_mlp as nested_mlp_module
+from dynamoe_hf.modeling.modeling_dynamoe import Routing
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
@@ -480,3 +481,5 @@ def test_compiled_decoding_equals_eager(family, fullgraph, token_ids):
         assert_close(f"{family}, batch {len(ids)}", results[1], results[0])
     assert seen[0] == seen[3], "the graph was compiled again for a later token"
     assert not torch._dynamo.utils.counters["graph_break"]
+    compiled(token_ids[:1, :1], sensitivity=0.9)
+    assert model.slot.current == Routing(), "the dial of a compiled call stays in force after it"
