@@ -261,10 +261,8 @@ class DynaMoETrainer(Trainer):
         sensitivity = low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
         positions = self._sample_positions(labels)
         needs_labels = args.route == "label" or args.router_loss_coef > 0
-        choice = {"route": args.route, "sensitivity": sensitivity, "needs_labels": needs_labels}
-        if args.width_loss_coef:
-            choice["temperature"] = ROUTER_TEMPERATURE
-        with core.routing(**choice, records=[]) as routing:
+        choice = {"route": args.route, "temperature": ROUTER_TEMPERATURE if args.width_loss_coef else None}
+        with core.routing(**choice, sensitivity=sensitivity, needs_labels=needs_labels, records=[]) as routing:
             hidden, states = self._hidden_states(model, core, inputs)
 
         mask = loss_mask(labels)

@@ -344,7 +344,7 @@ class NestedMLP(nn.Module):
         if record:
             extra = (profile, label, self.router.loss(logits, profile, label)) if needs_labels else ()
             width = None if gates is None else self._width(gates)
-            routing.records.append(LayerRecord(logits, expert, *extra)._replace(width=width))
+            routing.records.append(LayerRecord(logits, expert, *extra, width=width))
         if gates is not None:
             y = self.down_linear(self._gated(hidden if needs_labels else self.hidden(x), gates))
         elif needs_labels:  # labels need every neuron anyway, so then the rest of the work is one mask
@@ -505,7 +505,6 @@ class NestedMLP(nn.Module):
         """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""
         one_for_all = not isinstance(expert, torch.Tensor)
         prefixes = self.prefixes(x)
-        compiled = not self.training and torch.compiler.is_compiling() and not torch.is_grad_enabled()
         if prefixes is None:
             if not torch.compiler.is_compiling():  # logging would break the graph
                 logger.warning_once(
@@ -519,11 +518,14 @@ class NestedMLP(nn.Module):
             return triton_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.act_name, self.widths).view_as(x)
         elif not self.training and not torch.compiler.is_compiling():
             return routed_mlp(x.flatten(0, 1), expert.flatten(), prefixes).view_as(x)
-        elif compiled and expert.numel() == 1 and x.device.type == "cpu" and reads_numbers():
-            return sliced_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
-        elif compiled and self.act_name is not None:
-            *weights, _ = prefixes[-1]
-            return routed_mlp_op(x.flatten(0, 1), expert.flatten(), *weights, self.act_name, self.widths).view_as(x)
+        elif not (
+            self.training or torch.is_grad_enabled()
+        ):  # compiled, and no gradient is asked for, which the op does not have
+            if expert.numel() == 1 and x.device.type == "cpu" and reads_numbers():
+                return sliced_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
+            if self.act_name is not None:
+                *weights, _ = prefixes[-1]
+                return routed_mlp_op(x.flatten(0, 1), expert.flatten(), *weights, self.act_name, self.widths).view_as(x)
         # In training the mask keeps the host out of the way: reading the counts would wait for the device.
         if one_for_all:
             expert = torch.full(x.shape[:2], expert, device=x.device)
