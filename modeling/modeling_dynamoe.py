@@ -38,13 +38,13 @@ from .nested_mlp import (
     similarity_profile,
     sliced_mlp,
 )
-from .nested_mlp_triton import TRITON, runs_triton, triton_mlp
+from .nested_mlp_triton import TRITON, pays, runs_triton, triton_choose, triton_mlp
 
 
 logger = logging.get_logger(__name__)
 
 ROUTES = ("router", "label", "random")
-MLP_IMPLEMENTATIONS = ("torch", "triton")
+MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 @dataclass
@@ -94,7 +94,7 @@ class RoutingSlot:
     """The routing in force, shared by all layers of a model: decoder layers hand nothing but hidden states to their MLP."""
 
     current: Routing = field(default_factory=Routing)
-    mlp_implementation: str = "torch"
+    mlp_implementation: str = "auto"
 
 
 class TokenRouter(nn.Module):
@@ -176,6 +176,18 @@ class TokenRouter(nn.Module):
             if logit >= threshold:
                 return expert
         return len(row)
+
+    def choose_on_device(self, x, sensitivity):
+        """As `choose(self(x), sensitivity)` by Triton, (B, S, D) -> (B, S), or None for what its kernel does not know."""
+        first, second = self.input, self.output
+        plain = type(first) is type(second) is nn.Linear and second.weight.device == x.device  # not wrapped or offloaded
+        if self.router_type == "argmax" or not plain or second.out_features == 0:
+            return None
+        threshold = self._threshold(sensitivity, x.device)
+        if isinstance(threshold, torch.Tensor):
+            threshold = threshold.expand(*x.shape[:2], 1).flatten()
+        hidden = first(x.to(first.weight.dtype)).flatten(0, 1)
+        return triton_choose(hidden, second.weight, second.bias, threshold).view(x.shape[:2])
 
     def loss(self, logits, profile, label):
         """Binary cross-entropy for each token, (B, S): against the profile, or the one-hot label for the argmax router."""
@@ -321,6 +333,10 @@ class NestedMLP(nn.Module):
                 if len(set(experts)) > 1:
                     return self._drop(self._run(x, torch.tensor(experts, device=x.device).view(x.shape[:2])))
                 forced = experts[0]
+            if forced is None and not self.training and routing.temperature is None and self._on_device(x):
+                expert = self.router.choose_on_device(x, sensitivity)
+                if expert is not None:
+                    return self._drop(self._run(x, expert))
             if forced is not None:
                 return self._drop(self._run(x, forced))
 
@@ -370,7 +386,7 @@ class NestedMLP(nn.Module):
             or routing.records is not None
             or routing.needs_labels
             or routing.route != "router"
-            or self.slot.mlp_implementation != "torch"
+            or self._on_device(x)
         ):
             return None
         kept = self._kept
@@ -523,7 +539,7 @@ class NestedMLP(nn.Module):
         ):  # compiled, and no gradient is asked for, which the op does not have
             if expert.numel() == 1 and x.device.type == "cpu" and reads_numbers():
                 return sliced_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.widths).view_as(x)
-            if self.act_name is not None:
+            if self.act_name is not None and x.device.type == "cpu":  # it reads the routes, which CUDA graphs cannot
                 *weights, _ = prefixes[-1]
                 return routed_mlp_op(x.flatten(0, 1), expert.flatten(), *weights, self.act_name, self.widths).view_as(x)
         # In training the mask keeps the host out of the way: reading the counts would wait for the device.
@@ -532,7 +548,10 @@ class NestedMLP(nn.Module):
         return self.down_linear(self._mask(self.hidden(x), expert))
 
     def _on_device(self, x):
-        return self.slot.mlp_implementation == "triton" and runs_triton(x, self.act_name)
+        name = self.slot.mlp_implementation
+        if name == "auto" and (torch.is_grad_enabled() or not pays(x)):
+            return False
+        return name != "torch" and runs_triton(x, self.act_name)
 
     def _mask(self, hidden, expert):
         """Zero the neurons beyond each token's expert: (B, S, H), (B, S) -> (B, S, H)."""
@@ -814,9 +833,10 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_mlp_implementation(self, name):
         """
-        `"torch"`, or `"triton"` for a kernel whose routes never leave the GPU, in forward and backward: nothing waits for the
-        device, and CUDA graphs can capture it. It needs an NVIDIA GPU (Ampere or newer); elsewhere, and for wrapped or
-        quantised MLPs, torch goes on. It is not the default, and is not saved, until its speed has been measured.
+        `"torch"`, or `"triton"` for kernels whose routes never leave the GPU, in forward and backward: nothing waits for the
+        device, and CUDA graphs can capture it. They need an NVIDIA GPU, Ampere or newer; elsewhere, and for wrapped or quantised
+        MLPs, torch goes on. `"auto"`, the default, is Triton where it was measured to pay: without gradients, in two-byte
+        dtypes, at compute capability 9.0 (H100, H200). Not saved with the model.
         """
         if name not in MLP_IMPLEMENTATIONS:
             raise ValueError(

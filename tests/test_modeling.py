@@ -369,14 +369,15 @@ def test_deepcopy_is_independent(token_ids):
 
 
 def test_mlp_implementation_falls_back_to_torch(monkeypatch, token_ids):
-    """The kernel is chosen by hand and used where it can run: tests/test_triton.py has it run."""
+    """Whatever is chosen, the kernel is used where it can run: tests/test_triton.py has it run."""
     model = tiny_dynamoe()
+    assert model.slot.mlp_implementation == "auto"
     expected = model(token_ids, sensitivity=0.4).logits
     module = sys.modules[type(model).__module__]
     monkeypatch.setattr(module, "TRITON", False)
     with pytest.raises(ImportError, match=r"needs Triton 3\.3"):
         model.set_mlp_implementation("triton")
-    with pytest.raises(ValueError, match="found 'cuda'.*torch, triton"):
+    with pytest.raises(ValueError, match="found 'cuda'.*auto, torch, triton"):
         model.set_mlp_implementation("cuda")
     monkeypatch.setattr(module, "TRITON", True)
     model.set_mlp_implementation("triton")
@@ -389,11 +390,12 @@ def test_gpu_equals_cpu(token_ids):
     model = tiny_dynamoe()
     expected = model(token_ids, sensitivity=0.5).logits
     model.cuda()
-    assert_close("logits", model(token_ids.cuda(), sensitivity=0.5).logits.cpu(), expected, atol=1e-3)
+    token_ids = token_ids.cuda()
+    assert_close("logits", model(token_ids, sensitivity=0.5).logits.cpu(), expected, atol=1e-3)
     model.train()
     torch.cuda.set_sync_debug_mode("error")  # the training forward must not wait for the device
     try:
-        loss = model(token_ids.cuda(), labels=token_ids.cuda()).loss
+        loss = model(token_ids, labels=token_ids).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
     loss.backward()
