@@ -16,6 +16,9 @@ from transformers.activations import ACT2FN
 # A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
 # tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
 SMALLEST_BLOCK = 2_500_000
+# Of few tokens and small weights blocks win nothing: one product for all takes as long, a whole block of rows even less than part of
+# one (`_masked_mlp`).
+SMALLEST_SORT = 15_000_000
 FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
 ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
 
@@ -59,12 +62,17 @@ def staircase_mlp(x_TD, expert_T, prefixes):
     """
     if len(expert_T) <= FEW:
         taken = expert_T.tolist()
+        widest = max(taken)
+        if min(taken) == widest:
+            return dense_mlp(x_TD, prefixes[widest])
+        if x_TD.numel() * prefixes[widest].down.shape[1] < SMALLEST_SORT:
+            return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
         counts = [taken.count(expert) for expert in range(len(prefixes))]
     else:
         counts = torch.bincount(expert_T, minlength=len(prefixes)).tolist()
-    widest = max(expert for expert, count in enumerate(counts) if count)
-    if counts[widest] == len(expert_T):
-        return dense_mlp(x_TD, prefixes[widest])
+        widest = max(expert for expert, count in enumerate(counts) if count)
+        if counts[widest] == len(expert_T):
+            return dense_mlp(x_TD, prefixes[widest])
     stairs = _stairs(counts, prefixes)
     if len(stairs) == 1:
         return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
@@ -114,10 +122,13 @@ def _stairs(counts, prefixes):
 
 def _masked_mlp(x_TD, expert_T, prefixes):
     """As `staircase_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
+    tokens, rows = len(x_TD), ROWS[-1]
+    if rows // 2 < tokens < rows:  # a whole block of rows takes no longer than part of one, and up to a quarter less
+        x_TD, expert_T = F.pad(x_TD, (0, 0, 0, rows - tokens)), F.pad(expert_T, (0, rows - tokens))
     widths = tuple(prefix.down.shape[1] for prefix in prefixes)
     hidden, beyond = prefixes[-1].hidden(x_TD), _beyond(widths, x_TD.device).index_select(0, expert_T)
     hidden = hidden.masked_fill(beyond, 0) if torch.is_grad_enabled() else hidden.masked_fill_(beyond, 0)
-    return F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)
+    return F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)[:tokens]
 
 
 @lru_cache(maxsize=64)

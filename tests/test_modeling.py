@@ -52,9 +52,11 @@ def test_full_width_equals_dense(family, tied, token_ids):
 @pytest.mark.parametrize("smallest_block", [0, 5000, 10**9], ids=["a block each", "some merged", "one block"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2", "relu"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1], [1]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 12, 40])
 def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monkeypatch):
     monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
+    if smallest_block < 10**9:  # blocks for few tokens too
+        monkeypatch.setattr(nested_mlp_module, "SMALLEST_SORT", 0)
     # relu needs its own output in backward, which must not be masked in place
     family, settings = ("starcoder2", {"hidden_act": "relu"}) if family == "relu" else (family, {})
     mlp = tiny_dynamoe(family, expert_widths=widths, dense_settings=settings).model.layers[1].mlp
@@ -83,10 +85,12 @@ def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monke
 @pytest.mark.parametrize("smallest_block", [0, 10**9], ids=["a block each", "one block"])
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 12, 40])
 def test_autocast(family, widths, tokens, smallest_block, monkeypatch):
     """Weights in float32, products in bfloat16, as a `Trainer` with bf16 evaluates: near the plain loop in float32."""
     monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
+    if smallest_block < 10**9:
+        monkeypatch.setattr(nested_mlp_module, "SMALLEST_SORT", 0)
     mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
     torch.manual_seed(tokens)
     x, expert = torch.randn(1, tokens, 32, requires_grad=True), torch.randint(len(widths), (1, tokens))
