@@ -29,7 +29,9 @@ import triton
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.benchmark import decode_limit
 from dynamoe_hf.convert import dense_prefix
+from dynamoe_hf.label import expert_shares
 
 
 COPIES = 4
@@ -148,10 +150,6 @@ def decode(shape, layers, batches, dtype, rounds):
     model = DynaMoEForCausalLM.from_dense(base).to("cuda").eval()
     model.set_mlp_implementation("triton")
     base = dense_prefix(model, 1.0)
-    size = {"mlp": 0, "router": 0, "rest": 0}  # bytes that a step reads
-    for name, parameter in model.named_parameters():
-        part = "router" if ".router." in name else "mlp" if ".mlp." in name else "rest"
-        size[part] += parameter.numel() * parameter.element_size() if "embed_tokens" not in name else 0
 
     def stepper(side, ids, **options):
         cache = StaticCache(config=config, max_cache_len=ROOM)
@@ -169,7 +167,7 @@ def decode(shape, layers, batches, dtype, rounds):
         dense_step = stepper(base, ids)
         for name, theta in dials.items():
             out = model(ids[:, :64], sensitivity=theta, output_router_logits=True)
-            shares = torch.tensor(model.model.layers[0].mlp.widths, device="cuda")[torch.stack(out.expert_indices)] / mlp_width
+            shares = torch.stack([share[expert.cpu()] for share, expert in zip(expert_shares(model), out.expert_indices)])
             assert name == "mixed" or f"all {shares.mean():.0%}" == name, f"{name} took {shares.mean():.1%}"
             model.set_mlp_implementation("torch")
             expected = model(ids[:, :64], sensitivity=theta).logits.double()
@@ -179,8 +177,7 @@ def decode(shape, layers, batches, dtype, rounds):
             if not error < 0.05:  # through all layers
                 sys.exit(f"No parity, so nothing is timed: batch {batch}, {name}, logits differ by {error:.2g} of their norm.")
             widest = shares.amax((1, 2)).mean().item()
-            dense_bytes = size["mlp"] + size["rest"]
-            limit = (widest * size["mlp"] + size["rest"] + size["router"]) / dense_bytes
+            limit = decode_limit(model, widest, max(DIALS))
             row = paired(dense_step, stepper(model, ids, sensitivity=theta), rounds, runs=1)
             row = {"batch": batch, "routes": name, "limit": limit, "error": error, **row, "reached": limit / row["ratio"]}
             rows.append(row)

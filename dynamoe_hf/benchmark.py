@@ -284,7 +284,7 @@ def bench_decode(
     rows = []
     for name, theta in sensitivities.items():
         share, widest = _decode_shares(model, prompt, steps, theta)
-        limit = _decode_limit(model, widest, theta)
+        limit = decode_limit(model, widest, theta)
         row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
         rows.append({**row, "tokens_per_second": tokens.shape[0] * new_tokens / row["seconds"]})
     return rows
@@ -334,14 +334,14 @@ def bench_generate(
         written = runs[name]()
         steps = written[:, tokens.shape[1] : -1].split(1, dim=1)
         share, widest = _decode_shares(model, tokens, steps, theta)
-        limit = _decode_limit(model, widest, theta)
+        limit = decode_limit(model, widest, theta)
         row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
         memory = {"dense_peak_bytes": dense_peak, "peak_bytes": peak_memory(runs[name])}
         rows.append({**row, "tokens_per_second": len(tokens) * new_tokens / row["seconds"], **memory})
     return rows
 
 
-def _decode_limit(model, widest, theta):
+def decode_limit(model, widest, theta):
     """Bytes that a step reads with MLPs of the share `widest`, over those of the dense model."""
     bytes_all, bytes_mlp, bytes_router = _bytes(model)
     return (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all

@@ -157,11 +157,15 @@ class TokenRouter(nn.Module):
         soft = (margin / temperature).sigmoid()
         return F.pad((margin > 0).float() + soft - soft.detach(), (1, 0), value=1.0)
 
+    def _is_plain(self, x):
+        """Whether the weights may be read. Where layers are wrapped (LoRA) or offloaded, only modules know how."""
+        return type(self.input) is type(self.output) is nn.Linear and self.input.weight.device == x.device
+
     def choose_few(self, x, sensitivity):
         """Experts of a few tokens, as a list: (B, S, D). Once a layer in decoding, so in few and small steps, and on the host."""
+        if not self._is_plain(x):
+            return self.choose(self(x), sensitivity).flatten().tolist()
         first, second = self.input, self.output
-        if type(first) is not nn.Linear or type(second) is not nn.Linear or first.weight.device != x.device:
-            return self.choose(self(x), sensitivity).flatten().tolist()  # wrapped (LoRA) or offloaded: only modules know how
         hidden = F.silu(F.linear(x.flatten(0, 1).to(first.weight.dtype), first.weight, first.bias))
         rows = F.linear(hidden, second.weight, second.bias).tolist()
         return [self.choose_one(row, sensitivity) for row in rows]
@@ -180,8 +184,7 @@ class TokenRouter(nn.Module):
     def choose_on_device(self, x, sensitivity):
         """As `choose(self(x), sensitivity)` by Triton, (B, S, D) -> (B, S), or None for what its kernel does not know."""
         first, second = self.input, self.output
-        plain = type(first) is type(second) is nn.Linear and second.weight.device == x.device  # not wrapped or offloaded
-        if self.router_type == "argmax" or not plain or second.out_features == 0:
+        if self.router_type == "argmax" or not self._is_plain(x) or second.out_features == 0:
             return None
         threshold = self._threshold(sensitivity, x.device)
         if isinstance(threshold, torch.Tensor):
@@ -326,17 +329,16 @@ class NestedMLP(nn.Module):
                 forced = full
             if forced == full:
                 return self._drop(self.down_linear(self.hidden(x)))
-            one_dial = x.shape[0] == 1 or not isinstance(sensitivity, torch.Tensor)
-            few = x.shape[0] * x.shape[1] <= FEW and one_dial and not self._on_device(x)
-            if forced is None and few and not self.training and not torch.compiler.is_compiling():
-                experts = self.router.choose_few(x, sensitivity)
-                if len(set(experts)) > 1:
-                    return self._drop(self._run(x, torch.tensor(experts, device=x.device).view(x.shape[:2])))
-                forced = experts[0]
-            if forced is None and not self.training and routing.temperature is None and self._on_device(x):
-                expert = self.router.choose_on_device(x, sensitivity)
-                if expert is not None:
-                    return self._drop(self._run(x, expert))
+            if forced is None and not self.training:
+                one_dial = x.shape[0] == 1 or not isinstance(sensitivity, torch.Tensor)
+                if self._on_device(x):
+                    if routing.temperature is None and (expert := self.router.choose_on_device(x, sensitivity)) is not None:
+                        return self._drop(self._run(x, expert))
+                elif x.shape[0] * x.shape[1] <= FEW and one_dial and not torch.compiler.is_compiling():
+                    experts = self.router.choose_few(x, sensitivity)
+                    if len(set(experts)) > 1:
+                        return self._drop(self._run(x, torch.tensor(experts, device=x.device).view(x.shape[:2])))
+                    forced = experts[0]
             if forced is not None:
                 return self._drop(self._run(x, forced))
 
@@ -549,7 +551,7 @@ class NestedMLP(nn.Module):
 
     def _on_device(self, x):
         name = self.slot.mlp_implementation
-        if name == "auto" and (torch.is_grad_enabled() or not pays(x)):
+        if name == "auto" and (not pays(x) or torch.is_grad_enabled()):
             return False
         return name != "torch" and runs_triton(x, self.act_name)
 
