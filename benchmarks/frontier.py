@@ -2,6 +2,7 @@
 Quality against compute: DynaMoE and every alternative, trained on as many tokens and evaluated on the same ones.
 
     python benchmarks/frontier.py OUT                       # everything: hours, see the record for how many
+    python benchmarks/frontier.py OUT --bf16 --jobs 2       # two contenders at a time, in mixed precision
     python benchmarks/frontier.py OUT --only ours dense     # some contenders, for now
     python benchmarks/frontier.py OUT --tokens 4096 --eval-tokens 2048   # a rehearsal, minutes
 
@@ -10,10 +11,8 @@ each), and `postgresql-doc-15`, which nothing trains on or calibrates with. What
 again: stop it when you like, and run the same command to go on. Contenders, each at mean MLP shares of 90, 75, 60, 50 and 40%:
 
   ours          our recipe: one checkpoint, its routers, the dial set for each share
-  ours-long     the same on two and a half times the tokens of all others: what more training of the experts gives
   ours-oracle   the same weights, labels instead of routers
   ours-random   the same weights, experts drawn with the routers' frequencies in each layer
-  ours-long-oracle, ours-long-random   both with the weights of ours-long
   routers       our conversion with nothing but its routers trained, in minutes
   untrained     our conversion before training, labels as routes (an oracle)
   paper         the paper's recipe: projection labels, argmax routers, 0.2 LM loss + router loss, one run for each share
@@ -27,19 +26,28 @@ again: stop it when you like, and run the same command to go on. Contenders, eac
   adapted       the dense model after two fifths of the tokens, from which ours and the trained rivals learn (full width only)
   tuned         the dense model trained on all of the tokens (full width only)
 
+and if named by `--only`:
+
+  ours-long     ours on two and a half times the tokens of all others: what more training of the experts gives
+  ours-long-oracle, ours-long-random   its labels and random routes
+
 Ratios are perplexities over the dense base's on the same tokens, with 95% intervals over paired blocks. Writes
-benchmarks/results/frontier_<processor>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
+benchmarks/results/frontier_<processor or GPU>_<yyyymm>.{json,md,png}, where what was measured before with the same settings stays.
 """
 
 import argparse
 import copy
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from itertools import product
@@ -209,7 +217,7 @@ class Bench:
 
     def precision(self):
         """In which everything is evaluated: that of the training."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bf16)
 
     def nll(self, model, text):
         with self.precision():
@@ -351,9 +359,9 @@ def train_family(bench, folder, teacher, draw):
     model.train()
     started = time.monotonic() - seconds
     for step in tqdm(range(first, steps), desc=folder.name, initial=first, total=steps):
-        batch = blocks[order[step * size : (step + 1) * size]]
+        batch = blocks[order[step * size : (step + 1) * size]].to(model.device)
         subnet = draw(shares[step].item(), draws[step, 1] < 0.5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bench.bf16), pruned(model, subnet):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bench.bf16), pruned(model, subnet):
             with layer_outputs(model.model.layers) as states:
                 hidden = model.model(batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
             with torch.no_grad(), layer_outputs(teacher.model.layers) as target_states:
@@ -365,7 +373,7 @@ def train_family(bench, folder, teacher, draw):
                 log_probs = model.lm_head(hidden).float().log_softmax(-1)
                 return F.kl_div(log_probs, wanted, log_target=True, reduction="sum")[None]
 
-            loss, _ = LossesInChunks.apply(losses, torch.ones(1) / len(hidden), hidden, target_hidden)
+            loss, _ = LossesInChunks.apply(losses, torch.ones(1, device=model.device) / len(hidden), hidden, target_hidden)
             loss = loss + OURS["hidden_loss_coef"] * relative_error(states, target_states)[:, :-1].mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -397,7 +405,7 @@ def activation_sizes(dense, blocks):
                 )
             )
     for block in blocks:
-        dense.model(block[None], use_cache=False)
+        dense.model(block[None].to(dense.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     return [[torch.cat(values).sort().values for values in kept] for kept in sizes]
@@ -430,8 +438,8 @@ def oracle(bench, share, text, model):
             profiles = []
             with model.routing(route="label", sensitivity=theta, needs_labels=True, records=[]) as routing:
                 for batch in part.split(4):
-                    model.model(batch, use_cache=False)
-                    profiles.append(torch.stack([record.profile.flatten(0, 1) for record in routing.records]))
+                    model.model(batch.to(model.device), use_cache=False)
+                    profiles.append(torch.stack([record.profile.flatten(0, 1).cpu() for record in routing.records]))
                     routing.records.clear()
             theta = sensitivity_for(torch.cat(profiles, 1), shares, share)
     return _routed(bench, model, text, route="label", sensitivity=theta)
@@ -552,6 +560,19 @@ CONTENDERS: dict[str, Callable] = {
     "paper": paper,
 }
 FULL_ONLY, WITH_FULL = ("dense", "adapted", "tuned"), ("ours", "ours-long")
+# Contenders that share what is trained, for `--jobs`: the longest first.
+GROUPS = (
+    ("ours", "ours-oracle", "ours-random"),
+    ("flextron", "flextron-in"),
+    ("paper",),
+    ("static", "mixnmatch"),
+    ("tuned", "teal-tuned"),
+    ("routers",),
+    ("untrained", "adapted", "teal", "teal-adapted"),
+    ("cmoe",),
+    ("ours-long", "ours-long-oracle", "ours-long-random"),
+)
+IF_NAMED = GROUPS[-1]
 WITHOUT_OURS = ("dense", "tuned", "teal", "cmoe", "paper")  # what they are does not depend on our recipe
 ORACLES = ("ours-oracle", "ours-long-oracle", "untrained")
 LABELS = {
@@ -585,8 +606,8 @@ def what_is_learned(bench, name, share):
     kept, shares, theta = [], expert_shares(model), bench.measured(name, share, UNSEEN)["sensitivity"]
     with bench.precision(), model.routing(sensitivity=theta, records=[]) as routing:
         for batch in blocks.split(4):
-            model.model(batch, use_cache=False)
-            kept.append(torch.stack([row[record.expert] for row, record in zip(shares, routing.records)]))
+            model.model(batch.to(model.device), use_cache=False)
+            kept.append(torch.stack([row[record.expert.cpu()] for row, record in zip(shares, routing.records)]))
             routing.records.clear()
     width_LNS = torch.cat(kept, 1)
     width_NS, classes = width_LNS.mean(0), {}
@@ -612,6 +633,47 @@ def token_class(token):
     if word.isalpha():
         return "beginning of a word" if token != word else "inside of a word"
     return "number" if word.isdigit() else "punctuation and symbols"
+
+
+def measure_in_parallel(bench, names, args):
+    """
+    Each of `GROUPS` in a process of its own, which leaves what it measures in `out`; what several of them need is made first.
+    The output of each is in `out/jobs`.
+    """
+    _ = bench.adapted
+    for text in args.texts:
+        bench.measured("dense", 1.0, text)
+    groups = [wanted for group in GROUPS if (wanted := [name for name in group if name in names])]
+    logs = args.out / "jobs"
+    logs.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // args.jobs))}
+    settings = {"--tokens": args.tokens, "--eval-tokens": args.eval_tokens, "--results": logs}
+    settings |= {"--base": args.base} if args.base else {}
+    command = [sys.executable, __file__, args.out, *(part for setting in settings.items() for part in setting)]
+    command += ["--texts", *args.texts, *["--bf16"] * args.bf16]
+
+    def run(group):
+        with open(logs / f"{group[0]}.log", "w") as log:
+            arguments = [*map(str, command), "--only", *group]
+            return subprocess.run(arguments, stdout=log, stderr=log, env=environment).returncode
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        codes = list(tqdm(pool.map(run, groups), desc="Groups of contenders", total=len(groups)))
+    if failed := [f"{group[0]}.log" for group, code in zip(groups, codes) if code]:
+        raise SystemExit(
+            f"{len(failed)} of {len(groups)} processes failed; what the others measured is kept. Read {', '.join(failed)} in {logs}, "
+            "and run the same command to go on."
+        )
+
+
+def hardware(device):
+    """As `machine`, by the name of the GPU where that is what computes."""
+    found = machine(torch.get_num_threads())
+    if device.type == "cpu":
+        return found
+    processor = torch.cuda.get_device_name(device)
+    name = "-".join(processor.lower().split()[:2])
+    return {**found, "name": f"{name}_{found['name'].rpartition('_')[2]}", "processor": processor}
 
 
 def compare(bench, names, texts):
@@ -651,17 +713,20 @@ def joined(record, kept):
         seconds = {key: s for key, s in kept["training_seconds"].items() if key.split("-")[0] in WITHOUT_OURS}
         kept = {**kept, "learned": {}, "training_seconds": seconds}
     rows = sorted(record["rows"] + rows, key=lambda row: (TEXTS.index(row["text"]), list(CONTENDERS).index(row["contender"])))
-    return {**record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
+    kept_times = {key: kept[key] for key in ("in_one_go",) if key in kept and same_recipe}
+    return {**kept_times, **record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
 
 
 def table(record):
     seconds = sum(record["training_seconds"].values()) + sum(row["seconds"] for row in record["rows"])
+    whole = record.get("in_one_go")
     lines = [
         f"{record['machine']['processor']}, torch {record['machine']['torch']}, transformers {record['machine']['transformers']}, "
         f"{record['machine']['date']}. Perplexity over the dense base's on the same tokens, with 95% intervals; in brackets the "
         f"mean MLP share reached, where it is not the one asked for. {record['tokens']:,} training tokens each, if its row does not say otherwise. "
         f"Made by `python benchmarks/frontier.py OUT --tokens {record['tokens']}{' --bf16' * record['bf16']}` (the contenders of the "
-        f"table) in {seconds / 3600:.1f} hours.",
+        f"table): {seconds / 3600:.1f} hours, those of all processes together"
+        + (f"; in one go, `--jobs {whole['jobs']}`, {whole['seconds'] / 3600:.2f} hours." if whole else "."),
     ]
     for text in dict.fromkeys(row["text"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["text"] == text]
@@ -737,12 +802,15 @@ def main(argv=None):
     parser.add_argument("out", type=Path, help="folder for everything that is made; run again with the same to go on")
     parser.add_argument("--tokens", type=int, default=786_432, help="training tokens of each contender (786432)")
     parser.add_argument("--eval-tokens", type=int, default=20_480, help="evaluation tokens of each text (20480)")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="contenders, in this order (all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="contenders, in this order (all but ours-long)"
+    )
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, metavar="NAME", help=f"of {', '.join(TEXTS)}")
     parser.add_argument("--base", help="another Llama-style model, by folder or id (SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--bf16", action="store_true", help="train in mixed precision: on CPUs with AMX twice as fast, elsewhere slow"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with its part of torch's threads (1)")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
     settings = {"tokens": args.tokens, "eval_tokens": args.eval_tokens, "base": args.base, "bf16": args.bf16}
@@ -754,8 +822,10 @@ def main(argv=None):
         )
     if kept is None:
         write_json(args.out / "settings.json", settings)
-    bench = Bench(args.out, **settings)
-    names = list(dict.fromkeys(["dense", *(args.only or CONTENDERS)]))
+    started, bench = time.monotonic(), Bench(args.out, **settings)
+    names = list(dict.fromkeys(["dense", *(args.only or [name for name in CONTENDERS if name not in IF_NAMED])]))
+    if args.jobs > 1:
+        measure_in_parallel(bench, names, args)
     for name in tqdm(names, desc="Contenders"):
         rows = compare(bench, [name] if name == "dense" else ["dense", name], args.texts)
         for row in rows:
@@ -765,10 +835,12 @@ def main(argv=None):
                     flush=True,
                 )
     record = {
-        "machine": machine(torch.get_num_threads()), **settings, "recipe": {"adapt_share": ADAPT_SHARE, **OURS},
+        "machine": hardware(bench.dense.device), **settings, "recipe": {"adapt_share": ADAPT_SHARE, **OURS},
         "texts": read_json(args.out / "texts" / "versions.json"), "training_seconds": bench.training_seconds(),
         "rows": compare(bench, names, args.texts),
     }  # fmt: skip
+    if kept is None and not args.only and args.texts == TEXTS:
+        record["in_one_go"] = {"jobs": args.jobs, "seconds": round(time.monotonic() - started)}
     seen = [name for name in WITH_FULL if name in names and UNSEEN in args.texts]
     record["learned"] = {name: what_is_learned(bench, name, 0.6) for name in seen}
     args.results.mkdir(parents=True, exist_ok=True)

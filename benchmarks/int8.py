@@ -40,7 +40,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     dtype, int8 = getattr(torch, args.dtype), Int8WeightOnlyConfig()
-    routed = load_model(args.folder, dtype=dtype)
+    routed = load_model(args.folder, dtype=dtype, device_map="cpu")
     routed_int8 = load_model(args.folder, dtype=dtype, quantization_config=TorchAoConfig(int8))
     dense, dense_int8 = dense_prefix(routed, 1.0), dense_prefix(routed, 1.0)
     quantize_(dense_int8, int8, lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")

@@ -47,6 +47,7 @@ class SharedAndRouted(nn.Module):
     def __init__(self, mlp, hidden_TH, groups=GROUPS, shared=SHARED, top_k=TOP_K):
         super().__init__()
         size, routed, self.top_k = hidden_TH.shape[1] // groups, groups - shared, top_k
+        hidden_TH = hidden_TH.cpu()  # clusters are made row by row
         active_TH = torch.zeros_like(hidden_TH).scatter_(1, hidden_TH.abs().topk(ACTIVE, dim=1).indices, 1)
         by_rate_H = active_TH.mean(0).argsort(descending=True, stable=True)
         shared, rest = by_rate_H[: shared * size], by_rate_H[shared * size :]
@@ -102,7 +103,7 @@ def shared_and_routed(dense, blocks, **division):
         for layer, kept in zip(dense.model.layers, hidden)
     ]
     for block in blocks:
-        dense(block[None], use_cache=False, logits_to_keep=1)
+        dense(block[None].to(dense.device), use_cache=False, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
     loop = copy.deepcopy(dense)
@@ -129,7 +130,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.folder), load_tokenizer(args.folder)
+    model, tokenizer = load_model(args.folder, device_map="cpu"), load_tokenizer(args.folder)
     dense = dense_prefix(model, 1.0)
     blocks = token_blocks(documents_for("held-out"), tokenizer, 512, args.tokens)
     full = {"force_expert": model.config.expert_count - 1}

@@ -46,12 +46,12 @@ def pruned(dense, subnet):
     hooks = []
     for index, layer in enumerate(dense.model.layers):
         if subnet.widths is not None:
-            keep = torch.zeros(dense.config.intermediate_size)
+            keep = torch.zeros(dense.config.intermediate_size, device=dense.device)
             keep[: subnet.widths[index]] = 1
             hooks.append(layer.mlp.down_proj.register_forward_pre_hook(cut(keep)))
         if subnet.heads is not None:
             heads = dense.config.num_attention_heads
-            keep = torch.zeros(heads, layer.self_attn.o_proj.in_features // heads)
+            keep = torch.zeros(heads, layer.self_attn.o_proj.in_features // heads, device=dense.device)
             keep[subnet.head_order[index][: subnet.heads[index]]] = 1
             hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(cut(keep.flatten())))
     try:
@@ -78,7 +78,7 @@ def module_errors(dense, blocks):
 
     def watch(kind, index):
         def add(gradient):
-            weights[kind, index] += gradient.double().square().sum()
+            weights[kind, index] += gradient.double().square().sum().item()
 
         def hook(module, args, output):
             (output[0] if isinstance(output, tuple) else output).register_hook(add)
@@ -90,9 +90,8 @@ def module_errors(dense, blocks):
             value = args[0].detach()
 
             def add(gradient):
-                importance[index] += (
-                    (value * gradient)[0].view(-1, heads, value.shape[-1] // heads).sum(-1).abs().double().sum(0)
-                )
+                effect = (value * gradient)[0].view(-1, heads, value.shape[-1] // heads).sum(-1)
+                importance[index] += effect.abs().double().sum(0).cpu()
 
             args[0].register_hook(add)
 
@@ -105,6 +104,7 @@ def module_errors(dense, blocks):
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(rank(index)))
     dense.requires_grad_(False)
     for block in tqdm(blocks[:6], desc="Measuring gradients", leave=False):
+        block = block.to(dense.device)
         logits = dense(block[None], use_cache=False).logits[0, :-1]
         F.cross_entropy(logits, block[1:], reduction="sum").backward()
     for hook in hooks:
@@ -120,7 +120,7 @@ def module_errors(dense, blocks):
             hidden, tail = args[0][0, SINK_POSITIONS:], 0.0
             for kept in range(len(columns) - 1, 0, -1):
                 tail = tail + hidden[:, columns[kept]] @ module.weight[:, columns[kept]].t()
-                total[kept - 1] += weight * tail.square().sum()
+                total[kept - 1] += weight * tail.square().sum().item()
 
         return hook
 
@@ -137,7 +137,7 @@ def module_errors(dense, blocks):
         )
     with torch.no_grad():
         for block in tqdm(blocks[:8], desc="Measuring widths", leave=False):
-            dense.model(block[None], use_cache=False)
+            dense.model(block[None].to(dense.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     return errors
@@ -207,8 +207,8 @@ class InputRouters:
         for kind, index in tqdm(places, desc="Fitting input routers", leave=False):
             inputs, gains = (torch.cat(kept) for kept in collected.pop((kind, index)))
             torch.manual_seed(0)
-            router = TokenRouter(hidden_size, ROUTER_DIM, self.kinds[kind].options, "profile")
-            middle = torch.full((len(inputs),), 0.5)
+            router = TokenRouter(hidden_size, ROUTER_DIM, self.kinds[kind].options, "profile").to(inputs.device)
+            middle = torch.full((len(inputs),), 0.5, device=inputs.device)
             fit_router(router, inputs, self._profile(gains), middle, 800, 512, 2e-2)
             self.routers[kind, index] = router.requires_grad_(False)
 
@@ -228,7 +228,7 @@ class InputRouters:
         rank = torch.empty(hidden.shape[-1], dtype=torch.long)
         for position, columns in enumerate(groups):
             rank[columns] = position
-        return hidden * (rank <= choice[..., None])
+        return hidden * (rank.to(hidden.device) <= choice[..., None])
 
     @contextmanager
     def _hooked(self, choose):
@@ -273,14 +273,14 @@ class InputRouters:
             inputs.append(x.flatten(0, 1).bfloat16())
             gains.append(gain_TE)
             if theta is None:
-                return torch.full(x.shape[:2], self.kinds[kind].options - 1)
+                return torch.full(x.shape[:2], self.kinds[kind].options - 1, device=x.device)
             return label_of(self._profile(gain_TE), theta).view(x.shape[:2])
 
         for block in tqdm(blocks, desc="Collecting router inputs", leave=False):
             if generator is not None:
                 theta = 0.1 + 0.8 * torch.rand((), generator=generator).item()
             with self._hooked(choose):
-                self.dense.model(block[None], use_cache=False)
+                self.dense.model(block[None].to(self.dense.device), use_cache=False)
         return collected
 
     @contextmanager
@@ -311,7 +311,7 @@ class InputRouters:
             records = []
             with self.routed(logit, records):
                 for batch in blocks.split(4):
-                    self.dense.model(batch, use_cache=False)
+                    self.dense.model(batch.to(self.dense.device), use_cache=False)
             if abs(self.spent(records, logit) / budget - 1) < 0.005:
                 break
             low, high = -30.0, 30.0

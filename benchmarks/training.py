@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.folder), load_tokenizer(args.folder)
+    model, tokenizer = load_model(args.folder, device_map="cpu"), load_tokenizer(args.folder)
     dense = dense_prefix(model, 1.0)
     tokens = token_blocks(documents_for("training"), tokenizer, args.block_size, args.batch_size * args.block_size)
     with torch.no_grad():

@@ -49,7 +49,8 @@ def bench_folder(
     compile: bool = False,
 ) -> dict:
     """
-    Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes.
+    Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes: on the CPU, also
+    where there is a GPU (which `benchmarks/gpu.py` times).
 
     Parity comes first, and nothing is timed where it fails. All settings then run in turn in one process, and every ratio is
     the median of those of its rounds, so that a machine whose speed drifts slows them all.
@@ -71,7 +72,7 @@ def bench_folder(
     Raises:
         ValueError: no calibrated budgets, or full-width logits differ from the dense ones.
     """
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, device_map="cpu"), load_tokenizer(folder)
     marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import documents_for, text_names, token_blocks
-from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, refuse_existing, write_json
+from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
 from .label import error_weights, expert_shares, mean_share, recompute_layers, sensitivity_for, similarity_profiles
 from .modeling import DynaMoEForCausalLM
 from .modeling.modeling_dynamoe import dense_class_of, layout_of
@@ -103,7 +103,7 @@ def convert_model(
 
 def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A dense causal language model and its tokenizer, checked for what conversion needs.
+    A dense causal language model and its tokenizer, checked for what conversion needs, on this process's GPU if there is one.
 
     Raises:
         ValueError: not a causal language model, a DynaMoE model, damaged or NaN weights.
@@ -124,7 +124,7 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
     for name, parameter in dense.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{base} holds NaN or infinite numbers in `{name}`. Its weights are damaged: get them again.")
-    return dense.eval(), tokenizer
+    return on_gpu(dense).eval(), tokenizer
 
 
 def _forget_gguf(dense):

@@ -63,7 +63,7 @@ def run_demo(
     step(f"Calibrating the dial for budgets {', '.join(f'{b:g}' for b in budgets)}")
     calibrate_budgets(out / "trained", budgets)
     step("Evaluating on held-out topics, against the dense base on the same tokens")
-    model, tokenizer = load_model(out / "trained"), load_tokenizer(out / "trained")
+    model, tokenizer = load_model(out / "trained", device_map="cpu"), load_tokenizer(out / "trained")
     evaluations = evaluate_model(
         out / "trained", budget=budgets, base=base, baselines=("static", "random"), max_tokens=6144
     ) + evaluate_model(out / "trained", force_expert=model.config.expert_count - 1, base=base, max_tokens=6144)

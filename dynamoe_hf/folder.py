@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .modeling import DynaMoEForCausalLM
 
@@ -22,7 +22,8 @@ RESULTS, BENCHMARK = "results.json", "benchmark.json"
 
 def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
     """
-    The DynaMoE model of a folder or Hub id, in evaluation mode. `options` are those of `from_pretrained`.
+    The DynaMoE model of a folder or Hub id, in evaluation mode, on this process's GPU if there is one. `options` are those of
+    `from_pretrained`; `device_map="cpu"` keeps it off the GPU, and another one spreads it.
 
     Raises:
         ValueError: the folder holds no DynaMoE model, or its weights are incomplete.
@@ -32,7 +33,18 @@ def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
         raise ValueError(
             f"{folder} holds a dense {config.model_type} model, not a DynaMoE one. Run `dynamoe convert {folder} OUT` first."
         )
-    return _load(folder, **options).eval()
+    model = _load(folder, **options).eval()
+    return model if options.keys() & {"device_map", "quantization_config"} else on_gpu(model)
+
+
+def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The model, moved to this process's GPU if there is one: of several that which the launcher's `LOCAL_RANK` says. An empty
+    `CUDA_VISIBLE_DEVICES` keeps every stage on the CPU.
+    """
+    if torch.cuda.is_available() and model.device.type == "cpu":
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    return model
 
 
 def load_config(folder: str | Path):

@@ -33,7 +33,7 @@ from .folder import (
     refuse_existing,
     write_json,
 )
-from .label import mlp_gradients
+from .label import expert_shares, mlp_gradients
 from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
 from .modeling.nested_mlp import label_of
 
@@ -230,6 +230,7 @@ class DynaMoETrainer(Trainer):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
         self._parts: dict[str, list[torch.Tensor]] = {}
         super().__init__(model=model, args=args, **kwargs)
+        self.expert_shares = expert_shares(core).to(self.args.device)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
 
@@ -358,20 +359,17 @@ class DynaMoETrainer(Trainer):
     def _record(self, records, sensitivity, mask, **losses):
         """Keep the parts of the loss and the use of experts as device tensors; `log` is where the host reads them."""
         mask = mask.to(torch.float32)
-        used, shares, agreement = 0.0, 0.0, 0.0
-        for layer, record in zip(self.core.model.layers, records):
-            expert, widths = record.expert.to(mask.device), layer.mlp.widths
-            counts = [((expert == index) * mask).sum() for index in range(len(widths))]
-            used = used + torch.stack(counts)
-            shares = shares + sum(count * (width / widths[-1]) for count, width in zip(counts, widths))
-            if record.label is not None:
+        expert_LBS = torch.stack([record.expert.to(mask.device) for record in records])
+        used_LE = (F.one_hot(expert_LBS, self.expert_shares.shape[1]) * mask[..., None]).sum((1, 2))
+        tokens = mask.sum() * len(records)
+        metrics = {**losses, "mean_width": (used_LE * self.expert_shares.to(mask.device)).sum() / tokens}
+        if records[0].label is not None:
+            agreement = 0.0
+            for layer, record in zip(self.core.model.layers, records):
                 chosen = layer.mlp.router.choose(record.router_logits, sensitivity)
                 agreement = agreement + ((chosen == record.label).to(mask.device) * mask).sum()
-        tokens = mask.sum() * len(records)
-        metrics = {**losses, "mean_width": shares / tokens}
-        if records[0].label is not None:
             metrics["router_accuracy"] = agreement / tokens
-        metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used)}
+        metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used_LE.sum(0))}
         for name, value in metrics.items():
             self._parts.setdefault(name, []).append(value.detach())
 

@@ -16,6 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config):
+    """Tests put their inputs on the CPU, so where there is a GPU, stages must not see it, but for the tests that ask for one."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # The smallest settings that still exercise what is special about each family.
 FAMILIES = {
     "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,

@@ -208,7 +208,7 @@ def test_rehearsal(base, texts, tmp_path):
     (out / "texts").symlink_to(texts)
     command = [str(out), "--tokens", "5120", "--eval-tokens", "2044", "--base", str(base), "--bf16", "--results", str(results)]
     command += ["--texts", "postgresql-doc-15", "topics"]
-    frontier.main(command)
+    frontier.main([*command, "--only", *CONTENDERS])
     record = json.loads(next(results.glob("*.json")).read_text())
     rows = record["rows"]
     assert {row["contender"] for row in rows} == set(CONTENDERS)
@@ -233,6 +233,27 @@ def test_rehearsal(base, texts, tmp_path):
     assert json.loads(next(results.glob("*.json")).read_text()) == record, "what is not run again stays in the record"
     with pytest.raises(SystemExit, match="was begun with"):
         frontier.main([str(out), "--tokens", "2048"])
+
+
+def test_several_processes_measure_what_one_does(base, texts, tmp_path, capfd):
+    """The same rows, each group of contenders in a process of its own; and one that fails does not take the others with it."""
+    records = []
+    for jobs in ("1", "2"):
+        out, results = tmp_path / jobs, tmp_path / f"results-{jobs}"
+        out.mkdir()
+        (out / "texts").symlink_to(texts)
+        command = [str(out), "--tokens", "4096", "--eval-tokens", "1022", "--base", str(base), "--results", str(results)]
+        frontier.main([*command, "--texts", "topics", "--only", "static", "cmoe", "--jobs", jobs])
+        records.append(json.loads(next(results.glob("*.json")).read_text()))
+    for ours, theirs in zip(records[0]["rows"], records[1]["rows"], strict=True):
+        assert (ours["contender"], ours["asked"], ours["text"]) == (theirs["contender"], theirs["asked"], theirs["text"])
+        assert ours["ratio_to_dense"] == pytest.approx(theirs["ratio_to_dense"], rel=1e-3)
+    assert (tmp_path / "2" / "jobs" / "static.log").exists() and not (tmp_path / "1" / "jobs").exists()
+    (out / "held-out" / "postgresql-doc-15.txt").write_text("too short")
+    (out / "measured" / "dense-1-postgresql-doc-15.json").write_text((out / "measured" / "dense-1-topics.json").read_text())
+    with pytest.raises(SystemExit, match="1 of 1 processes failed.*cmoe.log"):
+        frontier.main([*command, "--texts", "postgresql-doc-15", "--only", "cmoe", "--jobs", "2"])
+    assert "too short" in (out / "jobs" / "cmoe.log").read_text()
 
 
 def test_records_of_several_days_are_joined():

@@ -1,5 +1,6 @@
 """Training: what moves, what is logged, and that batching, resuming and LoRA change nothing they should not."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -11,9 +12,13 @@ from reference import assert_close, causal_losses, gates, relative_error
 from transformers import Trainer, TrainingArguments
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.convert import convert_model, scale_difficulty
+from dynamoe_hf.calibrate import calibrate_budgets
+from dynamoe_hf.convert import convert_model, load_dense, scale_difficulty
+from dynamoe_hf.evaluate import evaluate_model
 from dynamoe_hf.folder import load_model
+from dynamoe_hf.generate import continue_text
 from dynamoe_hf.modeling.modeling_dynamoe import TokenRouter
+from dynamoe_hf.report import token_difficulty
 from dynamoe_hf.train import (
     ROUTER_TEMPERATURE,
     DynaMoETrainer,
@@ -633,6 +638,35 @@ def test_training_on_a_gpu(bf16, tmp_path):
     trainer = train(tiny_model(), tmp_path, max_steps=30, bf16=bf16, use_cpu=False, learning_rate=3e-3)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu` where there is one")
+def test_stages_on_a_gpu(dense_folder, text_file, token_ids, tmp_path):
+    """Each stage computes there unless it is told not to; what it writes loads anywhere, and says the same."""
+    converted, adapted, trained = (tmp_path / name for name in ("converted", "adapted", "trained"))
+    text = {"text": text_file, "block_size": 64}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    convert_model(dense_folder, converted, max_tokens=1024, **text)
+    assert torch.cuda.max_memory_allocated() > before
+    adapt_model(converted, adapted, max_tokens=2048, bf16=True, **text)
+    train_model(adapted, trained, max_tokens=4096, bf16=True, **text)
+    model = load_model(trained)
+    assert model.device.type == "cuda" and load_model(trained, device_map="cpu").device.type == "cpu"
+    on_cpu = load_model(trained, device_map="cpu")(token_ids, sensitivity=0.5).logits
+    assert_close("logits", model(token_ids.cuda(), sensitivity=0.5).logits.cpu(), on_cpu, atol=1e-3)
+    baselines = ("static", "random", "label")
+    entries = evaluate_model(
+        trained, sensitivity=[0.4, 1.0], base=dense_folder, baselines=baselines, max_tokens=1024, batch_size=2, **text
+    )
+    assert all(math.isfinite(entry["baselines"][kind]["ratio_to_dense"]) for entry in entries for kind in baselines)
+    loaded, tokenizer = load_dense(dense_folder)
+    assert loaded.device.type == "cuda"
+    with contextlib.suppress(ValueError):  # tiny routers may reach no budget, but where they run is the same
+        calibrate_budgets(trained, [0.6], max_tokens=1024, **text)
+    assert len(token_difficulty(model, tokenizer, "Some words.", 0.5)[0]) == 11
+    assert continue_text(model, tokenizer, "Some words", 4)
 
 
 def test_bad_settings(converted, tmp_path):
