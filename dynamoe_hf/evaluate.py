@@ -12,7 +12,16 @@ from tqdm.auto import tqdm
 
 from .convert import dense_prefix, load_dense
 from .data import documents_for, text_names, token_blocks
-from .folder import RESULTS, active_parameters, count_parameters, load_model, load_tokenizer, read_json, write_json
+from .folder import (
+    RESULTS,
+    active_parameters,
+    count_parameters,
+    load_dynamoe_config,
+    load_model,
+    load_tokenizer,
+    read_json,
+    write_json,
+)
 from .label import expert_shares, sensitivity_for, similarity_profiles
 from .modeling.configuration_dynamoe import check_sensitivity
 
@@ -61,8 +70,8 @@ def evaluate_model(
         raise ValueError("More than one of budget, sensitivity and force_expert was given. Give one of them.")
     if unknown := set(baselines) - set(BASELINES):
         raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    settings = _settings(model.config, budget, sensitivity, force_expert)
+    tokenizer = load_tokenizer(folder)
+    settings = _settings(load_dynamoe_config(folder), budget, sensitivity, force_expert)
     blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, max_tokens)
     if len(blocks) < 2:
         raise ValueError(
@@ -72,7 +81,8 @@ def evaluate_model(
     if base is not None:
         dense, _ = load_dense(base)
         dense_nll = block_nll(dense, blocks, batch_size, "Dense base")
-        del dense
+        del dense  # before ours is loaded: a GPU may have room for one of them
+    model = load_model(folder)
     counts, shares = count_parameters(model), expert_shares(model)
     named = "pydoc_data.topics (held-out)" if text is None else text_names(text)
     entries = []

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .modeling import DynaMoEForCausalLM
+from .modeling import DynaMoEConfig, DynaMoEForCausalLM
 
 
 CONVERSION, TRAINING, CALIBRATION = "conversion.json", "training.json", "calibration.json"
@@ -28,11 +28,7 @@ def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
     Raises:
         ValueError: the folder holds no DynaMoE model, or its weights are incomplete.
     """
-    config = load_config(folder)
-    if config.model_type != "dynamoe":
-        raise ValueError(
-            f"{folder} holds a dense {config.model_type} model, not a DynaMoE one. Run `dynamoe convert {folder} OUT` first."
-        )
+    load_dynamoe_config(folder)
     model = _load(folder, **options).eval()
     return model if options.keys() & {"device_map", "quantization_config"} else on_gpu(model)
 
@@ -55,6 +51,16 @@ def load_config(folder: str | Path):
         return AutoConfig.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"{folder} is neither a model folder nor a model on the Hub that can be reached: {error}") from error
+
+
+def load_dynamoe_config(folder: str | Path) -> DynaMoEConfig:
+    """As `load_config`, with a clear `ValueError` if it is that of a dense model."""
+    config = load_config(folder)
+    if config.model_type != "dynamoe":
+        raise ValueError(
+            f"{folder} holds a dense {config.model_type} model, not a DynaMoE one. Run `dynamoe convert {folder} OUT` first."
+        )
+    return config
 
 
 def load_tokenizer(folder: str | Path, **options) -> PreTrainedTokenizerBase:
@@ -169,9 +175,7 @@ def active_parameters(counts: dict[str, int], share: float) -> int:
 
 def inspect_folder(folder: str | Path) -> dict:
     """What a model folder holds: base, experts, router, dial, parameters, and what is known of its quality."""
-    config = load_config(folder)
-    if config.model_type != "dynamoe":
-        raise ValueError(f"{folder} holds a dense {config.model_type} model. Run `dynamoe convert {folder} OUT` first.")
+    config = load_dynamoe_config(folder)
     with torch.device("meta"):
         counts = count_parameters(DynaMoEForCausalLM(config))
     mlp = config.base_config.intermediate_size

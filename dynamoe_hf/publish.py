@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from .card import Variant, render_card
-from .folder import load_config, new_folder, read_json
+from .folder import load_dynamoe_config, new_folder, read_json
 
 
 LAYOUTS = ("repos", "revisions")
@@ -133,9 +133,7 @@ def plan_family(folder: str | Path, repo: str, variants: Sequence[float] | None,
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder. Give a model folder on this machine.")
-    config = load_config(folder)
-    if config.model_type != "dynamoe":
-        raise ValueError(f"{folder} holds a dense {config.model_type} model. Run `dynamoe convert {folder} OUT` first.")
+    config = load_dynamoe_config(folder)
     if repo.count("/") != 1:
         raise ValueError(
             f"The repository must be named with its owner, found {repo!r}. Give for example user/{Path(repo).name}."

@@ -122,11 +122,26 @@ class TokenRouter(nn.Module):
             self.output.bias[-1] = 1.0  # untrained, it takes the full width, as sensitivity 1 does with the other router
 
     def forward(self, x):
-        logits = self.output(F.silu(self.input(x.to(self.input.weight.dtype))))
+        x = x.to(self.input.weight.dtype)
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1] and self._is_plain(x):
+            return self._one_row(x)
+        logits = self.output(F.silu(self.input(x)))
         if self.router_type == "argmax" or logits.shape[-1] == 0:
             return logits
         # diff with a plain router: each logit adds a positive step to the one before, so the profile rises.
         return torch.cat([logits[..., :1], F.softplus(logits[..., 1:])], -1).cumsum(-1)
+
+    def _one_row(self, x):
+        """
+        As `forward`, of one token on a CPU, for compilers: in sums, which become one kernel with what is around them. A library's
+        product, or a cumulative sum, is a call of its own, and in decoding each costs as much as all of the arithmetic.
+        """
+        hidden = F.silu((self.input.weight * x.flatten()).sum(-1) + self.input.bias)
+        logits = (self.output.weight * hidden).sum(-1) + self.output.bias
+        if self.router_type == "profile" and len(logits) > 0:
+            steps = torch.cat([logits[:1], F.softplus(logits[1:])])
+            logits = (steps * torch.ones(len(steps), len(steps), dtype=x.dtype, device=x.device).tril()).sum(-1)
+        return logits.view(*x.shape[:-1], -1)
 
     def is_off(self, sensitivity):
         """Whether this sensitivity gives the full width to every token, so that there is nothing to predict."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling import nested_mlp as nested_mlp_module
-from dynamoe_hf.modeling.modeling_dynamoe import Routing
+from dynamoe_hf.modeling.modeling_dynamoe import Routing, TokenRouter
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
@@ -386,6 +386,24 @@ def test_mlp_implementation_falls_back_to_torch(monkeypatch, token_ids):
     monkeypatch.setattr(module, "TRITON", True)
     model.set_mlp_implementation("triton")
     assert torch.equal(model(token_ids, sensitivity=0.4).logits, expected)
+
+
+@pytest.mark.parametrize("router_type", ["profile", "argmax"])
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_a_router_in_sums_is_the_router(router_type, experts):
+    """What a compiler gets for one token, and its gradients."""
+    torch.manual_seed(0)
+    router = TokenRouter(16, 8, experts, router_type)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 1, 16)
+    assert_close("logits", router._one_row(x), router(x))
+    if router(x).numel():
+        pairs = zip(
+            *(torch.autograd.grad(logits.square().sum(), router.parameters()) for logits in (router._one_row(x), router(x)))
+        )
+        for index, (ours, plain) in enumerate(pairs):
+            assert_close(f"gradient {index}", ours, plain)
 
 
 @pytest.mark.gpu
