@@ -47,7 +47,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from itertools import product
@@ -658,8 +658,10 @@ def measure_in_parallel(bench, names, args):
             return subprocess.run(arguments, stdout=log, stderr=log, env=environment).returncode
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(tqdm(pool.map(run, groups), desc="Groups of contenders", total=len(groups)))
-    if failed := [f"{group[0]}.log" for group, code in zip(groups, codes) if code]:
+        running = {pool.submit(run, group): f"{group[0]}.log" for group in groups}
+        finished = tqdm(as_completed(running), desc="Groups of contenders", total=len(groups))
+        failed = [running[each] for each in finished if each.result() != 0]
+    if failed:
         raise SystemExit(
             f"{len(failed)} of {len(groups)} processes failed; what the others measured is kept. Read {', '.join(failed)} in {logs}, "
             "and run the same command to go on."

@@ -237,6 +237,7 @@ def test_rehearsal(base, texts, tmp_path):
 
 def test_several_processes_measure_what_one_does(base, texts, tmp_path, capfd):
     """The same rows, each group of contenders in a process of its own; and one that fails does not take the others with it."""
+    assert sorted(name for group in frontier.GROUPS for name in group) == sorted(set(CONTENDERS) - {"dense"})
     records = []
     for jobs in ("1", "2"):
         out, results = tmp_path / jobs, tmp_path / f"results-{jobs}"
