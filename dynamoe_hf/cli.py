@@ -5,6 +5,8 @@ import argparse
 import json
 import sys
 
+import torch
+
 from ._version import __version__
 from .benchmark import SHAPES, bench_folder
 from .calibrate import calibrate_budgets
@@ -28,7 +30,8 @@ Turn a dense Llama-style language model into one that spends less compute on eas
   dynamoe generate trained "Once upon a time" --budget 0.5
 
 Every stage reads a model folder and writes one, so any of them can be run alone or on another machine. Stages that are
-given no text read one that every Python carries (pydoc_data.topics), each its own part of it."""
+given no text read one that every Python carries (pydoc_data.topics), each its own part of it. They compute on the GPU where there
+is one, and on the CPU where CUDA_VISIBLE_DEVICES is empty; `bench` times the CPU."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         result = stage(**args)
     except (ValueError, OSError) as error:
         print(f"dynamoe: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"dynamoe: The GPU's memory does not suffice: {str(error).partition('. ')[0]}. Take smaller batches or blocks where the "
+            "stage has them (`--help`), or compute on the CPU: `CUDA_VISIBLE_DEVICES= dynamoe ...`.",
+            file=sys.stderr,
+        )
         return 1
     show(result)
     return 0

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
 
 from dynamoe_hf import cli
 from dynamoe_hf.card import render_card
@@ -153,6 +154,16 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert message in captured.err
     assert captured.err.startswith("dynamoe: ")
     assert "Traceback" not in captured.err
+
+
+def test_too_little_memory_on_a_gpu(monkeypatch, capsys):
+    def stage(folder):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB")
+
+    monkeypatch.setattr(cli, "inspect_folder", stage)
+    assert cli.main(["inspect", "folder"]) == 1
+    message = capsys.readouterr().err
+    assert "does not suffice: CUDA out of memory" in message and "CUDA_VISIBLE_DEVICES= dynamoe" in message
 
 
 def test_installed_command():
