@@ -640,9 +640,10 @@ def measure_in_parallel(bench, names, args):
     Each of `GROUPS` in a process of its own, which leaves what it measures in `out`; what several of them need is made first.
     The output of each is in `out/jobs`.
     """
-    _ = bench.adapted
     for text in args.texts:
         bench.measured("dense", 1.0, text)
+    if not {*names} <= {*WITHOUT_OURS, "routers", "untrained"}:
+        _ = bench.adapted
     groups = [wanted for group in GROUPS if (wanted := [name for name in group if name in names])]
     logs = args.out / "jobs"
     logs.mkdir(exist_ok=True)
@@ -715,8 +716,8 @@ def joined(record, kept):
         seconds = {key: s for key, s in kept["training_seconds"].items() if key.split("-")[0] in WITHOUT_OURS}
         kept = {**kept, "learned": {}, "training_seconds": seconds}
     rows = sorted(record["rows"] + rows, key=lambda row: (TEXTS.index(row["text"]), list(CONTENDERS).index(row["contender"])))
-    kept_times = {key: kept[key] for key in ("in_one_go",) if key in kept and same_recipe}
-    return {**kept_times, **record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
+    whole = {"in_one_go": kept["in_one_go"]} if same_recipe and "in_one_go" in kept else {}
+    return {**whole, **record, "rows": rows} | {key: kept[key] | record[key] for key in ("training_seconds", "learned")}
 
 
 def table(record):

@@ -21,6 +21,7 @@ from dynamoe_hf.modeling.nested_mlp import Projections  # noqa: E402
 
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 on_gpu = pytest.mark.skipif(DEVICE == "cpu" or not torch.cuda.is_available(), reason="needs a GPU, and no TRITON_INTERPRET")
 pytestmark = [
     pytest.mark.triton,
@@ -370,10 +371,10 @@ def test_compiles_for_real_chips(chip, tmp_path):
     assert len(compiled) == 26 + 4 * 6
     for case, kernel, _, spilled, used, wide, copies in compiled:
         assert int(used) <= shared, f"{case} {kernel} wants {used} bytes of shared memory"
-        # The sums of the backward pass do spill on an H100, and are faster so than in smaller tiles. Elsewhere Triton 3.6 spills a
-        # few in float32, which is the default nowhere.
+        # The sums of the backward pass do spill on an H100, and are faster so than in smaller tiles. Elsewhere only Triton
+        # before 3.7 spills a few, in float32, which is the default nowhere.
         sums = kernel == "_hidden_kernel" and case.endswith("backward")
-        allowed = 200 if sums and chip == "H100" else 80 if sums and case.startswith("float32") else 16
+        allowed = 200 if sums and chip == "H100" else 80 if sums and case.startswith("float32") and OLD_TRITON else 16
         assert int(spilled) <= allowed, f"{case} {kernel} spills {spilled} bytes of each thread's registers"
         assert int(wide) == int(copies) > 0, f"{case} {kernel}: {wide} of {copies} asynchronous copies are of 16 bytes"
 
