@@ -47,6 +47,7 @@ def bench_folder(
     new_tokens: int = 16,
     shapes: Sequence[str] = ("SmolLM2-135M", "Llama-3.2-1B"),
     compile: bool = False,
+    dtype: str = "auto",
 ) -> dict:
     """
     Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes: on the CPU, also
@@ -63,16 +64,17 @@ def bench_folder(
         new_tokens: tokens decoded in each round; `generate` makes twice as many.
         shapes: names in `SHAPES` of the single MLPs.
         compile: also decode one sequence with `torch.compile` and a static cache on both sides, which takes minutes to compile.
+        dtype: of everything that is timed, for example `"bfloat16"`; by default that of the folder.
 
     Returns:
-        `machine`, `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for. A row has `share`
+        `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for. A row has `share`
         (of MLP width), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached` (limit / ratio: 1
         is perfect), and `energy_ratio` where the machine counts energy.
 
     Raises:
         ValueError: no calibrated budgets, or full-width logits differ from the dense ones.
     """
-    model, tokenizer = load_model(folder, device_map="cpu"), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, device_map="cpu", dtype=dtype), load_tokenizer(folder)
     marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()
@@ -87,9 +89,9 @@ def bench_folder(
         tokens = texts(1, 64)
         parity = prove_parity(dense(tokens).logits, model(tokens, **full).logits, model.dtype)
         record = {
-            "machine": machine(threads),
+            "machine": {**machine(threads), "dtype": str(model.dtype).removeprefix("torch.")},
             "parity": parity,
-            "mlp": [row for name in shapes for row in bench_mlp(*SHAPES[name], rounds=rounds, name=name)],
+            "mlp": [row for name in shapes for row in bench_mlp(*SHAPES[name], rounds=rounds, name=name, dtype=model.dtype)],
             "decode": [
                 row
                 for batch in BATCHES
@@ -197,18 +199,24 @@ def _against(row, limit):
 
 @torch.no_grad()
 def bench_mlp(
-    hidden_size: int, mlp_width: int, tokens: Sequence[int] | None = None, rounds: int = 7, name: str = ""
+    hidden_size: int,
+    mlp_width: int,
+    tokens: Sequence[int] | None = None,
+    rounds: int = 7,
+    name: str = "",
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict]:
     """
     One nested MLP against the dense one: forced experts for one token, and experts drawn uniformly for more. The router is
     not part of it; the limit is the share of the width, the mean over tokens for mixed experts.
     """
     # As many layers as no cache holds: in a model the weights of each layer come from memory.
-    layers = max(1, round(COLD_BYTES / (12 * hidden_size * mlp_width)))
+    layers = max(1, round(COLD_BYTES / (3 * dtype.itemsize * hidden_size * mlp_width)))
     config = LlamaConfig(
         vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=8
     )
-    mlps = [layer.mlp for layer in DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config)).eval().model.layers]
+    model = DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config).to(dtype)).eval()
+    mlps = [layer.mlp for layer in model.model.layers]
     widths = mlps[0].widths
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -227,11 +235,11 @@ def bench_mlp(
         )
         rows.append({"shape": name or f"{hidden_size}x{mlp_width}", "tokens": x.shape[1], "case": case, "share": share, **row})
 
-    one = torch.randn(1, 1, hidden_size, generator=generator)
+    one = torch.randn(1, 1, hidden_size, generator=generator).to(dtype)
     for index, width in enumerate(widths[:-1]):
         measure(one, index, width / mlp_width, "forced")
     for count in [count for count in tokens or TOKENS if count > 1]:
-        x = torch.randn(1, count, hidden_size, generator=generator)
+        x = torch.randn(1, count, hidden_size, generator=generator).to(dtype)
         expert = torch.randint(len(widths), (1, count), generator=generator)
         share = torch.tensor(widths)[expert].float().mean().item() / mlp_width
         measure(x, expert, share, "mixed")

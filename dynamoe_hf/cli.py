@@ -230,7 +230,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_json(c)
 
     c = add("bench", "Wall-clock against the dense model in the same run -> benchmark.json.",
-            "dynamoe bench trained\ndynamoe bench trained --budgets 0.5 --threads 2 --json",
+            "dynamoe bench trained\ndynamoe bench trained --budgets 0.5 --threads 2 --json\n"
+            "dynamoe bench trained --dtype bfloat16                  # as it will be served",
             bench_folder, show_benchmark)  # fmt: skip
     c.add_argument("folder", help="calibrated model folder")
     c.add_argument("--budgets", type=numbers, metavar="A,B,..", help="marks of the dial (all calibrated ones)")
@@ -241,6 +242,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--shapes", nargs="+", default=("SmolLM2-135M", "Llama-3.2-1B"), metavar="NAME", help=f"MLPs: {', '.join(SHAPES)}"
     )
     c.add_argument("--compile", action="store_true", help="also decode with torch.compile on both sides (minutes)")
+    c.add_argument("--dtype", default="auto", help="in which both sides are timed (as in the folder)")
     add_json(c)
 
     c = add("report", "Pictures: frontier, use of experts by layer, a text coloured by difficulty.",
@@ -344,7 +346,9 @@ def show_evaluation(entries):
 
 def show_benchmark(record):
     machine = record["machine"]
-    print(f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['date']}")
+    print(
+        f"{machine['processor']}, {machine['threads']} thread(s), {machine['dtype']}, torch {machine['torch']}, {machine['date']}"
+    )
     print(f"Parity at full width: largest relative difference {record['parity']['largest_relative_difference']:.1g}\n")
     print(f"{'what':44} {'share':>6} {'time to dense (range)':>24} {'limit':>7} {'reached':>8}")
     for row in record["mlp"]:

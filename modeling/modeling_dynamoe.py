@@ -29,6 +29,7 @@ from transformers.utils import logging
 from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
 from .nested_mlp import (
     FEW,
+    SILU,
     Projections,
     dense_mlp,
     label_of,
@@ -412,7 +413,7 @@ class NestedMLP(nn.Module):
             if kept is None:
                 return None
         weight, bias = kept.router_input
-        hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias))
+        hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias), inplace=True)
         row = F.linear(hidden, *kept.router_output).tolist()[0][0]
         return dense_mlp(x, kept.prefixes[kept.router.choose_one(row, sensitivity)])
 
@@ -429,8 +430,10 @@ class NestedMLP(nn.Module):
                 return None
             linears.append((owner, name, linear, linear._parameters, weight.data_ptr()))
         first, second = linears[-2][2], linears[-1][2]
-        act = getattr(self.activation, "forward", self.activation)  # without what a module's call adds
-        prefixes = [prefix._replace(act=act) for prefix in self.prefixes(x)]
+        prefixes = self.prefixes(x)
+        if type(self.activation) not in SILU:  # else it is not called
+            act = getattr(self.activation, "forward", self.activation)  # without what a module's call adds
+            prefixes = [prefix._replace(act=act) for prefix in prefixes]
         return Kept(linears, router, (first.weight, first.bias), (second.weight, second.bias), prefixes)
 
     def hidden(self, x):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.activations import ACT2FN
 
 
@@ -21,6 +22,9 @@ SMALLEST_BLOCK = 2_500_000
 SMALLEST_SORT = 15_000_000
 FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
 ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
+# Where the processor has units for products of bfloat16 (AMX), multiplications are cheaper, and calls cost what they cost.
+MATRIX_SMALLEST_BLOCK, MATRIX_ROWS = 100_000_000, (32,)
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 class Projections(NamedTuple):
@@ -44,8 +48,12 @@ class Projections(NamedTuple):
         up = F.linear(x_TD, self.up, self.up_bias)
         if self.gate is None:
             return self.act(up)
-        gate = self.act(F.linear(x_TD, self.gate, self.gate_bias))
-        return gate * up if torch.is_grad_enabled() else gate.mul_(up)  # in place: memory not asked for costs no page faults
+        gate = F.linear(x_TD, self.gate, self.gate_bias)
+        if torch.is_grad_enabled():
+            return self.act(gate) * up
+        # In place: memory that is not asked for costs no page faults, and is in the cache already.
+        gate = F.silu(gate, inplace=True) if type(self.act) in SILU else self.act(gate)
+        return gate.mul_(up)
 
 
 def dense_mlp(x_TD, weights):
@@ -104,13 +112,15 @@ def _stairs(counts, prefixes):
     """
     tokens = rows = going_on = sum(counts)
     hidden_size, low, stops, stairs = prefixes[-1].up.shape[1], 0, [], []
+    in_units = _in_matrix_units(prefixes[-1].down)
+    smallest, steps = (MATRIX_SMALLEST_BLOCK, MATRIX_ROWS) if in_units else (SMALLEST_BLOCK, ROWS)
     for count, prefix in zip(counts, prefixes):
         if count == 0:  # nobody stops at this width, so the next block takes its neurons along
             continue
         high = prefix.down.shape[1]
         going_on -= count
-        following = min(tokens, next((rows for rows in ROWS if going_on <= rows), going_on))
-        if going_on and (rows - following) * (high - low) * hidden_size < SMALLEST_BLOCK:
+        following = min(tokens, next((step for step in steps if going_on <= step), going_on))
+        if going_on and (rows - following) * (high - low) * hidden_size < smallest:
             stops.append((going_on, high))
             continue
         if high > low:
@@ -120,21 +130,36 @@ def _stairs(counts, prefixes):
     return stairs
 
 
+def _in_matrix_units(weight):
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    if dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older torch does not say
+
+
 def _masked_mlp(x_TD, expert_T, prefixes):
     """As `staircase_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
     tokens, rows = len(x_TD), ROWS[-1]
     if rows // 2 < tokens < rows:  # a whole block of rows takes no longer than part of one, and up to a quarter less
         x_TD, expert_T = F.pad(x_TD, (0, 0, 0, rows - tokens)), F.pad(expert_T, (0, rows - tokens))
-    widths = tuple(prefix.down.shape[1] for prefix in prefixes)
-    hidden, beyond = prefixes[-1].hidden(x_TD), _beyond(widths, x_TD.device).index_select(0, expert_T)
-    hidden = hidden.masked_fill(beyond, 0) if torch.is_grad_enabled() else hidden.masked_fill_(beyond, 0)
-    return F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)[:tokens]
+    widths, hidden = tuple(prefix.down.shape[1] for prefix in prefixes), prefixes[-1].hidden(x_TD)
+    own = _own(widths, hidden.element_size(), x_TD.device).index_select(0, expert_T)
+    if torch.is_grad_enabled():
+        hidden = hidden.masked_fill(own == 0, 0)
+    else:  # the trap: a product with zero would leave what is infinite; and to fill by a mask goes number by number
+        hidden.view(own.dtype).bitwise_and_(own)
+    y_TD = F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)
+    return y_TD if len(y_TD) == tokens else y_TD[:tokens]
 
 
 @lru_cache(maxsize=64)
-def _beyond(widths, device):
-    """Which neurons lie beyond each expert: (E, H) bool. The same for all layers of a model, so it stays in the processor's cache."""
-    return torch.arange(widths[-1], device=device) >= torch.tensor(widths, device=device)[:, None]
+def _own(widths, size, device):
+    """
+    Which neurons each expert has: (E, H) integers of `size` bytes, all bits set or none. The same for all layers of a model, so it
+    stays in the processor's cache.
+    """
+    own = torch.arange(widths[-1], device=device) < torch.tensor(widths, device=device)[:, None]
+    return -own.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
 
 
 def routed_mlp(x_TD, expert_T, prefixes):

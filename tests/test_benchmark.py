@@ -17,7 +17,9 @@ from dynamoe_hf.benchmark import (
     machine,
     peak_memory,
 )
+from dynamoe_hf.cli import main
 from dynamoe_hf.folder import load_model
+from dynamoe_hf.modeling import modeling_dynamoe, nested_mlp
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,25 @@ def test_single_mlp_cases(monkeypatch):
     rows = bench_mlp(32, 64, tokens=(1, 3), rounds=1)
     assert [(row["tokens"], row["case"]) for row in rows] == [(1, "forced")] * 3 + [(3, "mixed")]
     assert [row["limit"] for row in rows[:3]] == [0.25, 0.5, 0.75]
+
+
+def test_a_dtype_of_its_own(folder, monkeypatch, capsys):
+    monkeypatch.setattr("dynamoe_hf.benchmark.TOKENS", (1, 4))
+    monkeypatch.setattr("dynamoe_hf.benchmark.SHAPES", {"tiny": (32, 64)})
+    monkeypatch.setattr("dynamoe_hf.benchmark.COLD_BYTES", 2**16)
+    monkeypatch.setattr("dynamoe_hf.benchmark.BATCHES", (1,))
+    monkeypatch.setattr("dynamoe_hf.benchmark.PROMPTS", (32,))
+    computed, original = set(), nested_mlp.dense_mlp
+
+    def dense_mlp(x, weights):
+        computed.update((x.dtype, weights.down.dtype))
+        return original(x, weights)
+
+    monkeypatch.setattr(modeling_dynamoe, "dense_mlp", dense_mlp)
+    assert main(["bench", str(folder), "--dtype", "bfloat16", "--shapes", "tiny", "--rounds", "1", "--new-tokens", "2"]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    assert json.loads((folder / "benchmark.json").read_text())["machine"]["dtype"] == "bfloat16"
+    assert computed == {torch.bfloat16}
 
 
 def test_nothing_is_timed_where_parity_fails(folder, monkeypatch):

@@ -77,6 +77,10 @@ def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monke
         y = nested_mlp(mlp, inputs, expert)
         y.square().sum().backward()
         expected = y, inputs.grad, mlp.down_linear.weight.grad, mlp.up_linear.weight.grad
+        with torch.no_grad():  # in place
+            assert_close(
+                f"output, {mix}, no gradient", mlp._run(x, expert[None])[0], y, atol=2e-4 * y.abs().max().item() + 1e-6
+            )
         for training, actual in results.items():
             for name, a, e in zip(("output", "gradient of x", "gradient of down", "gradient of up"), actual, expected):
                 assert_close(f"{name}, {mix}, training={training}", a, e, atol=2e-4 * e.abs().max().item() + 1e-6)
@@ -123,6 +127,37 @@ def test_only_the_chosen_prefix_is_computed(monkeypatch, token_ids):
         assert not torch.isnan(mlp._run(torch.randn(1, 1, 32), torch.tensor([[1]]))).any()
         assert not torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 1, 1, 0]]))).any()
         assert torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_what_is_infinite_beyond_a_token_is_not_its_own(tokens):
+    """In float16 a neuron may overflow. One that a token does not have must not reach it, not even as zero times infinite."""
+    mlp = tiny_dynamoe().model.layers[1].mlp
+    x, expert = torch.randn(1, tokens, 32), torch.zeros(1, tokens, dtype=torch.long)
+    with torch.no_grad():
+        expected = mlp._run(x, expert)
+        expert[0, -1] = 3
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[-8:] = torch.inf
+        y = mlp._run(x, expert)
+    assert not y[0, -1].isfinite().all(), "who has the neuron sees it"
+    assert_close("tokens without it", y[:, :-1], expected[:, :-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("units", [True, False])
+def test_fewer_blocks_where_units_multiply(dtype, units, monkeypatch):
+    """With matrix units for bfloat16 multiplications are cheaper and calls are not."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    up, down = torch.empty(1536, 576, dtype=dtype), torch.empty(576, 1536, dtype=dtype)
+    whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.functional.silu)
+    prefixes = [whole.block(0, width) for width in (384, 768, 1152, 1536)]
+    stairs = nested_mlp_module._stairs([64] * 4, prefixes)
+    assert len(stairs) == (2 if units and dtype == torch.bfloat16 else 4)
+    assert [(low, high) for _, low, high, _ in stairs][-1][1] == 1536
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert len(nested_mlp_module._stairs([64] * 4, prefixes)) == (2 if units else 4)
 
 
 def test_sensitivity_is_a_dial(token_ids):
