@@ -77,6 +77,11 @@ def _load(folder, **options):
     """`AutoModelForCausalLM.from_pretrained`, with damaged weights told in one sentence."""
     keep_large_buffers()
     options = {"dtype": "auto", **options}
+    dtype = options["dtype"]
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(
+            f"There is no such dtype: found {dtype!r}. Choose float32, bfloat16, float16, or auto as in the checkpoint."
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     except (SafetensorError, EOFError) as error:

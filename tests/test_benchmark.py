@@ -156,6 +156,12 @@ def test_a_dtype_of_its_own(folder, monkeypatch, capsys):
     assert computed == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("wrong", ["bflot16", "nn"])
+def test_a_dtype_that_is_none(folder, wrong, capsys):
+    assert main(["bench", str(folder), "--dtype", wrong]) == 1
+    assert f"no such dtype: found {wrong!r}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_nothing_is_timed_where_parity_fails(folder, monkeypatch):
     monkeypatch.setattr("dynamoe_hf.benchmark.dense_prefix", lambda model, width: tiny_dynamoe(seed=3))
     monkeypatch.setattr("dynamoe_hf.benchmark.interleaved", lambda *args: pytest.fail("timed before parity"))
