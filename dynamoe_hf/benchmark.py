@@ -72,8 +72,10 @@ def bench_folder(
         is perfect), and `energy_ratio` where the machine counts energy.
 
     Raises:
-        ValueError: no calibrated budgets, or full-width logits differ from the dense ones.
+        ValueError: no calibrated budgets, an unknown shape, or full-width logits differ from the dense ones.
     """
+    if unknown := set(shapes) - set(SHAPES):
+        raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
     model, tokenizer = load_model(folder, device_map="cpu", dtype=dtype), load_tokenizer(folder)
     marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}

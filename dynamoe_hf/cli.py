@@ -90,9 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--router-type", default="profile", choices=("profile", "argmax"), help="profile has a dial; argmax is the paper's"
     )
-    c.add_argument("--router-dim", type=int, help="hidden size of the routers (about 1%% of the MLP)")
-    c.add_argument("--max-tokens", type=int, default=8192, help="calibration tokens (8192)")
-    c.add_argument("--block-size", type=int, default=512, help="tokens in one sequence (512)")
+    c.add_argument("--router-dim", type=count, help="hidden size of the routers (about 1%% of the MLP)")
+    c.add_argument("--max-tokens", type=count, default=8192, help="calibration tokens (8192)")
+    c.add_argument("--block-size", type=count, default=512, help="tokens in one sequence (512)")
     c.add_argument("--dtype", default="auto", help="dtype of the weights (as in the checkpoint)")
     c.add_argument("--seed", type=int, default=0)
 
@@ -102,15 +102,15 @@ def make_parser() -> argparse.ArgumentParser:
         c.add_argument("--text", nargs="+", metavar="FILE", help="training text")
         c.add_argument("--dataset", metavar="ID[:CONFIG]", help="or a dataset, streamed")
         c.add_argument("--column", default="text", help="its text column (text)")
-        c.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens to train on ({max_tokens})")
+        c.add_argument("--max-tokens", type=count, default=max_tokens, help=f"tokens to train on ({max_tokens})")
         c.add_argument("--learning-rate", type=float, default=learning_rate, help=f"of all but routers ({learning_rate:g})")
         c.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-        c.add_argument("--block-size", type=int, default=256, help="tokens in one sequence (256)")
-        c.add_argument("--batch-size", type=int, default=4, help="sequences in one step (4)")
-        c.add_argument("--gradient-accumulation-steps", type=int, default=1)
+        c.add_argument("--block-size", type=count, default=256, help="tokens in one sequence (256)")
+        c.add_argument("--batch-size", type=count, default=4, help="sequences in one step (4)")
+        c.add_argument("--gradient-accumulation-steps", type=count, default=1)
         c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs, and CPUs with AMX")
         c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-        c.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (50)")
+        c.add_argument("--save-steps", type=count, default=50, help="steps between checkpoints (50)")
         c.add_argument("--seed", type=int, default=0)
 
     c = add("adapt", "Let the full width learn a text that the base does not know, before `train`. Leave it out to keep the base's.",
@@ -176,7 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
         "0: none",
     )
     c.add_argument("--width-loss-coef", type=float, default=0.9, help="price of width that they weigh the loss against (0.9)")
-    c.add_argument("--lora-rank", type=int, default=16)
+    c.add_argument("--lora-rank", type=count, default=16)
 
     c = add("calibrate", "Budgets (mean share of MLP width) -> sensitivities, written into the folder's config.",
             "dynamoe calibrate trained --budgets 0.5,0.6,0.75,0.9", calibrate_budgets, show_calibration)  # fmt: skip
@@ -185,9 +185,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--budgets", type=numbers, default=(0.5, 0.6, 0.75, 0.9), metavar="A,B,..", help="shares (0.5,0.6,0.75,0.9)"
     )
     c.add_argument("--text", nargs="+", metavar="FILE", help="text that was not trained on")
-    c.add_argument("--max-tokens", type=int, default=8192, help="calibration tokens (8192)")
-    c.add_argument("--block-size", type=int, default=512, help="tokens in one sequence (512)")
-    c.add_argument("--batch-size", type=int, default=4)
+    c.add_argument("--max-tokens", type=count, default=8192, help="calibration tokens (8192)")
+    c.add_argument("--block-size", type=count, default=512, help="tokens in one sequence (512)")
+    c.add_argument("--batch-size", type=count, default=4)
 
     c = add("evaluate", "Perplexity, mean width and use of experts at a setting of the dial -> results.json.",
             "dynamoe evaluate trained --budget 0.5,0.75 --base HuggingFaceTB/SmolLM2-135M-Instruct --baselines static random\n"
@@ -205,10 +205,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--baselines", nargs="+", default=(), metavar="NAME", help="static, random, label: same weights, same share"
     )
     c.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="lm-eval tasks, task files, or `literature`")
-    c.add_argument("--task-limit", type=int, help="examples of each task at most")
-    c.add_argument("--max-tokens", type=int, default=16384, help="tokens (16384)")
-    c.add_argument("--block-size", type=int, default=512, help="tokens in one sequence (512)")
-    c.add_argument("--batch-size", type=int, default=4)
+    c.add_argument("--task-limit", type=count, help="examples of each task at most")
+    c.add_argument("--max-tokens", type=count, default=16384, help="tokens (16384)")
+    c.add_argument("--block-size", type=count, default=512, help="tokens in one sequence (512)")
+    c.add_argument("--batch-size", type=count, default=4)
     add_json(c)
 
     c = add("generate", "Continue a prompt at a setting of the dial.",
@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     setting = c.add_mutually_exclusive_group()
     setting.add_argument("--budget", type=float, metavar="B", help="calibrated mean share of MLP width")
     setting.add_argument("--sensitivity", type=float, metavar="S", help="threshold in (0, 1]")
-    c.add_argument("--max-new-tokens", type=int, default=64)
+    c.add_argument("--max-new-tokens", type=count, default=64)
     c.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     c.add_argument("--chat", action="store_true", help="treat the prompt as a question, through the chat template")
     c.add_argument("--seed", type=int, default=0)
@@ -235,9 +235,9 @@ def make_parser() -> argparse.ArgumentParser:
             bench_folder, show_benchmark)  # fmt: skip
     c.add_argument("folder", help="calibrated model folder")
     c.add_argument("--budgets", type=numbers, metavar="A,B,..", help="marks of the dial (all calibrated ones)")
-    c.add_argument("--threads", type=int, default=1, help="of torch (1: steady on a busy machine)")
-    c.add_argument("--rounds", type=int, default=5, help="counted rounds, after one to warm up (5)")
-    c.add_argument("--new-tokens", type=int, default=16, help="tokens decoded in each round (16)")
+    c.add_argument("--threads", type=count, default=1, help="of torch (1: steady on a busy machine)")
+    c.add_argument("--rounds", type=count, default=5, help="counted rounds, after one to warm up (5)")
+    c.add_argument("--new-tokens", type=count, default=16, help="tokens decoded in each round (16)")
     c.add_argument(
         "--shapes", nargs="+", default=("SmolLM2-135M", "Llama-3.2-1B"), metavar="NAME", help=f"MLPs: {', '.join(SHAPES)}"
     )
@@ -281,8 +281,15 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--budgets", type=numbers, default=(0.9, 0.75, 0.6, 0.5), metavar="A,B,..", help="shares (0.9,0.75,0.6,0.5)"
     )
-    c.add_argument("--max-tokens", type=int, default=65_536, help="training tokens (65536)")
+    c.add_argument("--max-tokens", type=count, default=65_536, help="training tokens (65536)")
     return parser
+
+
+def count(value: str) -> int:
+    """`16` -> 16; nothing less than 1."""
+    if not value.strip().isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {value!r}")
+    return int(value)
 
 
 def numbers(value: str) -> tuple[float, ...]:

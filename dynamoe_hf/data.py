@@ -77,6 +77,8 @@ def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iter
     Documents, an end-of-text token after each, packed one after the other into blocks of `block_size` tokens. Each block
     begins with the begin-of-text token where the tokenizer puts one before a text: some families are lost without it.
     """
+    if block_size < 2:
+        raise ValueError(f"A block must have two tokens or more, one to predict from another: found {block_size}.")
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = tokenizer.bos_token_id
     start = [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
@@ -92,12 +94,12 @@ def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iter
 
 def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max_tokens: int | None = None) -> torch.Tensor:
     """
-    Packed token ids, (N, `block_size`) int64: N whole blocks of at most `max_tokens` tokens in all.
+    Packed token ids, (N, `block_size`) int64: N whole blocks of at most `max_tokens` tokens in all, but one at least.
 
     Raises:
-        ValueError: the text does not fill one block.
+        ValueError: the text does not fill one block, or a block is too small.
     """
-    limit = None if max_tokens is None else max(1, max_tokens // block_size)
+    limit = None if max_tokens is None else max(1, max_tokens // max(1, block_size))
     blocks = list(itertools.islice(iterate_blocks(documents, tokenizer, block_size), limit))
     if not blocks:
         raise ValueError(

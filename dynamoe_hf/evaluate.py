@@ -70,6 +70,7 @@ def evaluate_model(
         raise ValueError("More than one of budget, sensitivity and force_expert was given. Give one of them.")
     if unknown := set(baselines) - set(BASELINES):
         raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
+    read_json(Path(folder) / RESULTS)  # a damaged file is told before the work whose results it should take
     tokenizer = load_tokenizer(folder)
     settings = _settings(load_dynamoe_config(folder), budget, sensitivity, force_expert)
     blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, max_tokens)

@@ -145,8 +145,15 @@ def write_json(path: str | Path, content: dict) -> None:
 
 
 def read_json(path: str | Path) -> dict | None:
-    """The content of a JSON file, `None` if there is no such file."""
-    return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    """The content of a JSON file, `None` if there is no such file. Raises `ValueError` where it is damaged."""
+    if not Path(path).is_file():
+        return None
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}), for example cut off or edited. Repair it, or delete it."
+        ) from error
 
 
 def update_config(folder: str | Path, **fields) -> None:

@@ -123,6 +123,10 @@ class DynaMoEConfig(PreTrainedConfig):
             raise ValueError(f"`similarity` is unknown: found {self.similarity!r}. Choose one of {', '.join(SIMILARITIES)}.")
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"`router_type` is unknown: found {self.router_type!r}. Choose one of {', '.join(ROUTER_TYPES)}.")
+        if self.router_dim is not None and (not isinstance(self.router_dim, int) or self.router_dim < 1):
+            raise ValueError(
+                f"`router_dim` must be a whole number of at least 1, found {self.router_dim!r}. None gives about 1% of the MLP."
+            )
         check_sensitivity(self.sensitivity)
         for value in self.train_sensitivity:
             check_sensitivity(value)

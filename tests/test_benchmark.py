@@ -156,6 +156,11 @@ def test_a_dtype_of_its_own(folder, monkeypatch, capsys):
     assert computed == {torch.bfloat16}
 
 
+def test_an_unknown_shape(folder):
+    with pytest.raises(ValueError, match="Unknown shapes Huge"):
+        bench_folder(folder, shapes=["SmolLM2-135M", "Huge"])
+
+
 @pytest.mark.parametrize("wrong", ["bflot16", "nn"])
 def test_a_dtype_that_is_none(folder, wrong, capsys):
     assert main(["bench", str(folder), "--dtype", wrong]) == 1

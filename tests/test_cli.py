@@ -156,6 +156,18 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("wrong", ["0", "-3", "2.5", "many"])
+@pytest.mark.parametrize(
+    "option",
+    ["bench F --threads", "bench F --rounds", "convert B F --router-dim", "train F G --batch-size", "evaluate F --max-tokens"],
+)
+def test_counts_are_whole_and_at_least_one(option, wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*option.split()[:-1], f"{option.split()[-1]}={wrong}"])
+    assert stop.value.code == 2
+    assert f"expected a whole number of at least 1, found '{wrong}'" in capsys.readouterr().err
+
+
 def test_too_little_memory_on_a_gpu(monkeypatch, capsys):
     def stage(folder):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB")

@@ -256,6 +256,7 @@ class TestBadInput:
         self.refused(tmp_path, "must rise", dense_folder, widths=(0.5, 0.25, 1))
         self.refused(tmp_path, "exactly 1", dense_folder, widths=(0.25, 0.5))
         self.refused(tmp_path, "importance 'magic' is unknown", dense_folder, importance="magic")
+        self.refused(tmp_path, "`router_dim` must be a whole number of at least 1, found -3", dense_folder, router_dim=-3)
 
     def test_short_text(self, dense_folder, tmp_path):
         (tmp_path / "short.txt").write_text("too short")

@@ -60,6 +60,9 @@ def test_bad_text(tmp_path):
         read_documents(tmp_path / "missing.txt")
     with pytest.raises(ValueError, match="too short.*512"):
         token_blocks(["short"], tiny_tokenizer(), 512)
+    for block_size in (-4, 0, 1):  # with a token before each text, blocks of one would never end
+        with pytest.raises(ValueError, match=f"two tokens or more.*found {block_size}"):
+            token_blocks(["some words"], tiny_tokenizer(), block_size, 64)
     with pytest.raises(ValueError, match="Give one of them"):
         documents_for("training", text="a.txt", dataset="b")
     with pytest.raises(ValueError, match="no split 'test'"):

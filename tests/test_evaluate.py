@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -83,6 +84,14 @@ def test_results_are_kept_and_replaced(folder):
     evaluate_model(folder, sensitivity=0.3, **FAST)
     kept = json.loads((folder / "results.json").read_text())["evaluations"]
     assert [entry["setting"] for entry in kept].count("sensitivity 0.3") == 1
+
+
+def test_damaged_results_are_told_before_the_work(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "results.json").write_text('{"evaluations": [')
+    monkeypatch.setattr("dynamoe_hf.evaluate.load_model", lambda folder: pytest.fail("loaded a model first"))
+    with pytest.raises(ValueError, match=r"results\.json is not valid JSON.*Repair it, or delete it"):
+        evaluate_model(tmp_path / "cut", budget=0.6, **FAST)
 
 
 def test_active_parameters(folder):
