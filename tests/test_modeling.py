@@ -89,10 +89,11 @@ def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monke
 @pytest.mark.parametrize("smallest_block", [0, 10**9], ids=["a block each", "one block"])
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 12, 40])
+@pytest.mark.parametrize("tokens", [1, 12, 40, 100])
 def test_autocast(family, widths, tokens, smallest_block, monkeypatch):
     """Weights in float32, products in bfloat16, as a `Trainer` with bf16 evaluates: near the plain loop in float32."""
     monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
+    monkeypatch.setattr(nested_mlp_module, "MATRIX_SMALLEST_BLOCK", smallest_block)  # where the processor has such units
     if smallest_block < 10**9:
         monkeypatch.setattr(nested_mlp_module, "SMALLEST_SORT", 0)
     mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
