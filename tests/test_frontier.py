@@ -99,6 +99,19 @@ def test_evaluation_time_is_without_training(texts, base, tmp_path, monkeypatch)
     assert bench.training_seconds() == {"mine": 100, "of-another-process": 100}
 
 
+def test_conversion_is_never_in_mixed_precision(texts, base, tmp_path):
+    """The first text that is evaluated asks for it; autocast keeps casts of weights, also of those that are reordered meanwhile."""
+    weights = []
+    for bf16 in (False, True):
+        out = tmp_path / f"bf16-{bf16}"
+        out.mkdir()
+        (out / "texts").symlink_to(texts)
+        bench = frontier.Bench(out, tokens=4096, eval_tokens=512, base=base, bf16=bf16)
+        bench.measured("dense", 1.0, UNSEEN)
+        weights.append(json.loads((bench.converted / "config.json").read_text())["error_weights"])
+    assert weights[0] == weights[1]
+
+
 def test_a_mask_is_what_a_narrower_model_computes(token_ids):
     model = DynaMoEForCausalLM.from_dense(tiny_dense())
     dense = dense_prefix(model, 1.0)
