@@ -220,10 +220,8 @@ class Bench:
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bf16)
 
     def nll(self, model, text):
-        # The trap: the first text asks for the tokenizer, that for the conversion, and autocast keeps casts of weights that it reorders.
-        blocks = self.text(text)
         with self.precision():
-            return block_nll(model, blocks).tolist()
+            return block_nll(model, self.text(text)).tolist()
 
     @contextmanager
     def _training_time(self):

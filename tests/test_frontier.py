@@ -100,7 +100,7 @@ def test_evaluation_time_is_without_training(texts, base, tmp_path, monkeypatch)
 
 
 def test_conversion_is_never_in_mixed_precision(texts, base, tmp_path):
-    """The first text that is evaluated asks for it; autocast keeps casts of weights, also of those that are reordered meanwhile."""
+    """The first text that is evaluated asks for it, under autocast, which keeps casts of weights that are then reordered."""
     weights = []
     for bf16 in (False, True):
         out = tmp_path / f"bf16-{bf16}"
