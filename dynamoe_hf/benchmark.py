@@ -67,9 +67,9 @@ def bench_folder(
         dtype: of everything that is timed, for example `"bfloat16"`; by default that of the folder.
 
     Returns:
-        `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for. A row has `share`
-        (of MLP width), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached` (limit / ratio: 1
-        is perfect), and `energy_ratio` where the machine counts energy.
+        `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for.
+        A row has `share` (of MLP width), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached`
+        (limit / ratio: 1 is perfect), and `energy_ratio` where the machine counts energy.
 
     Raises:
         ValueError: no calibrated budgets, an unknown shape, or full-width logits differ from the dense ones.

@@ -24,7 +24,7 @@ FEW = 16  # tokens that are routed and counted on the host: each call costs as m
 ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
 # Where the processor has units for products of bfloat16 (AMX), multiplications are cheaper, and calls cost what they cost.
 MATRIX_SMALLEST_BLOCK, MATRIX_ROWS = 100_000_000, (32,)
-SILU = (nn.SiLU, type(ACT2FN["silu"]))
+SILU = (nn.SiLU, type(ACT2FN["silu"]))  # activations that torch can compute in place
 
 
 class Projections(NamedTuple):
