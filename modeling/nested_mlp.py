@@ -24,6 +24,9 @@ FEW = 16  # tokens that are routed and counted on the host: each call costs as m
 ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
 # Where the processor has units for products of bfloat16 (AMX), multiplications are cheaper, and calls cost what they cost.
 MATRIX_SMALLEST_BLOCK, MATRIX_ROWS = 100_000_000, (32,)
+# The same on a GPU, where the kernels of `nested_mlp_triton.py` are not used. To sort, the host waits for the routes and then makes a
+# dozen calls: 0.3 ms, in which an H100 multiplies so much (bfloat16) that only some thousand tokens are worth it.
+DEVICE_SMALLEST_BLOCK, DEVICE_SMALLEST_SORT = 8_000_000_000, 50_000_000_000
 SILU = (nn.SiLU, type(ACT2FN["silu"]))  # activations that torch can compute in place
 
 
@@ -68,6 +71,8 @@ def staircase_mlp(x_TD, expert_T, prefixes):
     Tokens are sorted by expert, largest first; the block of neurons between two widths then serves a prefix of the
     sorted tokens. So there are at most E dense products, each weight is read at most once, and nothing is padded.
     """
+    if x_TD.device.type != "cpu" and x_TD.numel() * prefixes[-1].down.shape[1] < DEVICE_SMALLEST_SORT:
+        return _masked_mlp(x_TD, expert_T, prefixes)
     if len(expert_T) <= FEW:
         taken = expert_T.tolist()
         widest = max(taken)
@@ -112,8 +117,7 @@ def _stairs(counts, prefixes):
     """
     tokens = rows = going_on = sum(counts)
     hidden_size, low, stops, stairs = prefixes[-1].up.shape[1], 0, [], []
-    in_units = _in_matrix_units(prefixes[-1].down)
-    smallest, steps = (MATRIX_SMALLEST_BLOCK, MATRIX_ROWS) if in_units else (SMALLEST_BLOCK, ROWS)
+    smallest, steps = _smallest_block(prefixes[-1].down)
     for count, prefix in zip(counts, prefixes):
         if count == 0:  # nobody stops at this width, so the next block takes its neurons along
             continue
@@ -130,9 +134,16 @@ def _stairs(counts, prefixes):
     return stairs
 
 
+def _smallest_block(weight):
+    """Multiplications of the smallest block that pays where `weight` is, and the numbers of rows below which fewer win nothing."""
+    if weight.device.type != "cpu":
+        return DEVICE_SMALLEST_BLOCK, ()
+    return (MATRIX_SMALLEST_BLOCK, MATRIX_ROWS) if _in_matrix_units(weight) else (SMALLEST_BLOCK, ROWS)
+
+
 def _in_matrix_units(weight):
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if dtype != torch.bfloat16 or weight.device.type != "cpu":
+    if dtype != torch.bfloat16:
         return False
     return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older torch does not say
 
