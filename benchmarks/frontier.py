@@ -164,6 +164,7 @@ class Bench:
     def __init__(self, out: Path, tokens: int, eval_tokens: int, base=None, bf16=False):
         self.out, self.tokens, self.eval_tokens, self.bf16 = out, tokens, eval_tokens, bf16
         self.seconds_trained = 0.0  # in this process
+        self.batch_size = 16 if torch.cuda.is_available() else 4  # sequences that are evaluated at once
         prepare_texts(out)
         self.base = base or obtain_model(out / "base")
         self.text, self.dense_model, self.ours, self.subnet, self.paper, self.family, self.magnitudes = map(
@@ -200,7 +201,14 @@ class Bench:
         folder, staging = self.out / "converted", self.out / "converted.partial"
         if not folder.exists():
             shutil.rmtree(staging, ignore_errors=True)
-            convert_model(self.base, staging, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
+            convert_model(
+                self.base,
+                staging,
+                widths=EIGHTHS,
+                similarity="loss_gain",
+                text=self.out / "train.txt",
+                max_tokens=CONVERSION_TOKENS,
+            )
             update_config(staging, train_sensitivity=TRAINED_SENSITIVITY)
             staging.rename(folder)
         return folder
@@ -221,7 +229,7 @@ class Bench:
 
     def nll(self, model, text):
         with self.precision():
-            return block_nll(model, self.text(text)).tolist()
+            return block_nll(model, self.text(text), self.batch_size).tolist()
 
     @contextmanager
     def _training_time(self):
@@ -419,13 +427,13 @@ def routed(bench, share, text, model):
     """At a share of 1 the full width; else the dial is set so that the routers reach the share on the text."""
     if share == 1:
         return _routed(bench, model, text, force_expert=model.config.expert_count - 1)
-    blocks, shares = bench.text(text), expert_shares(model)
+    blocks, shares, size = bench.text(text), expert_shares(model), bench.batch_size
     with bench.precision():
-        run = run_routers(model, blocks[::DIAL_PART], shares, 0.5, 4)
-        (theta, _), _ = solve_budget(model, blocks[::DIAL_PART], shares, share, run, 4)
-        run = run_routers(model, blocks, shares, theta, 4)
+        run = run_routers(model, blocks[::DIAL_PART], shares, 0.5, size)
+        (theta, _), _ = solve_budget(model, blocks[::DIAL_PART], shares, share, run, size)
+        run = run_routers(model, blocks, shares, theta, size)
         if abs(run[0].mean().item() - share) > DIAL_TOLERANCE:
-            (theta, _), _ = solve_budget(model, blocks, shares, share, run, 4)
+            (theta, _), _ = solve_budget(model, blocks, shares, share, run, size)
     return _routed(bench, model, text, sensitivity=theta)
 
 
@@ -433,11 +441,11 @@ def oracle(bench, share, text, model):
     """Labels as routes. Narrow experts in early layers change what later labels are, so the threshold is corrected twice."""
     part, shares = bench.text(text)[::DIAL_PART], expert_shares(model)
     with bench.precision(), torch.no_grad():
-        theta = sensitivity_for(similarity_profiles(model, part), shares, share)
+        theta = sensitivity_for(similarity_profiles(model, part, bench.batch_size), shares, share)
         for _ in range(2):
             profiles = []
             with model.routing(route="label", sensitivity=theta, needs_labels=True, records=[]) as routing:
-                for batch in part.split(4):
+                for batch in part.split(bench.batch_size):
                     model.model(batch.to(model.device), use_cache=False)
                     profiles.append(torch.stack([record.profile.flatten(0, 1).cpu() for record in routing.records]))
                     routing.records.clear()
@@ -453,7 +461,7 @@ def random_routes(bench, share, text, name):
 
 def _routed(bench, model, text, **routing):
     with bench.precision():
-        nll, use, _ = routed_nll(model, bench.text(text), **routing)
+        nll, use, _ = routed_nll(model, bench.text(text), bench.batch_size, **routing)
     routing.pop("histogram", None)
     share = (use * expert_shares(model)).sum(-1).mean().item()
     return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), **routing}

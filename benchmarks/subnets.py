@@ -312,6 +312,11 @@ class InputRouters:
             with self.routed(logit, records):
                 for batch in blocks.split(4):
                     self.dense.model(batch.to(self.dense.device), use_cache=False)
+            # One tensor of each kind: on a GPU every number that is read waits, and the bisection reads one for each record.
+            kept = [
+                torch.cat([logits.flatten(0, 1) for of, logits in records if of == kind]) for kind in range(len(self.kinds))
+            ]
+            records = list(enumerate(kept))
             if abs(self.spent(records, logit) / budget - 1) < 0.005:
                 break
             low, high = -30.0, 30.0
