@@ -10,6 +10,7 @@ import torch
 
 
 TOPIC_SHARES = {"held-out": 0.2, "calibration": 0.15}  # of the characters; the rest is for training
+WINDOW = 16  # characters of a long text that are read for each token wanted; prose has 3 to 5 in a token
 
 
 def topic_documents(split: str) -> list[str]:
@@ -87,34 +88,57 @@ def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iter
     for document in documents:
         # A long document is one "sequence longer than the model's maximum" to the tokenizer, and that is as intended here.
         buffer += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-        while len(buffer) >= block_size:
-            yield start + buffer[:block_size]
-            buffer = buffer[block_size:]
+        whole = len(buffer) // block_size * block_size
+        for place in range(0, whole, block_size):
+            yield start + buffer[place : place + block_size]
+        buffer = buffer[whole:]
 
 
 def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max_tokens: int | None = None) -> torch.Tensor:
     """
     Packed token ids, (N, `block_size`) int64: N whole blocks of at most `max_tokens` tokens in all, but one at least.
 
+    If a list of documents holds more, they are a random sample of its blocks, the same in every run, for a text may begin
+    with one subject and end with another. Of an iterator they are the first.
+
     Raises:
         ValueError: the text does not fill one block, or a block is too small.
     """
     limit = None if max_tokens is None else max(1, max_tokens // max(1, block_size))
-    blocks = list(itertools.islice(iterate_blocks(documents, tokenizer, block_size), limit))
+    if limit is None or not isinstance(documents, list):
+        blocks = itertools.islice(iterate_blocks(documents, tokenizer, block_size), limit)
+    else:
+        blocks = iterate_blocks(_windows(documents, limit, WINDOW * block_size), tokenizer, block_size)
+    blocks = [torch.tensor(block) for block in blocks]
     if not blocks:
         raise ValueError(
             f"The text is too short: it does not fill one block of {block_size} tokens. Give more text, or a smaller --block-size."
         )
-    return torch.tensor(blocks)
+    if limit is not None and limit < len(blocks):
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+        blocks = [blocks[index] for index in order[:limit].tolist()]
+    return torch.stack(blocks)
+
+
+def _windows(documents, count, size):
+    """`count` parts of `size` characters, evenly spread over the documents, or all of them if that is no more."""
+    text = "\f".join(documents)
+    if len(text) <= count * size:
+        return documents
+    starts = (index * (len(text) - size) // max(1, count - 1) for index in range(count))
+    return [part for start in starts for part in text[start : start + size].split("\f") if part.strip()]
 
 
 def documents_for(stage_split: str, text=None, dataset: str | None = None, column: str = "text"):
-    """The documents a stage reads: `text` files, or a `dataset`, or else its own split of the Python topics."""
+    """
+    The documents a stage reads: a list of those of `text` files, or an iterator over a `dataset`, or else over the stage's own
+    split of the Python topics, which come in no order.
+    """
     if text is not None and dataset is not None:
         raise ValueError("Both a text and a dataset were given. Give one of them.")
     if dataset is not None:
         return dataset_documents(dataset, column=column)
-    return topic_documents(stage_split) if text is None else read_documents(text)
+    return iter(topic_documents(stage_split)) if text is None else read_documents(text)
 
 
 def text_names(text) -> str | list[str]:

@@ -19,6 +19,31 @@ def test_blocks_hold_every_token_once():
     assert torch.equal(token_blocks(iter(documents), tokenizer, 4), blocks)
 
 
+def test_few_blocks_stand_for_the_whole_text():
+    """Two thirds of one subject, then another: a text is not read from its beginning alone, nor all of a long one."""
+    tokenizer, read = tiny_tokenizer(), []
+    documents = [letter * 300 for letter in "a" * 40 + "b" * 20]
+
+    class Counting:
+        eos_token_id, bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+
+        def __call__(self, text, **options):
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+    blocks = token_blocks(documents, Counting(), 16, max_tokens=40 * 16)
+    assert blocks.shape == (40, 16)
+    text = tokenizer.decode(blocks.flatten())
+    assert 0.55 < text.count("a") / (text.count("a") + text.count("b")) < 0.78
+    assert sum(read) <= 40 * 16 * 16 < 60 * 300, "a long text must not be tokenised whole"
+    assert torch.equal(blocks, token_blocks(documents, tokenizer, 16, max_tokens=40 * 16)), "the same in every run"
+    whole = token_blocks(documents[:2], tokenizer, 16)
+    sample = {tuple(block) for block in token_blocks(documents[:2], tokenizer, 16, max_tokens=10 * 16).tolist()}
+    assert sample <= {tuple(block) for block in whole.tolist()}
+    first = token_blocks(iter(documents), tokenizer, 16, max_tokens=40 * 16)
+    assert "b" not in tokenizer.decode(first.flatten()), "a stream is read from its beginning"
+
+
 def test_blocks_are_streamed():
     def endless():
         while True:
