@@ -79,7 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--text", nargs="+", metavar="FILE", help="calibration text")
     c.add_argument(
-        "--importance", default="taylor", metavar="NAME", help="order of the neurons: taylor, activation, normalised"
+        "--importance",
+        default="taylor_share",
+        metavar="NAME",
+        help="order of the neurons: taylor_share, taylor, activation, normalised",
     )
     c.add_argument(
         "--similarity",
@@ -91,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--router-type", default="profile", choices=("profile", "argmax"), help="profile has a dial; argmax is the paper's"
     )
     c.add_argument("--router-dim", type=count, help="hidden size of the routers (about 1%% of the MLP)")
-    c.add_argument("--max-tokens", type=count, default=8192, help="calibration tokens (8192)")
+    c.add_argument("--max-tokens", type=count, default=8192, help="calibration tokens, a sample of the text (8192)")
     c.add_argument("--block-size", type=count, default=512, help="tokens in one sequence (512)")
     c.add_argument("--dtype", default="auto", help="dtype of the weights (as in the checkpoint)")
     c.add_argument("--seed", type=int, default=0)
@@ -185,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--budgets", type=numbers, default=(0.5, 0.6, 0.75, 0.9), metavar="A,B,..", help="shares (0.5,0.6,0.75,0.9)"
     )
     c.add_argument("--text", nargs="+", metavar="FILE", help="text that was not trained on")
-    c.add_argument("--max-tokens", type=count, default=8192, help="calibration tokens (8192)")
+    c.add_argument("--max-tokens", type=count, default=8192, help="calibration tokens, a sample of the text (8192)")
     c.add_argument("--block-size", type=count, default=512, help="tokens in one sequence (512)")
     c.add_argument("--batch-size", type=count, default=4)
 

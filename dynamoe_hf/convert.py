@@ -34,7 +34,7 @@ def convert_model(
     out: str | Path,
     widths: Sequence[float] | Sequence[Sequence[float]] = EIGHTHS,
     text: str | Sequence[str] | None = None,
-    importance: str = "taylor",
+    importance: str = "taylor_share",
     similarity: str = "loss_gain",
     router_type: str = "profile",
     router_dim: int | None = None,
@@ -272,7 +272,25 @@ def taylor(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
     return _accumulate(dense, blocks, lambda hidden, gradient, down: (hidden * gradient).abs().sum(0), gradients=True)
 
 
-IMPORTANCES: dict[str, Callable] = {"activation": mean_activation, "normalised": normalised_activation, "taylor": taylor}
+def taylor_share(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Importance of each neuron: |h dL/dh| as a share of the token's total. (H,) for each layer. As `taylor`, but a few tokens with
+    large gradients do not decide for all.
+    """
+
+    def statistic(hidden, gradient, down):
+        effect = (hidden * gradient).abs()
+        return (effect / effect.sum(-1, keepdim=True).clamp_min(torch.finfo(effect.dtype).tiny)).sum(0)
+
+    return _accumulate(dense, blocks, statistic, gradients=True)
+
+
+IMPORTANCES: dict[str, Callable] = {
+    "activation": mean_activation,
+    "normalised": normalised_activation,
+    "taylor": taylor,
+    "taylor_share": taylor_share,
+}
 
 
 def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:

@@ -65,17 +65,20 @@ def test_importance_ranks_a_silent_neuron_last_and_a_loud_one_first(importance, 
     assert all(parameter.requires_grad and parameter.grad is None for parameter in dense.parameters())
 
 
-def test_taylor_equals_autograd(token_ids):
+@pytest.mark.parametrize("importance", ["taylor", "taylor_share"])
+def test_taylor_equals_autograd(importance, token_ids):
     dense = tiny_dense()
-    scores, kept = IMPORTANCES["taylor"](dense, token_ids), []
+    scores, kept = IMPORTANCES[importance](dense, token_ids), []
     layer = dense.model.layers[1].mlp.down_proj
     layer.register_forward_pre_hook(lambda module, args: (args[0].retain_grad(), kept.append(args[0]))[0])
     expected = 0
     for row in token_ids:
         logits = dense(row[None]).logits[0]
         torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
-        expected = expected + (kept[-1] * kept[-1].grad)[0, 4:].abs().sum(0).double()
-    assert_close("taylor", scores[1], expected.detach(), rtol=1e-3)
+        effect = (kept[-1] * kept[-1].grad)[0, 4:].abs().double()
+        # Nothing follows the last token, so it has no gradient, and no share to divide.
+        expected = expected + (effect if importance == "taylor" else effect[:-1] / effect[:-1].sum(-1, keepdim=True)).sum(0)
+    assert_close(importance, scores[1], expected.detach(), rtol=1e-3)
 
 
 def test_folder_holds_the_proof_and_the_dial(converted, dense_folder, token_ids):
