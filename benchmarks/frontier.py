@@ -201,14 +201,7 @@ class Bench:
         folder, staging = self.out / "converted", self.out / "converted.partial"
         if not folder.exists():
             shutil.rmtree(staging, ignore_errors=True)
-            convert_model(
-                self.base,
-                staging,
-                widths=EIGHTHS,
-                similarity="loss_gain",
-                text=self.out / "train.txt",
-                max_tokens=CONVERSION_TOKENS,
-            )
+            convert_model(self.base, staging, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
             update_config(staging, train_sensitivity=TRAINED_SENSITIVITY)
             staging.rename(folder)
         return folder
