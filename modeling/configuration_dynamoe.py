@@ -130,6 +130,12 @@ class DynaMoEConfig(PreTrainedConfig):
         check_sensitivity(self.sensitivity)
         for value in self.train_sensitivity:
             check_sensitivity(value)
+        for share, sensitivity in self.budgets.items():
+            if not _is_share(share):
+                raise ValueError(
+                    f"`budgets` must have shares of the MLP width in (0, 1] as keys, found {share!r}. `dynamoe calibrate` writes them."
+                )
+            check_sensitivity(sensitivity)
         if self.force_expert is not None and not 0 <= self.force_expert < self.expert_count:
             raise ValueError(
                 f"`force_expert` must be an expert's index, found {self.force_expert}. This model has experts 0 to "
@@ -208,6 +214,13 @@ def check_sensitivity(value):
 
 def _as_lists(widths):
     return [list(map(float, w)) if isinstance(w, (list, tuple)) else float(w) for w in widths]
+
+
+def _is_share(text):
+    try:
+        return 0 < float(text) <= 1
+    except (TypeError, ValueError):
+        return False
 
 
 __all__ = ["DynaMoEConfig"]

@@ -484,6 +484,14 @@ def test_bad_widths(widths, message):
         DynaMoEForCausalLM.from_dense(tiny_dense(), expert_widths=widths)
 
 
+@pytest.mark.parametrize("share", ["half", "0", "1.5", None])
+def test_bad_budgets(share):
+    with pytest.raises(ValueError, match=f"`budgets` must have shares.*found {share!r}"):
+        tiny_dynamoe(budgets={share: 0.5})
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], found 2"):
+        tiny_dynamoe(budgets={"0.5": 2})
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), "high"])
 def test_bad_sensitivity(value, token_ids):
     model = tiny_dynamoe()
