@@ -106,6 +106,7 @@ SMALLEST_SHARE = 0.3  # that is drawn for the static families
 SHARE_STEPS = 20  # shares that the static families draw, so that each sub-network is searched once
 CMOE_GROUPS = 24
 INPUT_TOKENS = 16_384  # that the routers of flextron-in are fitted on
+CONVERSION_TOKENS = 32_768  # of two kinds of documents a smaller sample may be mostly one, which training does not undo
 CALIBRATION_TOKENS = 8192
 # Contenders are compared at one share of one text, so the dial is set there: first on every fifth block, then on all if that misses.
 # No target is read, only what the routers say. How far a dial set on one text carries to another, `dynamoe evaluate` shows.
@@ -201,7 +202,8 @@ class Bench:
         folder, staging = self.out / "converted", self.out / "converted.partial"
         if not folder.exists():
             shutil.rmtree(staging, ignore_errors=True)
-            convert_model(self.base, staging, widths=EIGHTHS, similarity="loss_gain", text=self.out / "train.txt")
+            options = {"text": self.out / "train.txt", "max_tokens": min(CONVERSION_TOKENS, self.tokens)}
+            convert_model(self.base, staging, widths=EIGHTHS, similarity="loss_gain", **options)
             update_config(staging, train_sensitivity=TRAINED_SENSITIVITY)
             staging.rename(folder)
         return folder
