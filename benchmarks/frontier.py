@@ -67,7 +67,16 @@ from dynamoe_hf.convert import EIGHTHS, SINK_POSITIONS, convert_model, dense_pre
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
-from dynamoe_hf.folder import TRAINING, load_model, load_tokenizer, new_folder, read_json, update_config, write_json
+from dynamoe_hf.folder import (
+    CONVERSION,
+    TRAINING,
+    load_model,
+    load_tokenizer,
+    new_folder,
+    read_json,
+    update_config,
+    write_json,
+)
 from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
 from dynamoe_hf.train import LossesInChunks, adapt_model, layer_outputs, relative_error, train_model
 
@@ -840,8 +849,10 @@ def main(argv=None):
                     f"{name:12} {row['text']:18} {row['asked']:4.0%} [{row['share']:.1%}] {row['ratio_to_dense']:.3f}",
                     flush=True,
                 )
+    conversion = read_json(bench.converted / CONVERSION)
+    recipe = {"importance": conversion["importance"], "conversion_tokens": conversion["calibration"]["tokens"]}
     record = {
-        "machine": hardware(bench.dense.device), **settings, "recipe": {"adapt_share": ADAPT_SHARE, **OURS},
+        "machine": hardware(bench.dense.device), **settings, "recipe": {**recipe, "adapt_share": ADAPT_SHARE, **OURS},
         "texts": read_json(args.out / "texts" / "versions.json"), "training_seconds": bench.training_seconds(),
         "rows": compare(bench, names, args.texts),
     }  # fmt: skip
