@@ -585,7 +585,7 @@ GROUPS = (
     ("ours-long", "ours-long-oracle", "ours-long-random"),
 )
 IF_NAMED = GROUPS[-1]
-WITHOUT_OURS = ("dense", "tuned", "teal", "cmoe", "paper")  # what they are does not depend on our recipe
+WITHOUT_OURS = ("dense", "tuned", "teal", "teal-tuned", "cmoe", "paper")  # what they are does not depend on our recipe
 ORACLES = ("ours-oracle", "ours-long-oracle", "untrained")
 LABELS = {
     "dense": "dense base",

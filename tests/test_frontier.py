@@ -294,12 +294,16 @@ def test_records_of_several_days_are_joined():
     other_precision = record({}, ("dense", UNSEEN, 19.01), ("ours", UNSEEN, 20.0))
     assert ("teal", UNSEEN) in names(frontier.joined(other_precision, old))
 
-    old["rows"] += [{"contender": c, "text": UNSEEN, "perplexity": 21.0, "ours_over_this": {}} for c in ("static", "paper")]
-    assert {c for c, _ in names(frontier.joined(new, old))} == {"dense", "ours", "teal", "static", "paper"}
+    old["rows"] += [
+        {"contender": c, "text": UNSEEN, "perplexity": 21.0, "ours_over_this": {}} for c in ("static", "paper", "teal-tuned")
+    ]
+    assert {c for c, _ in names(frontier.joined(new, old))} == {"dense", "ours", "teal", "static", "paper", "teal-tuned"}
     new["recipe"], old["training_seconds"] = {"adapt_share": 0.5}, {"paper-40%": 3, "static": 4}
     assert frontier.joined(new, old)["training_seconds"] == {"b": 2, "paper-40%": 3}
     rows = frontier.joined(new, old)["rows"]
-    assert {row["contender"] for row in rows} == {"dense", "ours", "teal", "paper"}, "what learned from the former recipe goes"
+    assert {row["contender"] for row in rows} == {"dense", "ours", "teal", "paper", "teal-tuned"}, (
+        "what learned from the former recipe goes"
+    )
     assert not any("ours_over_this" in row for row in rows), "so does the comparison with it"
 
 
