@@ -13,6 +13,7 @@ Shapes: B batch, S sequence, T = B * S tokens, D hidden size, H MLP width, E exp
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, repeat
 from typing import NamedTuple
 
@@ -88,6 +89,7 @@ class Routing:
     histogram: torch.Tensor | None = None  # (L, E) frequencies of the random route; uniform where it is None
     temperature: float | None = None  # of `TokenRouter.gates`, for routers that learn by choosing
     records: list[LayerRecord] | None = None  # filled layer by layer where it is a list
+    threshold: float | None = None  # the dial as a logit, in a step of decoding for `NestedMLP._one_token`
 
 
 @dataclass
@@ -184,18 +186,10 @@ class TokenRouter(nn.Module):
         first, second = self.input, self.output
         hidden = F.silu(F.linear(x.flatten(0, 1).to(first.weight.dtype), first.weight, first.bias))
         rows = F.linear(hidden, second.weight, second.bias).tolist()
-        return [self.choose_one(row, sensitivity) for row in rows]
-
-    def choose_one(self, row, sensitivity):
-        """The expert of one token, from its row of the output layer, a list of numbers."""
         if self.router_type == "argmax":
-            return row.index(max(row))
-        threshold, logit = logit_of(float(sensitivity)), 0.0
-        for expert, step in enumerate(row):
-            logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
-            if logit >= threshold:
-                return expert
-        return len(row)
+            return [row.index(max(row)) for row in rows]
+        threshold = logit_of(float(sensitivity))
+        return [first_to_reach(threshold, row) for row in rows]
 
     def choose_on_device(self, x, sensitivity):
         """As `choose(self(x), sensitivity)` by Triton, (B, S, D) -> (B, S), or None for what its kernel does not know."""
@@ -218,6 +212,16 @@ class TokenRouter(nn.Module):
 def logit_of(sensitivity):
     """The logit that a predicted similarity must reach, on the host: infinite at sensitivity 1."""
     return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
+
+
+def first_to_reach(threshold, row):
+    """The expert of one token, from its row of a profile router's output layer, a list of numbers, on the host."""
+    logit = 0.0
+    for expert, step in enumerate(row):
+        logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
+        if logit >= threshold:
+            return expert
+    return len(row)
 
 
 class Layout(NamedTuple):
@@ -274,16 +278,6 @@ class Kept(NamedTuple):
     router_output: tuple[torch.Tensor, torch.Tensor]
     prefixes: list[Projections]
 
-    def holds(self, modules):
-        """Whether all of it is still in place. The trap: moving or casting swaps the tensor inside a parameter."""
-        if modules["router"] is not self.router:
-            return False
-        for owner, name, linear, parameters, place in self.linears:
-            weight = parameters.get("weight")
-            if owner[name] is not linear or weight is None or weight.data_ptr() != place:
-                return False
-        return True
-
 
 class NestedMLP(nn.Module):
     """
@@ -332,8 +326,8 @@ class NestedMLP(nn.Module):
 
     def forward(self, x):
         routing = self.slot.current
-        if x.shape[1] == 1 and (y := self._one_token(x, routing)) is not None:
-            return y
+        if not torch.compiler.is_dynamo_compiling() and routing.threshold is not None:
+            return self._one_token(x, routing.threshold)
         full = len(self.widths) - 1
         sensitivity, forced = routing.sensitivity, routing.force_expert
         if sensitivity is None:  # the backbone is called alone; the model's own `forward` has asked the config
@@ -351,6 +345,8 @@ class NestedMLP(nn.Module):
                     if routing.temperature is None and (expert := self.router.choose_on_device(x, sensitivity)) is not None:
                         return self._drop(self._run(x, expert))
                 elif x.shape[0] * x.shape[1] <= FEW and one_dial and not torch.compiler.is_compiling():
+                    if x.shape[0] == x.shape[1] == 1 and not torch.is_grad_enabled() and not self.keeps():
+                        self._kept = self._keep(x)  # for the next step
                     experts = self.router.choose_few(x, sensitivity)
                     if len(set(experts)) > 1:
                         return self._drop(self._run(x, torch.tensor(experts, device=x.device).view(x.shape[:2])))
@@ -387,40 +383,34 @@ class NestedMLP(nn.Module):
             y = self._run(x, expert)
         return self._drop(y)
 
-    def _one_token(self, x, routing):
+    def _one_token(self, x, threshold):
         """
-        A step of decoding, (1, 1, D), or None where there is more to it. Whatever can be kept is not looked up: when a layer has
-        its turn again, the weights of all others have passed through the processor's cache, and each lookup waits for memory.
+        A step of decoding, (1, 1, D), in which every layer `keeps`. What can be kept is not looked up, and what all layers have
+        in common is not asked again: since a layer's last turn the weights of all others have passed through the processor's
+        cache, so that each lookup waits for memory.
         """
-        sensitivity = routing.sensitivity
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or self.training
-            or len(x) != 1
-            or type(sensitivity) is not float
-            or sensitivity >= 1
-            or routing.force_expert is not None
-            or routing.records is not None
-            or routing.needs_labels
-            or routing.route != "router"
-            or self._on_device(x)
-        ):
-            return None
-        kept = self._kept
-        if kept is None or not kept.holds(self._modules):
-            kept = self._kept = self._keep(x)
-            if kept is None:
-                return None
-        weight, bias = kept.router_input
+        _, _, (weight, bias), second, prefixes = self._kept
         hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias), inplace=True)
-        row = F.linear(hidden, *kept.router_output).tolist()[0][0]
-        return dense_mlp(x, kept.prefixes[kept.router.choose_one(row, sensitivity)])
+        expert = first_to_reach(threshold, F.linear(hidden, *second).tolist()[0][0])
+        gate, gate_bias, up, up_bias, down, down_bias, act = prefixes[expert]
+        hidden = F.linear(x, up, up_bias)
+        hidden = act(hidden) if gate is None else act(F.linear(x, gate, gate_bias)).mul_(hidden)
+        return F.linear(hidden, down, down_bias)
+
+    def keeps(self):
+        """Whether what `_one_token` needs is still in place. The trap: moving or casting swaps the tensor inside a parameter."""
+        if self._kept is None or self.training or self._modules["router"] is not self._kept.router:
+            return False
+        for owner, name, linear, parameters, place in self._kept.linears:
+            weight = parameters.get("weight")
+            if owner[name] is not linear or weight is None or weight.data_ptr() != place:
+                return False
+        return True
 
     def _keep(self, x):
-        """What `_one_token` keeps, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
+        """What `_one_token` needs, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
         router, linears = self.router, []
-        if type(router) is not TokenRouter:
+        if type(router) is not TokenRouter or router.router_type == "argmax":
             return None
         projections = [(self._modules, name) for name in self.layout[:3] if name is not None]
         for owner, name in [*projections, (router._modules, "input"), (router._modules, "output")]:
@@ -430,10 +420,9 @@ class NestedMLP(nn.Module):
                 return None
             linears.append((owner, name, linear, linear._parameters, weight.data_ptr()))
         first, second = linears[-2][2], linears[-1][2]
-        prefixes = self.prefixes(x)
-        if type(self.activation) not in SILU:  # else it is not called
-            act = getattr(self.activation, "forward", self.activation)  # without what a module's call adds
-            prefixes = [prefix._replace(act=act) for prefix in prefixes]
+        in_silu = type(self.activation) in SILU
+        act = partial(F.silu, inplace=True) if in_silu else getattr(self.activation, "forward", self.activation)
+        prefixes = [prefix._replace(act=act) for prefix in self.prefixes(x)]  # in place, or without what a module's call adds
         return Kept(linears, router, (first.weight, first.bias), (second.weight, second.bias), prefixes)
 
     def hidden(self, x):
@@ -801,6 +790,8 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
             routing.records.clear()
         elif output_router_logits or train_routers:
             routing.records = []
+        steady = self._is_steady(routing, input_ids if input_ids is not None else inputs_embeds)
+        routing.threshold = logit_of(routing.sensitivity) if steady else None
         self.slot.current = routing
         try:
             outputs = self.dense_class.forward(
@@ -832,6 +823,22 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if not (config.return_dict if return_dict is None else return_dict):
             return outputs.to_tuple()
         return outputs
+
+    def _is_steady(self, routing, inputs):
+        """Whether this is a step of decoding that `NestedMLP._one_token` knows, in every layer."""
+        return (
+            not torch.compiler.is_compiling()
+            and inputs.shape[0] == inputs.shape[1] == 1
+            and not torch.is_grad_enabled()
+            and not isinstance(routing.sensitivity, torch.Tensor)
+            and routing.sensitivity < 1
+            and routing.force_expert is None
+            and routing.records is None
+            and not routing.needs_labels
+            and routing.route == "router"
+            and routing.temperature is None
+            and all(layer.mlp.keeps() for layer in self.model.layers)
+        )
 
     def logits_of(self, hidden_states):
         """
@@ -867,6 +874,8 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 "The Triton kernel needs Triton 3.3 or newer: none is installed. Install torch for CUDA, or `triton`."
             )
         self.slot.mlp_implementation = name
+        for layer in self.model.layers:
+            layer.mlp._kept = None  # made for another one
 
     def _refuse_fixed_router(self):
         if self.config.router_type == "argmax":

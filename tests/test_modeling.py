@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling import nested_mlp as nested_mlp_module
-from dynamoe_hf.modeling.modeling_dynamoe import Routing, TokenRouter
+from dynamoe_hf.modeling.modeling_dynamoe import NestedMLP, Routing, TokenRouter
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
@@ -413,6 +413,87 @@ def test_kept_slices_follow_the_weights(token_ids):
             for x in (torch.randn(2, 5, 32), torch.randn(1, 1, 32)):
                 assert_close("replaced", layer.mlp(x), other.model.layers[index].mlp(x))
         assert not torch.allclose(before, expected)
+
+
+def shifted(module):
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        parameter.data += 0.5
+    return module
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda mlp: setattr(mlp.up_proj, "weight", shifted(mlp.up_proj).weight), id="parameter"),
+        pytest.param(lambda mlp: setattr(mlp.up_proj.weight, "data", mlp.up_proj.weight + 0.5), id="data"),
+        pytest.param(lambda mlp: setattr(mlp, "down_proj", shifted(mlp.down_proj)), id="projection"),
+        pytest.param(lambda mlp: setattr(mlp, "router", shifted(mlp.router)), id="router"),
+        pytest.param(lambda mlp: setattr(mlp.router, "output", shifted(mlp.router.output)), id="output of the router"),
+    ],
+)
+def test_a_step_of_decoding_follows_its_layers(change, token_ids):
+    """What is swapped in a layer, the last one too, is seen by the next step."""
+    model, one = tiny_dynamoe(), token_ids[:1, :1]
+    with torch.no_grad():
+        for _ in range(2):
+            before = model(one, sensitivity=0.4).logits
+        change(model.model.layers[-1].mlp)
+        expected = model(one.repeat(2, 1), sensitivity=0.4).logits[:1]
+        for _ in range(2):
+            assert_close("after the change", model(one, sensitivity=0.4).logits, expected)
+        assert not torch.allclose(before, expected)
+
+
+def test_a_step_of_decoding_is_asked_about_once(token_ids, monkeypatch):
+    """From its second token on it takes the shortest way through all layers, and only where nothing else is asked for."""
+    model, one, taken = tiny_dynamoe(), token_ids[:1, :1], []
+    shortest = NestedMLP._one_token
+    monkeypatch.setattr(
+        NestedMLP, "_one_token", lambda self, x, threshold: taken.append(self.layer) or shortest(self, x, threshold)
+    )
+
+    def layers(ids=one, **settings):
+        taken.clear()
+        with torch.no_grad():
+            logits = model(ids, **settings).logits
+            if "output_router_logits" not in settings:
+                plain = model(ids, output_router_logits=True, **settings).logits
+                assert_close(f"{settings}", logits, plain)
+        return taken[:]
+
+    assert layers(sensitivity=0.4) == [], "nothing is kept before the first"
+    assert layers(sensitivity=0.4) == layers(sensitivity=0.6) == list(range(len(model.model.layers)))
+    assert layers(inputs_embeds=model.get_input_embeddings()(one).detach(), ids=None, sensitivity=0.6) != []
+    for settings in (
+        {"sensitivity": 1.0}, {"sensitivity": torch.tensor([0.4])}, {"sensitivity": 0.4, "force_expert": 1}, {"sensitivity": 0.4, "route": "label"},
+        {"sensitivity": 0.4, "output_router_logits": True}, {"sensitivity": 0.4, "ids": token_ids[:2, :1]}, {"sensitivity": 0.4, "ids": token_ids[:1, :2]},
+    ):  # fmt: skip
+        assert layers(**settings) == [], settings
+    model.set_mlp_implementation("torch")
+    assert layers(sensitivity=0.4) == [], "what another implementation kept is not used"
+    assert layers(sensitivity=0.4) != []
+    taken.clear()
+    model(one, sensitivity=0.4).logits.sum().backward()
+    model.train()(one, sensitivity=0.4)
+    with torch.no_grad():
+        model(one, sensitivity=0.4)
+        model.eval().model(one)
+    assert taken == [], "gradients, training and the backbone alone have no such steps"
+    assert model.slot.current == Routing()
+
+
+def test_compiled_layers_decode(token_ids):
+    """Each layer compiled alone, inside a model that is not."""
+    torch._dynamo.reset()
+    model, one = tiny_dynamoe(), token_ids[:1, :1]
+    with torch.no_grad():
+        expected = [model(one, sensitivity=theta).logits for theta in (0.4, 0.4, 0.9)][1:]
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
+        found = [model(one, sensitivity=theta).logits for theta in (0.4, 0.9)]
+    for before, after in zip(expected, found):
+        assert_close("compiled layers", after, before)
 
 
 def test_deepcopy_is_independent(token_ids):
