@@ -268,11 +268,34 @@ def addresses(tensor):
     return [place for name in tensor.__tensor_flatten__()[0] for place in addresses(getattr(tensor, name))]
 
 
+class Place(NamedTuple):
+    """Where a linear layer is, and where its weight lies."""
+
+    owner: dict[str, nn.Module]  # the modules that hold it
+    name: str  # its name there
+    linear: nn.Linear
+    parameters: dict[str, nn.Parameter]
+    address: int
+
+    @classmethod
+    def of(cls, owner, name):
+        parameters = owner[name]._parameters
+        return cls(owner, name, owner[name], parameters, parameters["weight"].data_ptr())
+
+
+def unmoved(places):
+    """Whether all are still where they were. The trap: moving or casting a module swaps the tensor inside its parameter."""
+    for owner, name, linear, parameters, address in places:
+        weight = parameters.get("weight")
+        if owner[name] is not linear or weight is None or weight.data_ptr() != address:
+            return False
+    return True
+
+
 class Kept(NamedTuple):
     """What one layer needs for a single token, looked up once."""
 
-    # Of each linear layer: the modules that hold it, its name there, itself, its parameters, where its weight lies.
-    linears: list[tuple[dict, str, nn.Linear, dict, int]]
+    places: list[Place]  # of the projections and of the router's layers
     router: TokenRouter
     router_input: tuple[torch.Tensor, torch.Tensor]  # weight, bias
     router_output: tuple[torch.Tensor, torch.Tensor]
@@ -300,7 +323,7 @@ class NestedMLP(nn.Module):
         # A compiled graph cannot hold the activation module, but its name.
         self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
-        self._sliced, self._kept = (None, None), None
+        self._forget()
         width, hidden_size = self.down_linear.in_features, self.down_linear.out_features
         self.widths = config.layer_widths(layer, width)
         self.router = TokenRouter(
@@ -398,32 +421,25 @@ class NestedMLP(nn.Module):
         return F.linear(hidden, down, down_bias)
 
     def keeps(self):
-        """Whether what `_one_token` needs is still in place. The trap: moving or casting swaps the tensor inside a parameter."""
-        if self._kept is None or self.training or self._modules["router"] is not self._kept.router:
-            return False
-        for owner, name, linear, parameters, place in self._kept.linears:
-            weight = parameters.get("weight")
-            if owner[name] is not linear or weight is None or weight.data_ptr() != place:
-                return False
-        return True
+        """Whether what `_one_token` needs is at hand and in place."""
+        kept = self._kept
+        return kept is not None and not self.training and self._modules["router"] is kept.router and unmoved(kept.places)
 
     def _keep(self, x):
         """What `_one_token` needs, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
-        router, linears = self.router, []
+        router = self.router
         if type(router) is not TokenRouter or router.router_type == "argmax":
             return None
-        projections = [(self._modules, name) for name in self.layout[:3] if name is not None]
-        for owner, name in [*projections, (router._modules, "input"), (router._modules, "output")]:
-            linear = owner[name]
+        first, second = router.input, router.output
+        for linear in (first, second, *self._projections()):
             weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
             if type(weight) is not nn.Parameter or weight.device != x.device:
                 return None
-            linears.append((owner, name, linear, linear._parameters, weight.data_ptr()))
-        first, second = linears[-2][2], linears[-1][2]
+        places = self._places() + [Place.of(router._modules, name) for name in ("input", "output")]
         in_silu = type(self.activation) in SILU
         act = partial(F.silu, inplace=True) if in_silu else getattr(self.activation, "forward", self.activation)
         prefixes = [prefix._replace(act=act) for prefix in self.prefixes(x)]  # in place, or without what a module's call adds
-        return Kept(linears, router, (first.weight, first.bias), (second.weight, second.bias), prefixes)
+        return Kept(places, router, (first.weight, first.bias), (second.weight, second.bias), prefixes)
 
     def hidden(self, x):
         """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""
@@ -464,26 +480,35 @@ class NestedMLP(nn.Module):
         The `Projections` of each expert, as views, or None where a projection is wrapped, offloaded, elsewhere than `x`, or
         quantised without slices. Kept between calls without gradients: making them anew costs as much as the router.
         """
-        linears = [self._modules[name] for name in self.layout[:3] if name is not None]
+        keeps = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        places, prefixes = self._sliced
+        if keeps and prefixes is not None and unmoved(places) and prefixes[-1].down.device == x.device:
+            return prefixes
+        linears = self._projections()
         weights = [linear._parameters["weight"] if type(linear) is nn.Linear else None for linear in linears]
         if any(type(weight) is not nn.Parameter or weight.device != x.device for weight in weights):
             return self._quantised_prefixes(linears, weights, x)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._slice(linears)
-        # The trap: moving or casting a module swaps the tensor inside its parameter, so identity is not enough.
-        places = [weight.data_ptr() for weight in weights]
-        if self._sliced[0] != places:
-            self._sliced = places, self._slice(linears)
-        return self._sliced[1]
+        prefixes = self._slice(linears)
+        if keeps:
+            self._forget()
+            self._sliced = self._places(), prefixes
+        return prefixes
+
+    def _projections(self):
+        return [self._modules[name] for name in self.layout[:3] if name is not None]
+
+    def _places(self):
+        return [Place.of(self._modules, name) for name in self.layout[:3] if name is not None]
 
     def _quantised_prefixes(self, linears, weights, x):
         """As `prefixes`, where a weight is a tensor of a quantiser's own class, such as torchao's int8 with a scale for each row."""
         if any(weight is None or weight.device != x.device for weight in weights) or torch.compiler.is_compiling():
             return None
         places = [place for weight in weights for place in addresses(weight)]
-        if self._sliced[0] != places:
-            self._sliced = places, self._checked_slice(linears, x)
-        prefixes = self._sliced[1]
+        if self._sliced_quantised[0] != places:
+            self._forget()
+            self._sliced_quantised = places, self._checked_slice(linears, x)
+        prefixes = self._sliced_quantised[1]
         return self._slice(linears) if prefixes is not None and torch.is_grad_enabled() else prefixes
 
     @torch.no_grad()
@@ -520,18 +545,22 @@ class NestedMLP(nn.Module):
         return [whole.block(0, width) for width in self.widths]
 
     def _apply(self, *args, **kwargs):
-        self._sliced, self._kept = (None, None), None  # or the old tensors would live on beside the moved ones
+        self._forget()  # or the old tensors would live on beside the moved ones
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_sliced": (None, None), "_kept": None}
+        return {**super().__getstate__(), "_sliced": (None, None), "_sliced_quantised": (None, None), "_kept": None}
+
+    def _forget(self):
+        """Everything that is kept between calls: slices of plain weights, of a quantiser's tensors, and what a single token needs."""
+        self._sliced, self._sliced_quantised, self._kept = (None, None), (None, None), None
 
     def _run(self, x, expert):
         """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""
-        one_for_all = not isinstance(expert, torch.Tensor)
+        one_for_all, compiling = not isinstance(expert, torch.Tensor), torch.compiler.is_compiling()
         prefixes = self.prefixes(x)
         if prefixes is None:
-            if not torch.compiler.is_compiling():  # logging would break the graph
+            if not compiling:  # logging would break the graph
                 logger.warning_once(
                     "DynaMoE: the MLP projections are wrapped, offloaded, or quantised into something that cannot be sliced, so "
                     "every neuron is computed and the unused ones are masked: the same numbers, no speed-up. Merged adapters "
@@ -541,7 +570,7 @@ class NestedMLP(nn.Module):
             return dense_mlp(x.flatten(0, 1), prefixes[expert]).view_as(x)
         elif self._on_device(x) and type(prefixes[-1].down) is torch.Tensor:  # not a quantiser's own class
             return triton_mlp(x.flatten(0, 1), expert.flatten(), prefixes[-1], self.act_name, self.widths).view_as(x)
-        elif not self.training and not torch.compiler.is_compiling():
+        elif not self.training and not compiling:
             return routed_mlp(x.flatten(0, 1), expert.flatten(), prefixes).view_as(x)
         elif not (
             self.training or torch.is_grad_enabled()

@@ -64,13 +64,16 @@ def dense_mlp(x_TD, weights):
     return F.linear(weights.hidden(x_TD), weights.down, weights.down_bias)
 
 
-def staircase_mlp(x_TD, expert_T, prefixes):
+def routed_mlp(x_TD, expert_T, prefixes):
     """
     Each token through its own prefix: (T, D), (T,) int -> (T, D). `prefixes` are the `Projections` of each expert.
 
-    Tokens are sorted by expert, largest first; the block of neurons between two widths then serves a prefix of the
-    sorted tokens. So there are at most E dense products, each weight is read at most once, and nothing is padded.
+    One token needs a slice, and few share one product and a mask. More are a staircase: sorted by expert, largest first, so that the
+    block of neurons between two widths serves a prefix of the sorted tokens. There are at most E dense products, each weight is
+    read at most once, and nothing is padded.
     """
+    if len(expert_T) == 1:
+        return dense_mlp(x_TD, prefixes[expert_T.item()])
     if x_TD.device.type != "cpu" and x_TD.numel() * prefixes[-1].down.shape[1] < DEVICE_SMALLEST_SORT:
         return _masked_mlp(x_TD, expert_T, prefixes)
     if len(expert_T) <= FEW:
@@ -149,7 +152,7 @@ def _in_matrix_units(weight):
 
 
 def _masked_mlp(x_TD, expert_T, prefixes):
-    """As `staircase_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
+    """As `routed_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
     tokens, rows = len(x_TD), ROWS[-1]
     if rows // 2 < tokens < rows:  # a whole block of rows takes no longer than part of one, and up to a quarter less
         x_TD, expert_T = F.pad(x_TD, (0, 0, 0, rows - tokens)), F.pad(expert_T, (0, rows - tokens))
@@ -171,13 +174,6 @@ def _own(widths, size, device):
     """
     own = torch.arange(widths[-1], device=device) < torch.tensor(widths, device=device)[:, None]
     return -own.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-
-
-def routed_mlp(x_TD, expert_T, prefixes):
-    """Each token through its own prefix, by the cheapest way for their number: (T, D), (T,) int -> (T, D)."""
-    if len(expert_T) == 1:
-        return dense_mlp(x_TD, prefixes[expert_T.item()])
-    return staircase_mlp(x_TD, expert_T, prefixes)
 
 
 @torch.compiler.assume_constant_result
@@ -213,7 +209,7 @@ def routed_mlp_op(
     if len(expert_T) == 1:  # once a layer in decoding: no more slices than this one needs
         y_TD = dense_mlp(x_TD, weights.block(0, widths[expert_T.item()]))
     else:
-        y_TD = staircase_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
+        y_TD = routed_mlp(x_TD, expert_T, [weights.block(0, width) for width in widths])
     return y_TD.to(x_TD.dtype)  # autocast gives products a lower one, which the graph does not know
 
 
