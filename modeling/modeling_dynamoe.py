@@ -33,6 +33,7 @@ from .nested_mlp import (
     SILU,
     Projections,
     dense_mlp,
+    few_mlp,
     label_of,
     reads_numbers,
     routed_mlp,
@@ -89,7 +90,7 @@ class Routing:
     histogram: torch.Tensor | None = None  # (L, E) frequencies of the random route; uniform where it is None
     temperature: float | None = None  # of `TokenRouter.gates`, for routers that learn by choosing
     records: list[LayerRecord] | None = None  # filled layer by layer where it is a list
-    threshold: float | None = None  # the dial as a logit, in a step of decoding for `NestedMLP._one_token`
+    threshold: float | None = None  # the dial as a logit, in a step of decoding for `NestedMLP._few_tokens`
 
 
 @dataclass
@@ -293,7 +294,7 @@ def unmoved(places):
 
 
 class Kept(NamedTuple):
-    """What one layer needs for a single token, looked up once."""
+    """What one layer needs for a few tokens, looked up once."""
 
     places: list[Place]  # of the projections and of the router's layers
     router: TokenRouter
@@ -350,7 +351,7 @@ class NestedMLP(nn.Module):
     def forward(self, x):
         routing = self.slot.current
         if not torch.compiler.is_dynamo_compiling() and routing.threshold is not None:
-            return self._one_token(x, routing.threshold)
+            return self._few_tokens(x, routing.threshold)
         full = len(self.widths) - 1
         sensitivity, forced = routing.sensitivity, routing.force_expert
         if sensitivity is None:  # the backbone is called alone; the model's own `forward` has asked the config
@@ -368,7 +369,7 @@ class NestedMLP(nn.Module):
                     if routing.temperature is None and (expert := self.router.choose_on_device(x, sensitivity)) is not None:
                         return self._drop(self._run(x, expert))
                 elif x.shape[0] * x.shape[1] <= FEW and one_dial and not torch.compiler.is_compiling():
-                    if x.shape[0] == x.shape[1] == 1 and not torch.is_grad_enabled() and not self.keeps():
+                    if not torch.is_grad_enabled() and not self.keeps():
                         self._kept = self._keep(x)  # for the next step
                     experts = self.router.choose_few(x, sensitivity)
                     if len(set(experts)) > 1:
@@ -406,27 +407,29 @@ class NestedMLP(nn.Module):
             y = self._run(x, expert)
         return self._drop(y)
 
-    def _one_token(self, x, threshold):
+    def _few_tokens(self, x, threshold):
         """
-        A step of decoding, (1, 1, D), in which every layer `keeps`. What can be kept is not looked up, and what all layers have
+        A step of decoding, (B, S, D), in which every layer `keeps`. What can be kept is not looked up, and what all layers have
         in common is not asked again: since a layer's last turn the weights of all others have passed through the processor's
-        cache, so that each lookup waits for memory.
+        cache, so that each lookup waits for memory. For the same reason one token's MLP is written out.
         """
         _, _, (weight, bias), second, prefixes = self._kept
         hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias), inplace=True)
-        expert = first_to_reach(threshold, F.linear(hidden, *second).tolist()[0][0])
-        gate, gate_bias, up, up_bias, down, down_bias, act = prefixes[expert]
+        experts = [first_to_reach(threshold, row) for rows in F.linear(hidden, *second).tolist() for row in rows]
+        if len(experts) > 1:
+            return few_mlp(x.flatten(0, 1), experts, prefixes).view_as(x)
+        gate, gate_bias, up, up_bias, down, down_bias, act = prefixes[experts[0]]
         hidden = F.linear(x, up, up_bias)
         hidden = act(hidden) if gate is None else act(F.linear(x, gate, gate_bias)).mul_(hidden)
         return F.linear(hidden, down, down_bias)
 
     def keeps(self):
-        """Whether what `_one_token` needs is at hand and in place."""
+        """Whether what `_few_tokens` needs is at hand and in place."""
         kept = self._kept
         return kept is not None and not self.training and self._modules["router"] is kept.router and unmoved(kept.places)
 
     def _keep(self, x):
-        """What `_one_token` needs, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
+        """What `_few_tokens` needs, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
         router = self.router
         if type(router) is not TokenRouter or router.router_type == "argmax":
             return None
@@ -552,7 +555,7 @@ class NestedMLP(nn.Module):
         return {**super().__getstate__(), "_sliced": (None, None), "_sliced_quantised": (None, None), "_kept": None}
 
     def _forget(self):
-        """Everything that is kept between calls: slices of plain weights, of a quantiser's tensors, and what a single token needs."""
+        """Everything that is kept between calls: slices of plain weights, of a quantiser's tensors, and what few tokens need."""
         self._sliced, self._sliced_quantised, self._kept = (None, None), (None, None), None
 
     def _run(self, x, expert):
@@ -854,10 +857,10 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return outputs
 
     def _is_steady(self, routing, inputs):
-        """Whether this is a step of decoding that `NestedMLP._one_token` knows, in every layer."""
+        """Whether this is a step of decoding that `NestedMLP._few_tokens` knows, in every layer."""
         return (
             not torch.compiler.is_compiling()
-            and inputs.shape[0] == inputs.shape[1] == 1
+            and inputs.shape[0] * inputs.shape[1] <= FEW
             and not torch.is_grad_enabled()
             and not isinstance(routing.sensitivity, torch.Tensor)
             and routing.sensitivity < 1

@@ -74,21 +74,35 @@ def routed_mlp(x_TD, expert_T, prefixes):
     """
     if len(expert_T) == 1:
         return dense_mlp(x_TD, prefixes[expert_T.item()])
-    if x_TD.device.type != "cpu" and x_TD.numel() * prefixes[-1].down.shape[1] < DEVICE_SMALLEST_SORT:
+    if x_TD.device.type != "cpu" and _share_a_product(x_TD, prefixes[-1]):
         return _masked_mlp(x_TD, expert_T, prefixes)
     if len(expert_T) <= FEW:
-        taken = expert_T.tolist()
-        widest = max(taken)
-        if min(taken) == widest:
-            return dense_mlp(x_TD, prefixes[widest])
-        if x_TD.numel() * prefixes[widest].down.shape[1] < SMALLEST_SORT:
-            return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
-        counts = [taken.count(expert) for expert in range(len(prefixes))]
-    else:
-        counts = torch.bincount(expert_T, minlength=len(prefixes)).tolist()
-        widest = max(expert for expert, count in enumerate(counts) if count)
-        if counts[widest] == len(expert_T):
-            return dense_mlp(x_TD, prefixes[widest])
+        return few_mlp(x_TD, expert_T.tolist(), prefixes, expert_T)
+    return _staircase_mlp(x_TD, expert_T, prefixes, torch.bincount(expert_T, minlength=len(prefixes)).tolist())
+
+
+def few_mlp(x_TD, taken, prefixes, expert_T=None):
+    """As `routed_mlp`, where the host knows the experts: (T, D), a list of T -> (T, D). `expert_T` is made if it is not given."""
+    widest = max(taken)
+    if min(taken) == widest:
+        return dense_mlp(x_TD, prefixes[widest])
+    if expert_T is None:
+        expert_T = torch.tensor(taken, device=x_TD.device)
+    if _share_a_product(x_TD, prefixes[widest]):
+        return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
+    return _staircase_mlp(x_TD, expert_T, prefixes, [taken.count(expert) for expert in range(len(prefixes))])
+
+
+def _share_a_product(x_TD, weights):
+    smallest = SMALLEST_SORT if x_TD.device.type == "cpu" else DEVICE_SMALLEST_SORT
+    return x_TD.numel() * weights.down.shape[1] < smallest
+
+
+def _staircase_mlp(x_TD, expert_T, prefixes, counts):
+    """As `routed_mlp`, in blocks. `counts` are the tokens of each expert."""
+    widest = max(expert for expert, count in enumerate(counts) if count)
+    if counts[widest] == len(expert_T):
+        return dense_mlp(x_TD, prefixes[widest])
     stairs = _stairs(counts, prefixes)
     if len(stairs) == 1:
         return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])

@@ -448,9 +448,9 @@ def test_a_step_of_decoding_follows_its_layers(change, token_ids):
 def test_a_step_of_decoding_is_asked_about_once(token_ids, monkeypatch):
     """From its second token on it takes the shortest way through all layers, and only where nothing else is asked for."""
     model, one, taken = tiny_dynamoe(), token_ids[:1, :1], []
-    shortest = NestedMLP._one_token
+    shortest = NestedMLP._few_tokens
     monkeypatch.setattr(
-        NestedMLP, "_one_token", lambda self, x, threshold: taken.append(self.layer) or shortest(self, x, threshold)
+        NestedMLP, "_few_tokens", lambda self, x, threshold: taken.append(self.layer) or shortest(self, x, threshold)
     )
 
     def layers(ids=one, **settings):
@@ -464,10 +464,12 @@ def test_a_step_of_decoding_is_asked_about_once(token_ids, monkeypatch):
 
     assert layers(sensitivity=0.4) == [], "nothing is kept before the first"
     assert layers(sensitivity=0.4) == layers(sensitivity=0.6) == list(range(len(model.model.layers)))
+    for several in (token_ids[:1, :2], token_ids[:2, :1], token_ids[:2, :2]):
+        assert layers(several, sensitivity=0.4) == layers(several, sensitivity=0.6) == list(range(len(model.model.layers)))
     assert layers(inputs_embeds=model.get_input_embeddings()(one).detach(), ids=None, sensitivity=0.6) != []
     for settings in (
         {"sensitivity": 1.0}, {"sensitivity": torch.tensor([0.4])}, {"sensitivity": 0.4, "force_expert": 1}, {"sensitivity": 0.4, "route": "label"},
-        {"sensitivity": 0.4, "output_router_logits": True}, {"sensitivity": 0.4, "ids": token_ids[:2, :1]}, {"sensitivity": 0.4, "ids": token_ids[:1, :2]},
+        {"sensitivity": 0.4, "output_router_logits": True}, {"sensitivity": 0.4, "ids": token_ids.repeat(3, 1)[:, :3]},
     ):  # fmt: skip
         assert layers(**settings) == [], settings
     model.set_mlp_implementation("torch")
