@@ -98,35 +98,47 @@ def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max
     """
     Packed token ids, (N, `block_size`) int64: N whole blocks of at most `max_tokens` tokens in all, but one at least.
 
-    If a list of documents holds more, they are a random sample of its blocks, the same in every run, for a text may begin
-    with one subject and end with another. Of an iterator they are the first.
+    If a list of documents holds more, they are evenly spread over all of it, for a text may begin with one subject and end with
+    another, and come in a random order, the same in every run. Of an iterator they are the first.
 
     Raises:
         ValueError: the text does not fill one block, or a block is too small.
     """
     limit = None if max_tokens is None else max(1, max_tokens // max(1, block_size))
-    if limit is None or not isinstance(documents, list):
-        blocks = itertools.islice(iterate_blocks(documents, tokenizer, block_size), limit)
-    else:
-        blocks = iterate_blocks(_windows(documents, limit, WINDOW * block_size), tokenizer, block_size)
-    blocks = [torch.tensor(block) for block in blocks]
+    blocks = []
+    if limit is not None and isinstance(documents, list):
+        blocks = _spread_blocks(documents, tokenizer, block_size, limit)
+    if len(blocks) < (limit or 1):
+        first = None if isinstance(documents, list) else limit
+        blocks = list(itertools.islice(iterate_blocks(documents, tokenizer, block_size), first))
     if not blocks:
         raise ValueError(
             f"The text is too short: it does not fill one block of {block_size} tokens. Give more text, or a smaller --block-size."
         )
-    if limit is not None and limit < len(blocks):
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-        blocks = [blocks[index] for index in order[:limit].tolist()]
-    return torch.stack(blocks)
+    blocks = torch.tensor(blocks)
+    if isinstance(documents, list) and limit is not None:
+        blocks = blocks[torch.linspace(0, len(blocks) - 1, min(limit, len(blocks))).long()]
+        blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
+    return blocks
 
 
-def _windows(documents, count, size):
-    """`count` parts of `size` characters, evenly spread over the documents, or all of them if that is no more."""
-    text = "\f".join(documents)
+def _spread_blocks(documents, tokenizer, block_size, count):
+    """
+    The first block of each of `count` windows that are evenly spread over the documents, or none where those would hold all of it.
+    One of each, for a block that goes on in the next window would have an end of text where no document ends.
+    """
+    text, size = "\f".join(documents), WINDOW * block_size
     if len(text) <= count * size:
-        return documents
-    starts = (index * (len(text) - size) // max(1, count - 1) for index in range(count))
-    return [part for start in starts for part in text[start : start + size].split("\f") if part.strip()]
+        return []
+    blocks = []
+    for index in range(count):
+        start = index * (len(text) - size) // max(1, count - 1)
+        start += next(
+            (skip for skip, letter in enumerate(text[start : start + 64]) if letter.isspace()), 0
+        )  # to where a word begins
+        parts = [part for part in text[start : start + size].split("\f") if part.strip()]
+        blocks += itertools.islice(iterate_blocks(parts, tokenizer, block_size), 1)
+    return blocks
 
 
 def documents_for(stage_split: str, text=None, dataset: str | None = None, column: str = "text"):

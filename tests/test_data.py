@@ -37,6 +37,8 @@ def test_few_blocks_stand_for_the_whole_text():
     assert 0.55 < text.count("a") / (text.count("a") + text.count("b")) < 0.78
     assert sum(read) <= 40 * 16 * 16 < 60 * 300, "a long text must not be tokenised whole"
     assert torch.equal(blocks, token_blocks(documents, tokenizer, 16, max_tokens=40 * 16)), "the same in every run"
+    ends = (blocks == tokenizer.eos_token_id).any(-1).float().mean()
+    assert ends < 0.1, "a block ends within a document, as most of these do"
     whole = token_blocks(documents[:2], tokenizer, 16)
     sample = {tuple(block) for block in token_blocks(documents[:2], tokenizer, 16, max_tokens=10 * 16).tolist()}
     assert sample <= {tuple(block) for block in whole.tolist()}
