@@ -90,7 +90,7 @@ class Routing:
     histogram: torch.Tensor | None = None  # (L, E) frequencies of the random route; uniform where it is None
     temperature: float | None = None  # of `TokenRouter.gates`, for routers that learn by choosing
     records: list[LayerRecord] | None = None  # filled layer by layer where it is a list
-    threshold: float | None = None  # the dial as a logit, in a step of decoding for `NestedMLP._few_tokens`
+    steady: bool = False  # whether this is a step of decoding for `NestedMLP._few_tokens`
 
 
 @dataclass
@@ -187,10 +187,18 @@ class TokenRouter(nn.Module):
         first, second = self.input, self.output
         hidden = F.silu(F.linear(x.flatten(0, 1).to(first.weight.dtype), first.weight, first.bias))
         rows = F.linear(hidden, second.weight, second.bias).tolist()
+        return [self.choose_one(row, sensitivity) for row in rows]
+
+    def choose_one(self, row, sensitivity):
+        """The expert of one token, from its row of the output layer, a list of numbers. The way of all eager decoding: wrap it to listen."""
         if self.router_type == "argmax":
-            return [row.index(max(row)) for row in rows]
-        threshold = logit_of(float(sensitivity))
-        return [first_to_reach(threshold, row) for row in rows]
+            return row.index(max(row))
+        threshold, logit = logit_of(float(sensitivity)), 0.0
+        for expert, step in enumerate(row):
+            logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
+            if logit >= threshold:
+                return expert
+        return len(row)
 
     def choose_on_device(self, x, sensitivity):
         """As `choose(self(x), sensitivity)` by Triton, (B, S, D) -> (B, S), or None for what its kernel does not know."""
@@ -213,16 +221,6 @@ class TokenRouter(nn.Module):
 def logit_of(sensitivity):
     """The logit that a predicted similarity must reach, on the host: infinite at sensitivity 1."""
     return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
-
-
-def first_to_reach(threshold, row):
-    """The expert of one token, from its row of a profile router's output layer, a list of numbers, on the host."""
-    logit = 0.0
-    for expert, step in enumerate(row):
-        logit += step if expert == 0 else max(step, 0.0) + math.log1p(math.exp(-abs(step)))  # softplus
-        if logit >= threshold:
-            return expert
-    return len(row)
 
 
 class Layout(NamedTuple):
@@ -350,8 +348,8 @@ class NestedMLP(nn.Module):
 
     def forward(self, x):
         routing = self.slot.current
-        if not torch.compiler.is_dynamo_compiling() and routing.threshold is not None:
-            return self._few_tokens(x, routing.threshold)
+        if not torch.compiler.is_dynamo_compiling() and routing.steady:
+            return self._few_tokens(x, routing.sensitivity)
         full = len(self.widths) - 1
         sensitivity, forced = routing.sensitivity, routing.force_expert
         if sensitivity is None:  # the backbone is called alone; the model's own `forward` has asked the config
@@ -407,15 +405,15 @@ class NestedMLP(nn.Module):
             y = self._run(x, expert)
         return self._drop(y)
 
-    def _few_tokens(self, x, threshold):
+    def _few_tokens(self, x, sensitivity):
         """
         A step of decoding, (B, S, D), in which every layer `keeps`. What can be kept is not looked up, and what all layers have
         in common is not asked again: since a layer's last turn the weights of all others have passed through the processor's
         cache, so that each lookup waits for memory. For the same reason one token's MLP is written out.
         """
-        _, _, (weight, bias), second, prefixes = self._kept
+        _, router, (weight, bias), second, prefixes = self._kept
         hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias), inplace=True)
-        experts = [first_to_reach(threshold, row) for rows in F.linear(hidden, *second).tolist() for row in rows]
+        experts = [router.choose_one(row, sensitivity) for rows in F.linear(hidden, *second).tolist() for row in rows]
         if len(experts) > 1:
             return few_mlp(x.flatten(0, 1), experts, prefixes).view_as(x)
         gate, gate_bias, up, up_bias, down, down_bias, act = prefixes[experts[0]]
@@ -431,7 +429,7 @@ class NestedMLP(nn.Module):
     def _keep(self, x):
         """What `_few_tokens` needs, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
         router = self.router
-        if type(router) is not TokenRouter or router.router_type == "argmax":
+        if type(router) is not TokenRouter:
             return None
         first, second = router.input, router.output
         for linear in (first, second, *self._projections()):
@@ -822,8 +820,7 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
             routing.records.clear()
         elif output_router_logits or train_routers:
             routing.records = []
-        steady = self._is_steady(routing, input_ids if input_ids is not None else inputs_embeds)
-        routing.threshold = logit_of(routing.sensitivity) if steady else None
+        routing.steady = self._is_steady(routing, input_ids if input_ids is not None else inputs_embeds)
         self.slot.current = routing
         try:
             outputs = self.dense_class.forward(

@@ -445,13 +445,12 @@ def test_a_step_of_decoding_follows_its_layers(change, token_ids):
         assert not torch.allclose(before, expected)
 
 
-def test_a_step_of_decoding_is_asked_about_once(token_ids, monkeypatch):
+@pytest.mark.parametrize("router_type", ["profile", "argmax"])
+def test_a_step_of_decoding_is_asked_about_once(router_type, token_ids, monkeypatch):
     """From its second token on it takes the shortest way through all layers, and only where nothing else is asked for."""
-    model, one, taken = tiny_dynamoe(), token_ids[:1, :1], []
+    model, one, taken = tiny_dynamoe(router_type=router_type), token_ids[:1, :1], []
     shortest = NestedMLP._few_tokens
-    monkeypatch.setattr(
-        NestedMLP, "_few_tokens", lambda self, x, threshold: taken.append(self.layer) or shortest(self, x, threshold)
-    )
+    monkeypatch.setattr(NestedMLP, "_few_tokens", lambda self, x, theta: taken.append(self.layer) or shortest(self, x, theta))
 
     def layers(ids=one, **settings):
         taken.clear()
