@@ -413,10 +413,11 @@ class NestedMLP(nn.Module):
         """
         _, router, (weight, bias), second, prefixes = self._kept
         hidden = F.silu(F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias), inplace=True)
-        experts = [router.choose_one(row, sensitivity) for rows in F.linear(hidden, *second).tolist() for row in rows]
-        if len(experts) > 1:
+        rows = F.linear(hidden, *second).tolist()
+        if len(rows) > 1 or len(rows[0]) > 1:
+            experts = [router.choose_one(row, sensitivity) for sequence in rows for row in sequence]
             return few_mlp(x.flatten(0, 1), experts, prefixes).view_as(x)
-        gate, gate_bias, up, up_bias, down, down_bias, act = prefixes[experts[0]]
+        gate, gate_bias, up, up_bias, down, down_bias, act = prefixes[router.choose_one(rows[0][0], sensitivity)]
         hidden = F.linear(x, up, up_bias)
         hidden = act(hidden) if gate is None else act(F.linear(x, gate, gate_bias)).mul_(hidden)
         return F.linear(hidden, down, down_bias)
