@@ -3,6 +3,7 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 TOPIC_SHARES = {"held-out": 0.2, "calibration": 0.15}  # of the characters; the rest is for training
 WINDOW = 16  # characters of a long text that are read for each token wanted; prose has 3 to 5 in a token
+SPACE = re.compile(r"\s")
 
 
 def topic_documents(split: str) -> list[str]:
@@ -105,40 +107,35 @@ def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max
         ValueError: the text does not fill one block, or a block is too small.
     """
     limit = None if max_tokens is None else max(1, max_tokens // max(1, block_size))
-    blocks = []
-    if limit is not None and isinstance(documents, list):
+    if limit is None or not isinstance(documents, list):
+        blocks = [torch.tensor(block) for block in itertools.islice(iterate_blocks(documents, tokenizer, block_size), limit)]
+    else:
         blocks = _spread_blocks(documents, tokenizer, block_size, limit)
-    if len(blocks) < (limit or 1):
-        first = None if isinstance(documents, list) else limit
-        blocks = list(itertools.islice(iterate_blocks(documents, tokenizer, block_size), first))
     if not blocks:
         raise ValueError(
             f"The text is too short: it does not fill one block of {block_size} tokens. Give more text, or a smaller --block-size."
         )
-    blocks = torch.tensor(blocks)
-    if isinstance(documents, list) and limit is not None:
-        blocks = blocks[torch.linspace(0, len(blocks) - 1, min(limit, len(blocks))).long()]
-        blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
-    return blocks
+    return torch.stack(blocks)
 
 
 def _spread_blocks(documents, tokenizer, block_size, count):
     """
-    The first block of each of `count` windows that are evenly spread over the documents, or none where those would hold all of it.
-    One of each, for a block that goes on in the next window would have an end of text where no document ends.
+    At most `count` blocks, evenly spread over the documents, in a random order: of a long text the first block of each of as many
+    windows. One of each, for a block that goes on in the next window would have an end of text where no document ends.
     """
-    text, size = "\f".join(documents), WINDOW * block_size
-    if len(text) <= count * size:
-        return []
-    blocks = []
-    for index in range(count):
-        start = index * (len(text) - size) // max(1, count - 1)
-        start += next(
-            (skip for skip, letter in enumerate(text[start : start + 64]) if letter.isspace()), 0
-        )  # to where a word begins
-        parts = [part for part in text[start : start + size].split("\f") if part.strip()]
-        blocks += itertools.islice(iterate_blocks(parts, tokenizer, block_size), 1)
-    return blocks
+    text, size, blocks = "\f".join(documents), WINDOW * block_size, []
+    if len(text) > count * size:
+        for index in range(count):
+            start = index * (len(text) - size) // max(1, count - 1)
+            if space := SPACE.search(text, start, start + 64):
+                start = space.start()  # where a word begins
+            parts = [part for part in text[start : start + size].split("\f") if part.strip()]
+            blocks += map(torch.tensor, itertools.islice(iterate_blocks(parts, tokenizer, block_size), 1))
+    if len(blocks) < count:  # the windows would have held all of it, or some held no block
+        blocks = [torch.tensor(block) for block in iterate_blocks(documents, tokenizer, block_size)]
+    spread = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()
+    order = torch.randperm(len(spread), generator=torch.Generator().manual_seed(0))
+    return [blocks[index] for index in spread[order].tolist()]
 
 
 def documents_for(stage_split: str, text=None, dataset: str | None = None, column: str = "text"):

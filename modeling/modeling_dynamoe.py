@@ -190,7 +190,10 @@ class TokenRouter(nn.Module):
         return [self.choose_one(row, sensitivity) for row in rows]
 
     def choose_one(self, row, sensitivity):
-        """The expert of one token, from its row of the output layer, a list of numbers. The way of all eager decoding: wrap it to listen."""
+        """
+        The expert of one token, from its row of the output layer, a list of numbers. Steps of few tokens come by here unless they are
+        compiled, so who wraps it hears which experts are taken.
+        """
         if self.router_type == "argmax":
             return row.index(max(row))
         threshold, logit = logit_of(float(sensitivity)), 0.0
@@ -232,6 +235,10 @@ class Layout(NamedTuple):
     act: str
     fused: bool = False
 
+    @property
+    def projections(self):
+        return [name for name in self[:3] if name is not None]
+
 
 LAYOUTS = (
     Layout("gate_proj", "up_proj", "down_proj", "act_fn"),
@@ -248,11 +255,11 @@ def layout_of(mlp, name="mlp"):
     linears = {child for child, module in mlp.named_children() if isinstance(module, nn.Linear)}
     others = {child for child, module in mlp.named_children() if any(True for _ in module.parameters())} - linears
     for layout in LAYOUTS:
-        if linears == {layout.gate, layout.up, layout.down} - {None} and hasattr(mlp, layout.act) and others <= {layout.act}:
+        if linears == set(layout.projections) and hasattr(mlp, layout.act) and others <= {layout.act}:
             up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
             if up.out_features == down.in_features * (2 if layout.fused else 1):
                 return layout
-    supported = "; ".join(", ".join(filter(None, layout[:3])) for layout in LAYOUTS)
+    supported = "; ".join(", ".join(layout.projections) for layout in LAYOUTS)
     raise ValueError(
         f"`{name}` cannot be split into nested experts: found {type(mlp).__name__} with "
         f"{', '.join(sorted(linears | others)) or 'no linear layers'}. Supported are dense MLPs made of: {supported}. "
@@ -299,6 +306,10 @@ class Kept(NamedTuple):
     router_input: tuple[torch.Tensor, torch.Tensor]  # weight, bias
     router_output: tuple[torch.Tensor, torch.Tensor]
     prefixes: list[Projections]
+
+
+# What a layer keeps between calls: slices of plain weights, slices of a quantiser's tensors, and what few tokens need.
+NOTHING_KEPT = {"_sliced": (None, None), "_sliced_quantised": (None, None), "_kept": None}
 
 
 class NestedMLP(nn.Module):
@@ -497,10 +508,10 @@ class NestedMLP(nn.Module):
         return prefixes
 
     def _projections(self):
-        return [self._modules[name] for name in self.layout[:3] if name is not None]
+        return [self._modules[name] for name in self.layout.projections]
 
     def _places(self):
-        return [Place.of(self._modules, name) for name in self.layout[:3] if name is not None]
+        return [Place.of(self._modules, name) for name in self.layout.projections]
 
     def _quantised_prefixes(self, linears, weights, x):
         """As `prefixes`, where a weight is a tensor of a quantiser's own class, such as torchao's int8 with a scale for each row."""
@@ -551,11 +562,10 @@ class NestedMLP(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_sliced": (None, None), "_sliced_quantised": (None, None), "_kept": None}
+        return {**super().__getstate__(), **NOTHING_KEPT}
 
     def _forget(self):
-        """Everything that is kept between calls: slices of plain weights, of a quantiser's tensors, and what few tokens need."""
-        self._sliced, self._sliced_quantised, self._kept = (None, None), (None, None), None
+        self.__dict__.update(NOTHING_KEPT)
 
     def _run(self, x, expert):
         """The chosen experts, (B, S) or one index for all, by the cheapest way that these modules and shapes allow."""
@@ -788,7 +798,8 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
         from `config.train_sensitivity`, and `loss` is the LM loss + `config.router_loss_coef` * the router loss.
         """
         config = self.config
-        batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        batch = inputs.shape[0]
         if isinstance(sensitivity, torch.Tensor):
             if sensitivity.shape not in ((batch,), ()):
                 raise ValueError(
@@ -811,8 +822,7 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 routing.route = config.train_route
             if routing.sensitivity is None:
                 low, high = config.train_sensitivity
-                device = (input_ids if input_ids is not None else inputs_embeds).device
-                routing.sensitivity = low + (high - low) * torch.rand(batch, device=device)
+                routing.sensitivity = low + (high - low) * torch.rand(batch, device=inputs.device)
         if routing.sensitivity is None:
             routing.sensitivity = config.sensitivity
             if routing.force_expert is None:
@@ -821,7 +831,7 @@ class DynaMoEForCausalLM(PreTrainedModel, GenerationMixin):
             routing.records.clear()
         elif output_router_logits or train_routers:
             routing.records = []
-        routing.steady = self._is_steady(routing, input_ids if input_ids is not None else inputs_embeds)
+        routing.steady = self._is_steady(routing, inputs)
         self.slot.current = routing
         try:
             outputs = self.dense_class.forward(
