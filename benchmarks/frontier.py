@@ -256,7 +256,7 @@ class Bench:
         return self.trained("tuned", self.converted, self.tokens, adapt_model)
 
     def _ours(self, name):
-        tokens = int({"ours": 1, "ours-long": LONGER}[name] * self.tokens) - self.adapt_tokens
+        tokens = {"ours": 1, "ours-long": LONGER}[name] * self.tokens - self.adapt_tokens
         return load_model(self.trained(name, self.adapted, tokens, router_tokens=min(ROUTER_TOKENS, tokens), **OURS))
 
     @cached_property
@@ -572,9 +572,10 @@ CONTENDERS: dict[str, Callable] = {
     "paper": paper,
 }
 FULL_ONLY, WITH_FULL = ("dense", "adapted", "tuned"), ("ours", "ours-long")
+IF_NAMED = ("ours-long", "ours-long-oracle", "ours-long-random")
 # Contenders that share what is trained, for `--jobs`: the longest first.
 GROUPS = (
-    ("ours-long", "ours-long-oracle", "ours-long-random"),
+    IF_NAMED,
     ("ours", "ours-oracle", "ours-random"),
     ("flextron", "flextron-in"),
     ("paper",),
@@ -584,7 +585,6 @@ GROUPS = (
     ("untrained", "adapted", "teal", "teal-adapted"),
     ("cmoe",),
 )
-IF_NAMED = GROUPS[0]
 WITHOUT_OURS = ("dense", "tuned", "teal", "teal-tuned", "cmoe", "paper")  # what they are does not depend on our recipe
 ORACLES = ("ours-oracle", "ours-long-oracle", "untrained")
 LABELS = {
