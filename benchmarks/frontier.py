@@ -119,7 +119,7 @@ CONVERSION_TOKENS = 32_768  # of two kinds of documents a smaller sample may be 
 CALIBRATION_TOKENS = 8192
 # Contenders are compared at one share of one text, so the dial is set there: first on every fifth block, then on all if that misses.
 # No target is read, only what the routers say. How far a dial set on one text carries to another, `dynamoe evaluate` shows.
-DIAL_PART, DIAL_TOLERANCE = 5, 0.01
+DIAL_PART, DIAL_TOLERANCE = 5, 0.002
 
 
 FUNCTION_WORD = re.compile(
@@ -437,7 +437,7 @@ def routed(bench, share, text, model):
         (theta, _), _ = solve_budget(model, blocks[::DIAL_PART], shares, share, run, size)
         run = run_routers(model, blocks, shares, theta, size)
         if abs(run[0].mean().item() - share) > DIAL_TOLERANCE:
-            (theta, _), _ = solve_budget(model, blocks, shares, share, run, size)
+            (theta, _), _ = solve_budget(model, blocks, shares, share, run, size, tolerance=DIAL_TOLERANCE)
     return _routed(bench, model, text, sensitivity=theta)
 
 

@@ -82,7 +82,7 @@ def calibrate_budgets(
     return record
 
 
-def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5):
+def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5, tolerance=0.004):
     """The sensitivity nearest to `budget` and the share of each block there (N,), starting from an earlier run; and the last run."""
     best, distance = None, float("inf")
     for _ in range(rounds):
@@ -96,7 +96,7 @@ def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5):
         reached = abs(run[0].mean().item() - budget)
         if reached < distance:
             best, distance = (sensitivity, run[0]), reached
-        if distance < 0.004:
+        if distance < tolerance:
             break
     return best, run
 
