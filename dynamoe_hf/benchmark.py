@@ -209,8 +209,8 @@ def bench_mlp(
     dtype: torch.dtype = torch.float32,
 ) -> list[dict]:
     """
-    One nested MLP against the dense one: forced experts for one token, and experts drawn uniformly for more. The router is
-    not part of it; the limit is the share of the width, the mean over tokens for mixed experts.
+    One nested MLP against the dense one: forced experts for one token, and for more each expert for as many of them, from the
+    widest down, in random order. The router is not part of it; the limit is the share of the width, for mixed experts the mean.
     """
     # As many layers as no cache holds: in a model the weights of each layer come from memory.
     layers = max(1, round(COLD_BYTES / (3 * dtype.itemsize * hidden_size * mlp_width)))
@@ -242,7 +242,7 @@ def bench_mlp(
         measure(one, index, width / mlp_width, "forced")
     for count in [count for count in tokens or TOKENS if count > 1]:
         x = torch.randn(1, count, hidden_size, generator=generator).to(dtype)
-        expert = torch.randint(len(widths), (1, count), generator=generator)
+        expert = len(widths) - 1 - torch.randperm(count, generator=generator)[None] % len(widths)
         share = torch.tensor(widths)[expert].float().mean().item() / mlp_width
         measure(x, expert, share, "mixed")
     return rows

@@ -14,19 +14,29 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 
-# A block of its own costs a handful of calls. Below so many multiplications of one projection it is cheaper to let the few
-# tokens that stop inside a larger block run along, and to clear what they may not use. Measured on one thread.
-SMALLEST_BLOCK = 2_500_000
-# Of few tokens and small weights blocks win nothing: one product for all takes as long, a whole block of rows even less than part of
-# one (`_masked_mlp`).
-SMALLEST_SORT = 15_000_000
+class Costs(NamedTuple):
+    """
+    What calls cost beside multiplications, where a weight is. A block of its own costs a handful of calls, so for a small one it is
+    cheaper to let the few tokens that stop inside a larger block run along, and to clear what they may not use. Measured, on CPUs
+    with one thread.
+    """
+
+    block: int  # multiplications of one projection in the smallest block that pays
+    sort: int  # the same of all tokens and neurons, below which one product does for all (`_masked_mlp`)
+    steps: tuple[int, ...]  # numbers of rows below which a product of fewer takes as long
+    whole: int  # rows to which a masked product is padded where it has more than half of them
+
+
+# Measured on an AMD EPYC: four rows take 15% less than three, twelve 13% less than sixteen.
+ON_CPU = Costs(1_000_000, 4_000_000, (4,), 4)
+# Processors with units for products of bfloat16 (AMX) are Intel's: eight or twelve rows take as long as sixteen, or longer.
+ON_INTEL = Costs(2_500_000, 15_000_000, (4, 16), 16)
+IN_MATRIX_UNITS = Costs(100_000_000, 15_000_000, (32,), 16)
+IN_BFLOAT16 = Costs(2_500_000, 15_000_000, (4,), 1)  # without such units
+# A GPU on which the kernels of `nested_mlp_triton.py` are not used. To sort, the host waits for the routes and then makes a dozen calls:
+# 0.3 ms, in which an H100 multiplies so much (bfloat16) that only some thousand tokens are worth it.
+ON_DEVICE = Costs(8_000_000_000, 50_000_000_000, (), 16)
 FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
-ROWS = (4, 16)  # a product of fewer rows takes as long: three like four, and eight or twelve like sixteen
-# Where the processor has units for products of bfloat16 (AMX), multiplications are cheaper, and calls cost what they cost.
-MATRIX_SMALLEST_BLOCK, MATRIX_ROWS = 100_000_000, (32,)
-# The same on a GPU, where the kernels of `nested_mlp_triton.py` are not used. To sort, the host waits for the routes and then makes a
-# dozen calls: 0.3 ms, in which an H100 multiplies so much (bfloat16) that only some thousand tokens are worth it.
-DEVICE_SMALLEST_BLOCK, DEVICE_SMALLEST_SORT = 8_000_000_000, 50_000_000_000
 SILU = (nn.SiLU, type(ACT2FN["silu"]))  # activations that torch can compute in place
 
 
@@ -94,8 +104,7 @@ def few_mlp(x_TD, taken, prefixes, expert_T=None):
 
 
 def _share_a_product(x_TD, weights):
-    smallest = SMALLEST_SORT if x_TD.device.type == "cpu" else DEVICE_SMALLEST_SORT
-    return x_TD.numel() * weights.down.shape[1] < smallest
+    return x_TD.numel() * weights.down.shape[1] < costs(weights.down).sort
 
 
 def _staircase_mlp(x_TD, expert_T, prefixes, counts):
@@ -124,7 +133,7 @@ def _staircase_mlp(x_TD, expert_T, prefixes, counts):
             y_TD[:rows].addmm_(hidden, block.down.t())
         else:  # the tensors of quantisers know `linear` and little else, and autocast knows no product in place
             y_TD[:rows] += F.linear(hidden, block.down)
-    return torch.empty_like(y_TD).index_copy_(0, order_T, y_TD)
+    return y_TD.index_select(0, order_T.argsort())  # to gather takes a quarter of what it takes to scatter (`index_copy_`)
 
 
 def _stairs(counts, prefixes):
@@ -134,7 +143,7 @@ def _stairs(counts, prefixes):
     """
     tokens = rows = going_on = sum(counts)
     hidden_size, low, stops, stairs = prefixes[-1].up.shape[1], 0, [], []
-    smallest, steps = _smallest_block(prefixes[-1].down)
+    smallest, _, steps, _ = costs(prefixes[-1].down)
     for count, prefix in zip(counts, prefixes):
         if count == 0:  # nobody stops at this width, so the next block takes its neurons along
             continue
@@ -151,24 +160,25 @@ def _stairs(counts, prefixes):
     return stairs
 
 
-def _smallest_block(weight):
-    """Multiplications of the smallest block that pays where `weight` is, and the numbers of rows below which fewer win nothing."""
+def costs(weight):
+    """The `Costs` where `weight` is, of products with it."""
     if weight.device.type != "cpu":
-        return DEVICE_SMALLEST_BLOCK, ()
-    return (MATRIX_SMALLEST_BLOCK, MATRIX_ROWS) if _in_matrix_units(weight) else (SMALLEST_BLOCK, ROWS)
-
-
-def _in_matrix_units(weight):
+        return ON_DEVICE
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if dtype != torch.bfloat16:
-        return False
+    if dtype == torch.bfloat16:
+        return IN_MATRIX_UNITS if has_matrix_units() else IN_BFLOAT16
+    return ON_INTEL if has_matrix_units() else ON_CPU
+
+
+@cache
+def has_matrix_units():
     return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older torch does not say
 
 
 def _masked_mlp(x_TD, expert_T, prefixes):
     """As `routed_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
-    tokens, rows = len(x_TD), ROWS[-1]
-    if rows // 2 < tokens < rows:  # a whole block of rows takes no longer than part of one, and up to a quarter less
+    tokens, rows = len(x_TD), costs(prefixes[-1].down).whole
+    if rows // 2 < tokens < rows:
         x_TD, expert_T = F.pad(x_TD, (0, 0, 0, rows - tokens)), F.pad(expert_T, (0, rows - tokens))
     widths, hidden = tuple(prefix.down.shape[1] for prefix in prefixes), prefixes[-1].hidden(x_TD)
     own = _own(widths, hidden.element_size(), x_TD.device).index_select(0, expert_T)

@@ -49,14 +49,18 @@ def test_full_width_equals_dense(family, tied, token_ids):
     assert expected[0].std() > 1e-3, "the tiny model is degenerate, so this test would prove nothing"
 
 
+def fix_costs(monkeypatch, block, steps):
+    """Whatever the processor: blocks for few tokens too, unless there shall be but one; else products padded to the last step."""
+    costs = nested_mlp_module.Costs(block, 0 if block < 10**9 else 15_000_000, steps, steps[-1])
+    monkeypatch.setattr(nested_mlp_module, "costs", lambda weight: costs)
+
+
 @pytest.mark.parametrize("smallest_block", [0, 5000, 10**9], ids=["a block each", "some merged", "one block"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2", "relu"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1], [1]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 7, 12, 40])
-def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monkeypatch):
-    monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
-    if smallest_block < 10**9:  # blocks for few tokens too
-        monkeypatch.setattr(nested_mlp_module, "SMALLEST_SORT", 0)
+@pytest.mark.parametrize(("tokens", "steps"), [(1, (4,)), (2, (4,)), (3, (4,)), (7, (4, 16)), (12, (4, 16)), (40, (4, 16))])
+def test_mlp_equals_the_plain_loop(family, widths, tokens, steps, smallest_block, monkeypatch):
+    fix_costs(monkeypatch, smallest_block, steps)
     # relu needs its own output in backward, which must not be masked in place
     family, settings = ("starcoder2", {"hidden_act": "relu"}) if family == "relu" else (family, {})
     mlp = tiny_dynamoe(family, expert_widths=widths, dense_settings=settings).model.layers[1].mlp
@@ -92,10 +96,7 @@ def test_mlp_equals_the_plain_loop(family, widths, tokens, smallest_block, monke
 @pytest.mark.parametrize("tokens", [1, 12, 40, 100])
 def test_autocast(family, widths, tokens, smallest_block, monkeypatch):
     """Weights in float32, products in bfloat16, as a `Trainer` with bf16 evaluates: near the plain loop in float32."""
-    monkeypatch.setattr(nested_mlp_module, "SMALLEST_BLOCK", smallest_block)
-    monkeypatch.setattr(nested_mlp_module, "MATRIX_SMALLEST_BLOCK", smallest_block)  # where the processor has such units
-    if smallest_block < 10**9:
-        monkeypatch.setattr(nested_mlp_module, "SMALLEST_SORT", 0)
+    fix_costs(monkeypatch, smallest_block, (4, 16))
     mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
     torch.manual_seed(tokens)
     x, expert = torch.randn(1, tokens, 32, requires_grad=True), torch.randint(len(widths), (1, tokens))
@@ -149,7 +150,7 @@ def test_what_is_infinite_beyond_a_token_is_not_its_own(tokens):
 @pytest.mark.parametrize("units", [True, False])
 def test_fewer_blocks_where_units_multiply(dtype, units, monkeypatch):
     """With matrix units for bfloat16 multiplications are cheaper and calls are not."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    monkeypatch.setattr(nested_mlp_module, "has_matrix_units", lambda: units)
     up, down = torch.empty(1536, 576, dtype=dtype), torch.empty(576, 1536, dtype=dtype)
     whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.functional.silu)
     prefixes = [whole.block(0, width) for width in (384, 768, 1152, 1536)]
@@ -169,7 +170,7 @@ def test_routes_are_read_from_a_device_where_it_pays(tokens, reads):
         x_TD, expert_T = torch.empty(tokens, 2048), torch.empty(tokens, dtype=torch.long)
     whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.SiLU())
     prefixes = [whole.block(0, width) for width in (2048, 4096, 6144, 8192)]
-    assert nested_mlp_module._smallest_block(down) == (nested_mlp_module.DEVICE_SMALLEST_BLOCK, ())
+    assert nested_mlp_module.costs(down) == nested_mlp_module.ON_DEVICE
     if reads:
         with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):
             nested_mlp_module.routed_mlp(x_TD, expert_T, prefixes)
