@@ -31,7 +31,7 @@ SHAPES = {
     "Llama-3.1-8B": (4096, 14336),
     "Mistral-7B": (4096, 14336),
 }
-TOKENS = (1, 2, 4, 8, 16, 64, 512)  # of single MLPs
+TOKENS = (1, 2, 3, 4, 8, 12, 16, 64, 512)  # of single MLPs
 BATCHES = (1, 8, 32)  # of decoding
 PROMPTS = (512, 2048)  # of prefill
 RAPL = Path("/sys/class/powercap")
