@@ -17,8 +17,8 @@ from transformers.activations import ACT2FN
 class Costs(NamedTuple):
     """
     What calls cost beside multiplications, where a weight is. A block of its own costs a handful of calls, so for a small one it is
-    cheaper to let the few tokens that stop inside a larger block run along, and to clear what they may not use. Measured, on CPUs
-    with one thread.
+    cheaper to let the few tokens that stop inside a larger block run along, and to clear what they may not use. All measured, on
+    CPUs with one thread if not said otherwise.
     """
 
     block: int  # multiplications of one projection in the smallest block that pays
@@ -29,6 +29,7 @@ class Costs(NamedTuple):
 
 # Measured on an AMD EPYC: four rows take 15% less than three, twelve 13% less than sixteen.
 ON_CPU = Costs(1_000_000, 4_000_000, (4,), 4)
+IN_THREADS = Costs(2_500_000, 15_000_000, (8, 16), 4)  # two: eight rows take as long as four, sixteen as long as ten
 # Processors with units for products of bfloat16 (AMX) are Intel's: eight or twelve rows take as long as sixteen, or longer.
 ON_INTEL = Costs(2_500_000, 15_000_000, (4, 16), 16)
 IN_MATRIX_UNITS = Costs(100_000_000, 15_000_000, (32,), 16)
@@ -167,7 +168,9 @@ def costs(weight):
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     if dtype == torch.bfloat16:
         return IN_MATRIX_UNITS if has_matrix_units() else IN_BFLOAT16
-    return ON_INTEL if has_matrix_units() else ON_CPU
+    if has_matrix_units():
+        return ON_INTEL
+    return ON_CPU if torch.get_num_threads() == 1 else IN_THREADS
 
 
 @cache

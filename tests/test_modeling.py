@@ -162,6 +162,32 @@ def test_fewer_blocks_where_units_multiply(dtype, units, monkeypatch):
             assert len(nested_mlp_module._stairs([64] * 4, prefixes)) == (2 if units else 4)
 
 
+@pytest.mark.parametrize(
+    ("units", "dtype", "threads", "expected"),
+    [
+        (False, torch.float32, 1, "ON_CPU"),
+        (False, torch.float32, 2, "IN_THREADS"),
+        (False, torch.bfloat16, 2, "IN_BFLOAT16"),
+        (True, torch.float32, 2, "ON_INTEL"),
+        (True, torch.bfloat16, 1, "IN_MATRIX_UNITS"),
+    ],
+)
+def test_costs_are_those_of_the_processor(units, dtype, threads, expected, monkeypatch):
+    monkeypatch.setattr(nested_mlp_module, "has_matrix_units", lambda: units)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert nested_mlp_module.costs(torch.empty(1, dtype=dtype)) is getattr(nested_mlp_module, expected)
+
+
+def test_eight_tokens_are_cut_where_fewer_rows_win_time(monkeypatch):
+    """Two rows take as long as four, and on two threads four as long as eight: then one product does it all."""
+    up, down = torch.empty(8192, 2048, device="meta"), torch.empty(2048, 8192, device="meta")
+    whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.functional.silu)
+    prefixes = [whole.block(0, width) for width in (2048, 4096, 6144, 8192)]
+    for costs, rows in ((nested_mlp_module.ON_CPU, [8, 6, 4]), (nested_mlp_module.IN_THREADS, [8])):
+        monkeypatch.setattr(nested_mlp_module, "costs", lambda weight, costs=costs: costs)
+        assert [stair[0] for stair in nested_mlp_module._stairs([2, 2, 2, 2], prefixes)] == rows
+
+
 @pytest.mark.parametrize(("tokens", "reads"), [(1, True), (4, False), (512, False), (8192, True)])
 def test_routes_are_read_from_a_device_where_it_pays(tokens, reads):
     """One token's prefix, and blocks of thousands of tokens: else the host would wait longer than they save. A meta tensor cannot be read."""
