@@ -31,6 +31,7 @@ from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
 from .nested_mlp import (
     FEW,
     SILU,
+    Prefixes,
     Projections,
     dense_mlp,
     few_mlp,
@@ -305,7 +306,7 @@ class Kept(NamedTuple):
     router: TokenRouter
     router_input: tuple[torch.Tensor, torch.Tensor]  # weight, bias
     router_output: tuple[torch.Tensor, torch.Tensor]
-    prefixes: list[Projections]
+    prefixes: Prefixes
 
 
 # What a layer keeps between calls: slices of plain weights, slices of a quantiser's tensors, and what few tokens need.
@@ -451,8 +452,8 @@ class NestedMLP(nn.Module):
         places = self._places() + [Place.of(router._modules, name) for name in ("input", "output")]
         in_silu = type(self.activation) in SILU
         act = partial(F.silu, inplace=True) if in_silu else getattr(self.activation, "forward", self.activation)
-        prefixes = [prefix._replace(act=act) for prefix in self.prefixes(x)]  # in place, or without what a module's call adds
-        return Kept(places, router, (first.weight, first.bias), (second.weight, second.bias), prefixes)
+        whole = self.prefixes(x)[-1]._replace(act=act)  # in place, or without what a module's call adds
+        return Kept(places, router, (first.weight, first.bias), (second.weight, second.bias), Prefixes(whole, self.widths))
 
     def hidden(self, x):
         """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""
@@ -555,7 +556,7 @@ class NestedMLP(nn.Module):
             gate_weight, up_weight = up_weight[:width], up_weight[width:]
             gate_bias, up_bias = (None, None) if up_bias is None else (up_bias[:width], up_bias[width:])
         whole = Projections(gate_weight, gate_bias, up_weight, up_bias, down.weight, down.bias, self.activation)
-        return [whole.block(0, width) for width in self.widths]
+        return Prefixes(whole, self.widths)
 
     def _apply(self, *args, **kwargs):
         self._forget()  # or the old tensors would live on beside the moved ones
