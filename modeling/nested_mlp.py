@@ -193,6 +193,7 @@ def costs(weight):
 
 @cache
 def has_matrix_units():
+    """Whether the processor multiplies bfloat16 in units of its own (AMX)."""
     return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older torch does not say
 
 
