@@ -120,7 +120,7 @@ def test_tiles_of_large_chips(case, bulk, tokens, fresh_memory_holds_nan, monkey
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "_shared_memory", lambda x: 232448)
     # In bfloat16 rows of 76 numbers do not.
-    mlp = tiny_mlp(dtype=torch.bfloat16, **CASES[case], hidden_size=72 if bulk else 76)
+    mlp = tiny_mlp(dtype=torch.bfloat16, **CASES[case], hidden_size=72 if bulk else 76, num_attention_heads=2)
     torch.manual_seed(tokens)
     x = torch.randn(tokens, mlp.up_linear.in_features).to(DEVICE, torch.bfloat16)
     *weights, _ = mlp.prefixes(x)[-1]
