@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         c.add_argument("--block-size", type=count, default=256, help="tokens in one sequence (256)")
         c.add_argument("--batch-size", type=count, default=4, help="sequences in one step (4)")
         c.add_argument("--gradient-accumulation-steps", type=count, default=1)
-        c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs, and CPUs with AMX")
+        c.add_argument("--bf16", action="store_true", help="mixed precision; for GPUs, and CPUs with AMX or AVX512_BF16")
         c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
         c.add_argument("--save-steps", type=count, default=50, help="steps between checkpoints (50)")
         c.add_argument("--seed", type=int, default=0)
