@@ -823,7 +823,9 @@ def main(argv=None):
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, metavar="NAME", help=f"of {', '.join(TEXTS)}")
     parser.add_argument("--base", help="another Llama-style model, by folder or id (SmolLM2-135M-Instruct)")
     parser.add_argument(
-        "--bf16", action="store_true", help="train in mixed precision: on CPUs with AMX or AVX512_BF16 twice as fast, elsewhere slow"
+        "--bf16",
+        action="store_true",
+        help="train in mixed precision: on CPUs with AMX or AVX512_BF16 twice as fast, elsewhere slow",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with its part of torch's threads (1)")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
