@@ -162,14 +162,14 @@ def _stairs(counts, prefixes):
     """
     tokens = rows = going_on = sum(counts)
     hidden_size, low, stops, stairs = prefixes[-1].up.shape[1], 0, [], []
-    smallest, _, steps, _ = costs(prefixes[-1].down)
+    here = costs(prefixes[-1].down)
     for count, prefix in zip(counts, prefixes):
         if count == 0:  # nobody stops at this width, so the next block takes its neurons along
             continue
         high = prefix.down.shape[1]
         going_on -= count
-        following = min(tokens, next((step for step in steps if going_on <= step), going_on))
-        if going_on and (rows - following) * (high - low) * hidden_size < smallest:
+        following = min(tokens, next((step for step in here.steps if going_on <= step), going_on))
+        if going_on and (rows - following) * (high - low) * hidden_size < here.block:
             stops.append((going_on, high))
             continue
         if high > low:

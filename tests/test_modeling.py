@@ -150,7 +150,9 @@ def test_what_is_infinite_beyond_a_token_is_not_its_own(tokens):
 @pytest.mark.parametrize("units", [True, False])
 def test_fewer_blocks_where_units_multiply(dtype, units, monkeypatch):
     """With matrix units for bfloat16 multiplications are cheaper and calls are not."""
-    monkeypatch.setattr(nested_mlp_module, "has_matrix_units", lambda: units)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    asks_each_time = nested_mlp_module.has_matrix_units.__wrapped__
+    monkeypatch.setattr(nested_mlp_module, "has_matrix_units", asks_each_time)
     up, down = torch.empty(1536, 576, dtype=dtype), torch.empty(576, 1536, dtype=dtype)
     whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.functional.silu)
     prefixes = [whole.block(0, width) for width in (384, 768, 1152, 1536)]
