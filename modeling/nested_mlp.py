@@ -25,10 +25,11 @@ class Costs(NamedTuple):
     sort: int  # the same of all tokens and neurons, below which one product does for all (`_masked_mlp`)
     steps: tuple[int, ...]  # numbers of rows below which a product of fewer takes as long
     whole: int  # rows to which a masked product is padded where it has more than half of them
+    apart: int = 1  # tokens up to which each has products of its own (`_apart_mlp`)
 
 
-# Measured on an AMD EPYC: four rows take 15% less than three, twelve 13% less than sixteen.
-ON_CPU = Costs(1_000_000, 4_000_000, (4,), 4)
+# Measured on an AMD EPYC: four rows take 15% less than three, twelve 13% less than sixteen, two rows no less than one and one.
+ON_CPU = Costs(1_000_000, 4_000_000, (4,), 4, apart=2)
 IN_THREADS = Costs(2_500_000, 15_000_000, (8, 16), 4)  # two: eight rows take as long as four, sixteen as long as ten
 # Processors with units for products of bfloat16 (AMX) are Intel's: eight or twelve rows take as long as sixteen, or longer.
 ON_INTEL = Costs(2_500_000, 15_000_000, (4, 16), 16)
@@ -60,9 +61,12 @@ class Projections(NamedTuple):
     def hidden(self, x_TD):
         """Activations, the input of the down projection: (T, D) -> (T, H)."""
         up = F.linear(x_TD, self.up, self.up_bias)
-        if self.gate is None:
+        return self.gated(up, None if self.gate is None else F.linear(x_TD, self.gate, self.gate_bias))
+
+    def gated(self, up, gate):
+        """Activations from what the projections give; (T, H) each, `gate` None where there is none. May write over both."""
+        if gate is None:
             return self.act(up)
-        gate = F.linear(x_TD, self.gate, self.gate_bias)
         if torch.is_grad_enabled():
             return self.act(gate) * up
         # In place: memory that is not asked for costs no page faults, and is in the cache already.
@@ -97,13 +101,13 @@ def routed_mlp(x_TD, expert_T, prefixes):
     """
     Each token through its own prefix: (T, D), (T,) int -> (T, D). `prefixes` are the `Projections` of each expert.
 
-    One token needs a slice, and few share one product and a mask. More are a staircase: sorted by expert, largest first, so that the
-    block of neurons between two widths serves a prefix of the sorted tokens. There are at most E dense products, each weight is
-    read at most once, and nothing is padded.
+    One token needs a slice, two may have one each, and few share one product and a mask. More are a staircase: sorted by expert,
+    largest first, so that the block of neurons between two widths serves a prefix of the sorted tokens. There are at most E dense
+    products, each weight is read at most once, and nothing is padded.
     """
     if len(expert_T) == 1:
         return dense_mlp(x_TD, prefixes[expert_T.item()])
-    if x_TD.device.type != "cpu" and _share_a_product(x_TD, prefixes[-1]):
+    if x_TD.device.type != "cpu" and x_TD.numel() * prefixes[-1].down.shape[1] < ON_DEVICE.sort:
         return _masked_mlp(x_TD, expert_T, prefixes)
     if len(expert_T) <= FEW:
         return few_mlp(x_TD, expert_T.tolist(), prefixes, expert_T)
@@ -115,15 +119,26 @@ def few_mlp(x_TD, taken, prefixes, expert_T=None):
     widest = max(taken)
     if min(taken) == widest:
         return dense_mlp(x_TD, prefixes[widest])
+    here = costs(prefixes[widest].down)
+    if len(taken) <= here.apart:
+        return _apart_mlp(x_TD, [prefixes[expert] for expert in taken])
     if expert_T is None:
         expert_T = torch.tensor(taken, device=x_TD.device)
-    if _share_a_product(x_TD, prefixes[widest]):
+    if x_TD.numel() * prefixes[widest].down.shape[1] < here.sort:
         return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
     return _staircase_mlp(x_TD, expert_T, prefixes, [taken.count(expert) for expert in range(len(prefixes))])
 
 
-def _share_a_product(x_TD, weights):
-    return x_TD.numel() * weights.down.shape[1] < costs(weights.down).sort
+def _apart_mlp(x_TD, own):
+    """
+    As `routed_mlp`, a row at a time: (T, D), the prefix of each of the T -> (T, D). Projection by projection, so that the next row
+    finds in the processor's cache what the one before has read.
+    """
+    rows = list(zip(x_TD.split(1), own))
+    ups = [F.linear(x, prefix.up, prefix.up_bias) for x, prefix in rows]
+    gates = [None if prefix.gate is None else F.linear(x, prefix.gate, prefix.gate_bias) for x, prefix in rows]
+    hidden = [prefix.gated(up, gate) for prefix, up, gate in zip(own, ups, gates)]
+    return torch.cat([F.linear(row, prefix.down, prefix.down_bias) for prefix, row in zip(own, hidden)])
 
 
 def _staircase_mlp(x_TD, expert_T, prefixes, counts):

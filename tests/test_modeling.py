@@ -49,18 +49,18 @@ def test_full_width_equals_dense(family, tied, token_ids):
     assert expected[0].std() > 1e-3, "the tiny model is degenerate, so this test would prove nothing"
 
 
-def fix_costs(monkeypatch, block, steps):
+def fix_costs(monkeypatch, block, steps, apart=1):
     """Whatever the processor: blocks for few tokens too, unless there shall be but one; else products padded to the last step."""
-    costs = nested_mlp_module.Costs(block, 0 if block < 10**9 else 15_000_000, steps, steps[-1])
+    costs = nested_mlp_module.Costs(block, 0 if block < 10**9 else 15_000_000, steps, steps[-1], apart)
     monkeypatch.setattr(nested_mlp_module, "costs", lambda weight: costs)
 
 
 @pytest.mark.parametrize("smallest_block", [0, 5000, 10**9], ids=["a block each", "some merged", "one block"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2", "relu"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1], [1]], ids=str)
-@pytest.mark.parametrize(("tokens", "steps"), [(1, (4,)), (2, (4,)), (3, (4,)), (7, (4, 16)), (12, (4, 16)), (40, (4, 16))])
-def test_mlp_equals_the_plain_loop(family, widths, tokens, steps, smallest_block, monkeypatch):
-    fix_costs(monkeypatch, smallest_block, steps)
+@pytest.mark.parametrize(("tokens", "apart"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (7, 1), (12, 1), (40, 1)])
+def test_mlp_equals_the_plain_loop(family, widths, tokens, apart, smallest_block, monkeypatch):
+    fix_costs(monkeypatch, smallest_block, (4,) if tokens < 4 else (4, 16), apart)
     # relu needs its own output in backward, which must not be masked in place
     family, settings = ("starcoder2", {"hidden_act": "relu"}) if family == "relu" else (family, {})
     mlp = tiny_dynamoe(family, expert_widths=widths, dense_settings=settings).model.layers[1].mlp
@@ -93,10 +93,10 @@ def test_mlp_equals_the_plain_loop(family, widths, tokens, steps, smallest_block
 @pytest.mark.parametrize("smallest_block", [0, 10**9], ids=["a block each", "one block"])
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
 @pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 12, 40, 100])
+@pytest.mark.parametrize("tokens", [1, 2, 12, 40, 100])
 def test_autocast(family, widths, tokens, smallest_block, monkeypatch):
     """Weights in float32, products in bfloat16, as a `Trainer` with bf16 evaluates: near the plain loop in float32."""
-    fix_costs(monkeypatch, smallest_block, (4, 16))
+    fix_costs(monkeypatch, smallest_block, (4, 16), apart=2)
     mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
     torch.manual_seed(tokens)
     x, expert = torch.randn(1, tokens, 32, requires_grad=True), torch.randint(len(widths), (1, tokens))
@@ -131,7 +131,7 @@ def test_only_the_chosen_prefix_is_computed(monkeypatch, token_ids):
         assert torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
 
 
-@pytest.mark.parametrize("tokens", [6, 40])
+@pytest.mark.parametrize("tokens", [2, 6, 40])
 def test_what_is_infinite_beyond_a_token_is_not_its_own(tokens):
     """In float16 a neuron may overflow. One that a token does not have must not reach it, not even as zero times infinite."""
     mlp = tiny_dynamoe().model.layers[1].mlp
