@@ -17,6 +17,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from .calibrate import check_reach
 from .convert import dense_prefix, prove_parity
 from .data import documents_for, token_blocks
 from .folder import BENCHMARK, load_model, load_tokenizer, write_json
@@ -48,6 +49,7 @@ def bench_folder(
     shapes: Sequence[str] = ("SmolLM2-135M", "Llama-3.2-1B"),
     compile: bool = False,
     dtype: str = "auto",
+    shares: Sequence[float] = (),
 ) -> dict:
     """
     Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes: on the CPU, also
@@ -65,6 +67,8 @@ def bench_folder(
         shapes: names in `SHAPES` of the single MLPs.
         compile: also decode one sequence with `torch.compile` and a static cache on both sides, which takes minutes to compile.
         dtype: of everything that is timed, for example `"bfloat16"`; by default that of the folder.
+        shares: mean shares of MLP width that decoding and prefill are timed at besides, with the dial where the timed text itself
+            takes them. Budgets are calibrated on other text, from which a short one differs by some points.
 
     Returns:
         `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for.
@@ -72,11 +76,12 @@ def bench_folder(
         (limit / ratio: 1 is perfect), and `energy_ratio` where the machine counts energy.
 
     Raises:
-        ValueError: no calibrated budgets, an unknown shape, or full-width logits differ from the dense ones.
+        ValueError: no calibrated budgets, an unknown shape, a share out of reach, or full-width logits differ from the dense ones.
     """
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
     model, tokenizer = load_model(folder, device_map="cpu", dtype=dtype), load_tokenizer(folder)
+    check_reach(model, shares, "share")
     marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()
@@ -97,13 +102,15 @@ def bench_folder(
             "decode": [
                 row
                 for batch in BATCHES
-                for row in bench_decode(model, texts(batch, 64 + new_tokens), thetas, new_tokens, rounds)
+                for row in bench_decode(model, texts(batch, 64 + new_tokens), thetas, new_tokens, rounds, shares=shares)
             ],
-            "prefill": [row for length in PROMPTS for row in bench_prefill(model, texts(1, length), thetas, rounds)],
+            "prefill": [row for length in PROMPTS for row in bench_prefill(model, texts(1, length), thetas, rounds, shares)],
             "generate": bench_generate(model, texts(1, 64), thetas, 2 * new_tokens, rounds),
         }
         if compile:
-            record["compiled"] = bench_decode(model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True)
+            record["compiled"] = bench_decode(
+                model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
+            )
     finally:
         torch.set_num_threads(before)
     if Path(folder).is_dir():
@@ -256,15 +263,18 @@ def bench_decode(
     new_tokens: int = 32,
     rounds: int = 7,
     compile: bool = False,
+    shares: Sequence[float] = (),
 ) -> list[dict]:
     """
     Decoding with a cache, token by token, over the same given text on both sides: token ids (B, S), prefill not counted.
 
     The limit counts bytes: all weights that a step reads, of the MLPs the widest expert that a sequence of the batch takes.
-    With `compile`, both sides are compiled whole (`fullgraph`) and use static caches.
+    With `compile`, both sides are compiled whole (`fullgraph`) and use static caches. Besides `sensitivities`, by name, those
+    are timed at which the decoded tokens take these mean `shares` of the MLPs' width.
     """
     dense, start = dense_prefix(model, 1.0), tokens.shape[1] - new_tokens
     prompt, steps = tokens[:, :start], tokens[:, start:].split(1, dim=1)
+    sensitivities = sensitivities | _dial(shares, lambda theta: _decode_shares(model, prompt, steps, theta)[0])
 
     def decoder(side, **options):
         cache = StaticCache(config=dense.config, max_cache_len=tokens.shape[1]) if compile else None
@@ -303,10 +313,25 @@ def bench_decode(
 
 @torch.no_grad()
 def bench_prefill(
-    model: DynaMoEForCausalLM, tokens: torch.Tensor, sensitivities: dict[str, float], rounds: int = 7
+    model: DynaMoEForCausalLM,
+    tokens: torch.Tensor,
+    sensitivities: dict[str, float],
+    rounds: int = 7,
+    shares: Sequence[float] = (),
 ) -> list[dict]:
-    """One pass over token ids (B, S), logits of the last position only. The limit counts FLOPs, attention scores included."""
+    """
+    One pass over token ids (B, S), logits of the last position only. The limit counts FLOPs, attention scores included.
+    Besides `sensitivities`, by name, those are timed at which the tokens take these mean `shares` of the MLPs' width.
+    """
     dense = dense_prefix(model, 1.0)
+
+    def share_at(theta):
+        with model.routing(sensitivity=theta, records=[]) as routing:
+            model.model(tokens, use_cache=False)
+            taken = [share[record.expert] for share, record in zip(expert_shares(model), routing.records)]
+        return torch.stack(taken).mean().item()
+
+    sensitivities = sensitivities | _dial(shares, share_at)
     runs = {"dense": [partial(dense, tokens, use_cache=False, logits_to_keep=1)]}
     for name, theta in sensitivities.items():
         runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
@@ -317,9 +342,7 @@ def bench_prefill(
     rest = sum(p.numel() for layer in layers for n, p in layer.named_parameters() if not n.startswith("mlp."))
     rest += len(layers) * tokens.shape[1] * model.config.hidden_size  # q k and p v, causal, for each token
     for name, theta in sensitivities.items():
-        with model.routing(sensitivity=theta, records=[]) as routing:
-            model.model(tokens, use_cache=False)
-            share = _mean_share(model, routing.records)
+        share = share_at(theta)
         limit = (share * mlp + (routers if theta < 1 else 0) + rest) / (mlp + rest)
         row = {"setting": name, "sensitivity": theta, "tokens": tokens.shape[1], "share": share}
         rows.append({**row, **_against(timed[name], limit)})
@@ -369,9 +392,16 @@ def _bytes(model):
     return size["mlp"] + size["rest"], size["mlp"], size["router"]
 
 
-def _mean_share(model, records):
-    shares = expert_shares(model)
-    return torch.stack([share[record.expert] for share, record in zip(shares, records)]).mean().item()
+def _dial(shares, share_at):
+    """For each of `shares` the smallest sensitivity at which `share_at` of it, which rises, is no less; by name, by bisection."""
+    found = {}
+    for share in tqdm(shares, desc="Setting the dial", leave=False):
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if share_at(middle) < share else (low, middle)
+        found[f"share {share:g}"] = high
+    return found
 
 
 def _decode_shares(model, prompt, steps, theta):

@@ -46,14 +46,8 @@ def calibrate_budgets(
     if model.config.router_type == "argmax":
         raise ValueError('The argmax router has no dial to calibrate. Convert with router_type="profile" for budgets.')
     shares = expert_shares(model)
-    smallest = shares[:, 0].mean().item()
     budgets = sorted({float(budget) for budget in budgets}, reverse=True)
-    for budget in budgets:
-        if not smallest < budget < 1:
-            raise ValueError(
-                f"budget={budget:g} is out of reach: the smallest experts take {smallest:.2f} of the MLP width on average, the "
-                "full width 1. Choose budgets between."
-            )
+    check_reach(model, budgets, "budget")
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, max_tokens)
     found, run = {}, run_routers(model, blocks, shares, 0.5, batch_size)
     for budget in tqdm(budgets, desc="Calibrating", leave=False):
@@ -80,6 +74,17 @@ def calibrate_budgets(
     update_config(folder, budgets={budget: entry["sensitivity"] for budget, entry in found.items()}, sensitivity=max(thetas))
     write_json(Path(folder) / CALIBRATION, record)
     return record
+
+
+def check_reach(model: DynaMoEForCausalLM, shares: Sequence[float], what: str) -> None:
+    """Raise ValueError, which calls it a `what`, for a mean share of MLP width that no sensitivity gives."""
+    smallest = expert_shares(model)[:, 0].mean().item()
+    for share in shares:
+        if not smallest < share < 1:
+            raise ValueError(
+                f"{what}={share:g} is out of reach: the smallest experts take {smallest:.2f} of the MLP width on average, the "
+                f"full width 1. Choose {what}s between."
+            )
 
 
 def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5, tolerance=0.004):

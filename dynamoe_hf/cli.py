@@ -238,6 +238,9 @@ def make_parser() -> argparse.ArgumentParser:
             bench_folder, show_benchmark)  # fmt: skip
     c.add_argument("folder", help="calibrated model folder")
     c.add_argument("--budgets", type=numbers, metavar="A,B,..", help="marks of the dial (all calibrated ones)")
+    c.add_argument(
+        "--shares", type=numbers, default=(), metavar="A,B,..", help="also where the timed text takes these shares of the MLPs"
+    )
     c.add_argument("--threads", type=count, default=1, help="of torch (1: steady on a busy machine)")
     c.add_argument("--rounds", type=count, default=5, help="counted rounds, after one to warm up (5)")
     c.add_argument("--new-tokens", type=count, default=16, help="tokens decoded in each round (16)")

@@ -1,6 +1,8 @@
 """Benchmarks: parity is asked first, rows are complete, limits are what bytes and FLOPs say."""
 
 import json
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -84,13 +86,12 @@ def test_a_folder(folder, monkeypatch):
     monkeypatch.setattr("dynamoe_hf.benchmark.COLD_BYTES", 2**16)
     monkeypatch.setattr("dynamoe_hf.benchmark.BATCHES", (1, 8))
     monkeypatch.setattr("dynamoe_hf.benchmark.PROMPTS", (32, 64))
-    record = bench_folder(folder, rounds=1, new_tokens=4, shapes=["tiny"])
+    record = bench_folder(folder, rounds=1, new_tokens=4, shapes=["tiny"], shares=[0.7])
     assert json.loads((folder / "benchmark.json").read_text()) == record
     assert record["parity"]["largest_relative_difference"] < 1e-5
-    assert [(row["setting"], row["batch"]) for row in record["decode"]] == [
-        ("budget 0.6", 1), ("full width", 1), ("budget 0.6", 8), ("full width", 8)
-    ]  # fmt: skip
-    assert [row["tokens"] for row in record["prefill"]] == [32, 32, 64, 64]
+    settings = ["budget 0.6", "full width", "share 0.7"]
+    assert [(row["batch"], row["setting"]) for row in record["decode"]] == list(product((1, 8), settings))
+    assert [(row["tokens"], row["setting"]) for row in record["prefill"]] == list(product((32, 64), settings))
     assert all(row["peak_bytes"] is None or row["peak_bytes"] >= 0 for row in record["generate"])
     for row in record["mlp"] + record["decode"] + record["prefill"] + record["generate"]:
         assert row["reached"] == pytest.approx(row["limit"] / row["ratio"])
@@ -111,6 +112,29 @@ def test_limits(folder):
     )
     prefill = bench_prefill(model, tokens, {"a": 0.4, "full": 1.0}, rounds=1)
     assert prefill[0]["limit"] < prefill[1]["limit"] == 1
+
+
+def test_the_dial_where_the_timed_text_takes_a_share(folder):
+    """Beside the calibrated marks, and on the decoded tokens, or the prompt, themselves."""
+    model, tokens = load_model(folder), torch.randint(3, 128, (4, 40), generator=torch.Generator().manual_seed(0))
+    for bench in (partial(bench_decode, new_tokens=8), bench_prefill):
+        at_budget, at_share = bench(model, tokens, {"a": 0.4}, rounds=1, shares=(0.6,))
+        assert at_budget["setting"] == "a"
+        assert at_share["setting"] == "share 0.6"
+        assert 0.6 <= at_share["share"] < 0.65
+        again = bench(model, tokens, {"b": at_share["sensitivity"]}, rounds=1)[0]
+        assert again["share"] == at_share["share"]
+        assert again["limit"] == at_share["limit"]
+
+
+def test_a_share_out_of_reach(folder, monkeypatch):
+    monkeypatch.setattr(
+        "dynamoe_hf.benchmark.interleaved", lambda *args: pytest.fail("timed before the shares were looked at")
+    )
+    with pytest.raises(
+        ValueError, match=r"share=0.2 is out of reach: the smallest experts take 0.25 of .* Choose shares between"
+    ):
+        bench_folder(folder, shares=(0.5, 0.2))
 
 
 def test_compiled_decoding(folder, monkeypatch):
