@@ -270,7 +270,7 @@ def layout_of(mlp, name="mlp"):
 
 def addresses(tensor):
     """Where the numbers of a tensor are; of a class that wraps other tensors, where theirs are."""
-    if type(tensor) is nn.Parameter or not hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor.data_ptr()]
     return [place for name in tensor.__tensor_flatten__()[0] for place in addresses(getattr(tensor, name))]
 
@@ -282,19 +282,23 @@ class Place(NamedTuple):
     name: str  # its name there
     linear: nn.Linear
     parameters: dict[str, nn.Parameter]
-    address: int
+    address: int | list[int]  # a list where the weight is a quantiser's own class
 
     @classmethod
     def of(cls, owner, name):
         parameters = owner[name]._parameters
-        return cls(owner, name, owner[name], parameters, parameters["weight"].data_ptr())
+        weight = parameters["weight"]
+        address = weight.data_ptr() if type(weight) is nn.Parameter else addresses(weight)
+        return cls(owner, name, owner[name], parameters, address)
 
 
 def unmoved(places):
     """Whether all are still where they were. The trap: moving or casting a module swaps the tensor inside its parameter."""
     for owner, name, linear, parameters, address in places:
         weight = parameters.get("weight")
-        if owner[name] is not linear or weight is None or weight.data_ptr() != address:
+        if owner[name] is not linear or weight is None:
+            return False
+        if (weight.data_ptr() if type(address) is int else addresses(weight)) != address:
             return False
     return True
 
@@ -440,19 +444,19 @@ class NestedMLP(nn.Module):
         return kept is not None and not self.training and self._modules["router"] is kept.router and unmoved(kept.places)
 
     def _keep(self, x):
-        """What `_few_tokens` needs, or None where a linear layer is wrapped, quantised, offloaded, or elsewhere than `x`."""
-        router = self.router
-        if type(router) is not TokenRouter:
+        """What `_few_tokens` needs, or None where there are no `prefixes`, or the router is none that `_is_plain` at `x`."""
+        router, prefixes = self.router, self.prefixes(x)
+        if type(router) is not TokenRouter or prefixes is None:
             return None
         first, second = router.input, router.output
-        for linear in (first, second, *self._projections()):
+        for linear in (first, second):
             weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
             if type(weight) is not nn.Parameter or weight.device != x.device:
                 return None
         places = self._places() + [Place.of(router._modules, name) for name in ("input", "output")]
         in_silu = type(self.activation) in SILU
         act = partial(F.silu, inplace=True) if in_silu else getattr(self.activation, "forward", self.activation)
-        whole = self.prefixes(x)[-1]._replace(act=act)  # in place, or without what a module's call adds
+        whole = prefixes[-1]._replace(act=act)  # in place, or without what a module's call adds
         return Kept(places, router, (first.weight, first.bias), (second.weight, second.bias), Prefixes(whole, self.widths))
 
     def hidden(self, x):

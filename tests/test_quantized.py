@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.modeling import modeling_dynamoe
+from dynamoe_hf.modeling.modeling_dynamoe import NestedMLP
 
 
 ao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install -e '.[quant]'")
@@ -161,6 +162,47 @@ def test_kept_slices_follow_the_weights():
     assert_close("the first is untouched", mlp._run(x, expert), first)
     mlp.to(torch.bfloat16).to(torch.float32)
     assert_close("cast", mlp._run(x, expert)[0], nested_mlp(mlp, x[0], expert[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int8 in groups"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
+def test_a_step_of_decoding_takes_the_shortest_way(family, kind, token_ids, monkeypatch):
+    model, taken, shortest = quantised(family, SLICING[kind]), [], NestedMLP._few_tokens
+    monkeypatch.setattr(NestedMLP, "_few_tokens", lambda self, x, theta: taken.append(self.layer) or shortest(self, x, theta))
+    for ids in (token_ids[:1, :1], token_ids[:2, :1], token_ids[:1, :5]):
+        model(ids, sensitivity=0.4)
+        taken.clear()
+        logits = model(ids, sensitivity=0.4).logits
+        assert taken == list(range(len(model.model.layers)))
+        assert_close("logits", logits, model(ids, sensitivity=0.4, output_router_logits=True).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda mlp, other: setattr(mlp.up_proj, "weight", other.up_proj.weight), id="parameter"),
+        pytest.param(lambda mlp, other: setattr(mlp.up_proj.weight, "qdata", other.up_proj.weight.qdata), id="numbers"),
+        pytest.param(lambda mlp, other: setattr(mlp.up_proj.weight, "scale", other.up_proj.weight.scale), id="scale"),
+        pytest.param(lambda mlp, other: setattr(mlp, "down_proj", other.down_proj), id="projection"),
+        pytest.param(lambda mlp, other: mlp.load_state_dict(other.state_dict()), id="loaded"),
+        pytest.param(
+            lambda mlp, other: setattr(mlp.gate_proj, "weight", nn.Parameter(torch.ones(64, 32))), id="not quantised"
+        ),
+    ],
+)
+def test_a_step_of_decoding_follows_its_layers(change, token_ids):
+    """What is swapped in a quantised layer is seen by the next step: a copy of the model has nothing kept."""
+    model, one = quantised(), token_ids[:1, :1]
+    for _ in range(2):
+        before = model(one, sensitivity=0.4).logits
+    assert all(layer.mlp.keeps() for layer in model.model.layers)
+    change(model.model.layers[-1].mlp, quantised(seed=5).model.layers[-1].mlp)
+    expected = copy.deepcopy(model)(one, sensitivity=0.4).logits
+    assert not torch.allclose(before, expected)
+    for _ in range(2):
+        assert_close("after the change", model(one, sensitivity=0.4).logits, expected)
 
 
 def test_gradients_pass_through():
