@@ -17,11 +17,11 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from .calibrate import check_reach
+from .calibrate import check_reach, run_routers
 from .convert import dense_prefix, prove_parity
 from .data import documents_for, token_blocks
 from .folder import BENCHMARK, load_model, load_tokenizer, write_json
-from .label import expert_shares
+from .label import expert_shares, sensitivity_at
 from .modeling import DynaMoEForCausalLM
 
 
@@ -81,7 +81,8 @@ def bench_folder(
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
     model, tokenizer = load_model(folder, device_map="cpu", dtype=dtype), load_tokenizer(folder)
-    check_reach(model, shares, "share")
+    if shares:
+        check_reach(model, shares, "share")
     marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()
@@ -326,10 +327,7 @@ def bench_prefill(
     dense = dense_prefix(model, 1.0)
 
     def share_at(theta):
-        with model.routing(sensitivity=theta, records=[]) as routing:
-            model.model(tokens, use_cache=False)
-            taken = [share[record.expert] for share, record in zip(expert_shares(model), routing.records)]
-        return torch.stack(taken).mean().item()
+        return run_routers(model, tokens, expert_shares(model), theta, len(tokens))[0].mean().item()
 
     sensitivities = sensitivities | _dial(shares, share_at)
     runs = {"dense": [partial(dense, tokens, use_cache=False, logits_to_keep=1)]}
@@ -393,15 +391,9 @@ def _bytes(model):
 
 
 def _dial(shares, share_at):
-    """For each of `shares` the smallest sensitivity at which `share_at` of it, which rises, is no less; by name, by bisection."""
-    found = {}
-    for share in tqdm(shares, desc="Setting the dial", leave=False):
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (middle, high) if share_at(middle) < share else (low, middle)
-        found[f"share {share:g}"] = high
-    return found
+    """The sensitivity of each of `shares`, by name."""
+    progress = tqdm(shares, desc="Setting the dial", leave=False)
+    return {f"share {share:g}": sensitivity_at(share_at, share, rounds=12) for share in progress}
 
 
 def _decode_shares(model, prompt, steps, theta):

@@ -43,8 +43,6 @@ def calibrate_budgets(
         ValueError: a budget is out of reach, for example because the routers are untrained; nothing is written then.
     """
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    if model.config.router_type == "argmax":
-        raise ValueError('The argmax router has no dial to calibrate. Convert with router_type="profile" for budgets.')
     shares = expert_shares(model)
     budgets = sorted({float(budget) for budget in budgets}, reverse=True)
     check_reach(model, budgets, "budget")
@@ -77,7 +75,9 @@ def calibrate_budgets(
 
 
 def check_reach(model: DynaMoEForCausalLM, shares: Sequence[float], what: str) -> None:
-    """Raise ValueError, which calls it a `what`, for a mean share of MLP width that no sensitivity gives."""
+    """Raise ValueError, which calls it a `what`, for a mean share of MLP width that no sensitivity gives, or without a dial."""
+    if model.config.router_type == "argmax":
+        raise ValueError(f'The argmax router has no dial to calibrate. Convert with router_type="profile" for {what}s.')
     smallest = expert_shares(model)[:, 0].mean().item()
     for share in shares:
         if not smallest < share < 1:

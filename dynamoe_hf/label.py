@@ -65,11 +65,16 @@ def mean_share(profiles_LTE: torch.Tensor, shares_LE: torch.Tensor, sensitivity:
 
 
 def sensitivity_for(profiles_LTE: torch.Tensor, shares_LE: torch.Tensor, share: float) -> float:
-    """The sensitivity at which the labels reach a mean share of MLP width, by bisection; 1 at most."""
+    """The sensitivity at which the labels reach a mean share of MLP width; 1 at most."""
+    return sensitivity_at(partial(mean_share, profiles_LTE, shares_LE), share)
+
+
+def sensitivity_at(share_at: Callable[[float], float], share: float, rounds: int = 40) -> float:
+    """The smallest sensitivity, to 2^-rounds, at which `share_at` of it, which rises, is no less than `share`, by bisection; 1 at most."""
     low, high = 0.0, 1.0
-    for _ in range(40):
+    for _ in range(rounds):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean_share(profiles_LTE, shares_LE, middle) < share else (low, middle)
+        low, high = (middle, high) if share_at(middle) < share else (low, middle)
     return high
 
 

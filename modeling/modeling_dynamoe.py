@@ -522,10 +522,9 @@ class NestedMLP(nn.Module):
         """As `prefixes`, where a weight is a tensor of a quantiser's own class, such as torchao's int8 with a scale for each row."""
         if any(weight is None or weight.device != x.device for weight in weights) or torch.compiler.is_compiling():
             return None
-        places = [place for weight in weights for place in addresses(weight)]
-        if self._sliced_quantised[0] != places:
+        if self._sliced_quantised[0] is None or not unmoved(self._sliced_quantised[0]):
             self._forget()
-            self._sliced_quantised = places, self._checked_slice(linears, x)
+            self._sliced_quantised = self._places(), self._checked_slice(linears, x)
         prefixes = self._sliced_quantised[1]
         return self._slice(linears) if prefixes is not None and torch.is_grad_enabled() else prefixes
 

@@ -137,6 +137,13 @@ def test_a_share_out_of_reach(folder, monkeypatch):
         bench_folder(folder, shares=(0.5, 0.2))
 
 
+def test_shares_without_a_dial(tmp_path):
+    tiny_dynamoe(router_type="argmax").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="argmax router has no dial.*for shares"):
+        bench_folder(tmp_path, shares=(0.5,))
+
+
 def test_compiled_decoding(folder, monkeypatch):
     """The same steps, both sides compiled whole, with static caches."""
     backends, original = [], torch.compile
