@@ -64,7 +64,7 @@ def largest_error(mlp, x, expert):
     x_TD, gate, up, down = (t.double() for t in (x[0], mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight))
     hidden_TH = F.silu(x_TD @ gate.t()) * (x_TD @ up.t()) * (torch.arange(len(up), device=x.device) < widths_T[:, None])
     expected_TD = hidden_TH @ down.t()
-    return ((mlp._run(x, expert)[0] - expected_TD).abs().max() / expected_TD.abs().max()).item()
+    return ((run_mlp(mlp, x, expert)[0] - expected_TD).abs().max() / expected_TD.abs().max()).item()
 
 
 def captured(run):
@@ -114,7 +114,7 @@ def measure(mlps, x, expert, rounds):
 
     def forward_kernel():
         for mlp in mlps:
-            mlp._run(x, expert)
+            run_mlp(mlp, x, expert)
 
     with torch.no_grad():
         modes = {
@@ -129,7 +129,7 @@ def measure(mlps, x, expert, rounds):
                 weights = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
                 torch.autograd.grad(run(mlp), [inputs, *weights], x)
 
-        base, kernel = lambda: train(lambda mlp: dense(mlp, inputs)), lambda: train(lambda mlp: mlp._run(inputs, expert))
+        base, kernel = lambda: train(lambda mlp: dense(mlp, inputs)), lambda: train(lambda mlp: run_mlp(mlp, inputs, expert))
         modes["forward and backward, eager"] = paired(base, kernel, max(5, rounds // 5))
         modes["forward and backward, graph"] = paired(captured(base), captured(kernel), max(5, rounds // 5))
     return modes

@@ -16,7 +16,7 @@ from .data import documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
 from .label import error_weights, expert_shares, mean_share, recompute_layers, sensitivity_for, similarity_profiles
 from .modeling import DynaMoEForCausalLM
-from .modeling.modeling_dynamoe import dense_class_of, layout_of
+from .modeling.dense_base import dense_class_of, layout_of
 
 
 SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .modeling import DynaMoEForCausalLM
-from .modeling.modeling_dynamoe import NestedMLP
-from .modeling.nested_mlp import label_of
+from .modeling.nested_mlp import NestedMLP
+from .modeling.difficulty import label_of
 
 
 @torch.no_grad()

@@ -34,8 +34,9 @@ from .folder import (
     write_json,
 )
 from .label import expert_shares, mlp_gradients
-from .modeling.modeling_dynamoe import ROUTES, DynaMoEForCausalLM, loss_mask, mean_router_loss
-from .modeling.nested_mlp import label_of
+from .modeling import DynaMoEForCausalLM
+from .modeling.routing import ROUTES, loss_mask, mean_router_loss
+from .modeling.difficulty import label_of
 
 
 TRAINED_PARTS = ("routers", "mlp", "layers", "all", "lora")

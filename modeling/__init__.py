@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that travel to the Hub with every model. This one does not travel: it registers them with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dynamoe import DynaMoEConfig
-from .modeling_dynamoe import DynaMoEForCausalLM
+from .modeling_dynamoe import DynaMoEForCausalLM, DynaMoEModel
 
 
 AutoConfig.register("dynamoe", DynaMoEConfig, exist_ok=True)
+AutoModel.register(DynaMoEConfig, DynaMoEModel, exist_ok=True)
 AutoModelForCausalLM.register(DynaMoEConfig, DynaMoEForCausalLM, exist_ok=True)
 # `save_pretrained` then copies the code beside the weights and writes `auto_map`.
 DynaMoEConfig.register_for_auto_class()
+DynaMoEModel.register_for_auto_class("AutoModel")
 DynaMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["DynaMoEConfig", "DynaMoEForCausalLM"]
+__all__ = ["DynaMoEConfig", "DynaMoEForCausalLM", "DynaMoEModel"]

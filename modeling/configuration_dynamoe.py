@@ -6,11 +6,20 @@ import copy
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from .difficulty import SIMILARITIES
+
 
 # Raised when a folder written today could not be read rightly by yesterday's code. Old versions keep loading.
 FORMAT_VERSION = 1
+# Where the Auto classes find the code beside the weights.
+AUTO_MAP = {
+    "AutoConfig": "configuration_dynamoe.DynaMoEConfig",
+    "AutoModel": "modeling_dynamoe.DynaMoEModel",
+    "AutoModelForCausalLM": "modeling_dynamoe.DynaMoEForCausalLM",
+}
+# Fields that say something else about this model than about its base, so they are never answered from there.
+OWN_FIELDS = ("auto_map", "architectures", "quantization_config")
 
-SIMILARITIES = ("loss_weighted", "loss_gain", "projection", "cosine", "relative_error")
 ROUTER_TYPES = ("profile", "argmax")
 
 
@@ -97,6 +106,7 @@ class DynaMoEConfig(PreTrainedConfig):
         self.format_version = format_version
         # The trap: `super().__init__` hands its attention implementation down, so a base already in memory would lose its own.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
+        kwargs["auto_map"] = {**AUTO_MAP, **kwargs.get("auto_map", {})}
         super().__init__(**kwargs)
         self.check()
 
@@ -147,7 +157,18 @@ class DynaMoEConfig(PreTrainedConfig):
         return bool(self.expert_widths) and isinstance(self.expert_widths[0], list)
 
     @property
-    def expert_count(self):
+    def has_dial(self) -> bool:
+        """Whether `sensitivity` has a meaning after training. The argmax router has it fixed."""
+        return self.router_type == "profile"
+
+    @property
+    def weighs_loss(self) -> bool:
+        """Whether the similarity is weighed by what an error costs in loss (`error_weights`)."""
+        return SIMILARITIES[self.similarity].loss_weighted
+
+    @property
+    def expert_count(self) -> int:
+        """Experts of each layer."""
         return len(self.expert_widths[0] if self._per_layer else self.expert_widths)
 
     def layer_widths(self, layer, mlp_width):
@@ -185,7 +206,7 @@ class DynaMoEConfig(PreTrainedConfig):
     def __getattr__(self, name):
         # Private names stay ours: copy and pickle ask for them before `base_config` exists.
         base = self.__dict__.get("base_config")
-        if name.startswith("_") or base is None:
+        if name.startswith("_") or base is None or name in OWN_FIELDS:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         return getattr(base, name)
 
@@ -193,7 +214,7 @@ class DynaMoEConfig(PreTrainedConfig):
         base = self.__dict__.get("base_config")
         if base is None or name.startswith("_") or name == "base_config":
             super().__setattr__(name, value)
-        elif name in self.__dict__ or hasattr(type(self), name):
+        elif name in self.__dict__ or name in OWN_FIELDS or hasattr(type(self), name):
             super().__setattr__(name, value)
             if name in ("output_hidden_states", "output_attentions", "return_dict", "dtype"):
                 setattr(base, name, value)  # the backbone reads its own config

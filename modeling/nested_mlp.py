@@ -1,336 +1,175 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a nested MLP is computed, on plain tensors: prefixes for one width, a staircase for many, similarities for all.
-
-Shapes: T tokens, D hidden size, H MLP width, E experts. Expert e is the first `widths[e]` of the H neurons.
 """
+The MLP of one layer as nested experts: decide which expert each token takes, record it if asked to, run the experts.
 
-from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import NamedTuple
+Shapes: B batch, S sequence, D hidden size, H MLP width, E experts.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
+
+from .dense_base import Projections, layout_of
+from .difficulty import label_of, similarity_profile
+from .mlp_backends import Decision, Weights, block_sizes, run_experts
+from .nested_mlp_triton import runs_triton, triton_is_faster
+from .quantized_slices import QuantizedSlices
+from .routing import ROUTERS, LayerRecord, Routing, RoutingSlot, default_router_dim, is_plain_linear, is_quantized_linear
 
 
-class Costs(NamedTuple):
+class NestedMLP(nn.Module):
     """
-    What calls cost beside multiplications, where a weight is. A block of its own costs a handful of calls, so for a small one it is
-    cheaper to let the few tokens that stop inside a larger block run along, and to clear what they may not use. All measured, on
-    CPUs with one thread if not said otherwise.
-    """
-
-    block: int  # multiplications of one projection in the smallest block that pays
-    sort: int  # the same of all tokens and neurons, below which one product does for all (`_masked_mlp`)
-    steps: tuple[int, ...]  # numbers of rows below which a product of fewer takes as long
-    whole: int  # rows to which a masked product is padded where it has more than half of them
-    apart: int = 1  # tokens up to which each has products of its own (`_apart_mlp`)
-
-
-# Measured on an AMD EPYC: four rows take 15% less than three, twelve 13% less than sixteen, two rows no less than one and one.
-ON_CPU = Costs(1_000_000, 4_000_000, (4,), 4, apart=2)
-IN_THREADS = Costs(2_500_000, 15_000_000, (8, 16), 4)  # two: eight rows take as long as four, sixteen as long as ten
-# Processors with units for products of bfloat16 (AMX) are Intel's: eight or twelve rows take as long as sixteen, or longer.
-ON_INTEL = Costs(2_500_000, 15_000_000, (4, 16), 16)
-IN_MATRIX_UNITS = Costs(100_000_000, 15_000_000, (32,), 16)
-IN_BFLOAT16 = Costs(2_500_000, 15_000_000, (4,), 1)  # without such units
-# A GPU on which the kernels of `nested_mlp_triton.py` are not used. To sort, the host waits for the routes and then makes a dozen calls:
-# 0.3 ms, in which an H100 multiplies so much (bfloat16) that only some thousand tokens are worth it.
-ON_DEVICE = Costs(8_000_000_000, 50_000_000_000, (), 16)
-FEW = 16  # tokens that are routed and counted on the host: each call costs as much as a token or two
-SILU = (nn.SiLU, type(ACT2FN["silu"]))  # activations that torch can compute in place
-
-
-class Projections(NamedTuple):
-    """Weights of one MLP, down(act(gate(x)) * up(x)), or down(act(up(x))) where `gate` is None. Views, never copies."""
-
-    gate: torch.Tensor | None  # (H, D)
-    gate_bias: torch.Tensor | None  # (H,)
-    up: torch.Tensor  # (H, D)
-    up_bias: torch.Tensor | None  # (H,)
-    down: torch.Tensor  # (D, H)
-    down_bias: torch.Tensor | None  # (D,)
-    act: Callable[[torch.Tensor], torch.Tensor]
-
-    def block(self, low, high):
-        """Neurons `low` to `high` alone."""
-        rows = (None if tensor is None else tensor[low:high] for tensor in self[:4])
-        return Projections(*rows, self.down[:, low:high], self.down_bias, self.act)
-
-    def hidden(self, x_TD):
-        """Activations, the input of the down projection: (T, D) -> (T, H)."""
-        up = F.linear(x_TD, self.up, self.up_bias)
-        return self.gated(up, None if self.gate is None else F.linear(x_TD, self.gate, self.gate_bias))
-
-    def gated(self, up, gate):
-        """Activations from what the projections give; (T, H) each, `gate` None where there is none. May write over both."""
-        if gate is None:
-            return self.act(up)
-        if torch.is_grad_enabled():
-            return self.act(gate) * up
-        # In place: memory that is not asked for costs no page faults, and is in the cache already.
-        gate = F.silu(gate, inplace=True) if type(self.act) in SILU else self.act(gate)
-        return gate.mul_(up)
-
-
-class Prefixes(list):
-    """
-    The `Projections` of each expert; and of blocks between two widths, each made when it is first asked for: four blocks' slices
-    take as long as two sorts, 1% of 64 tokens in an MLP of SmolLM2's size.
+    The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
+    names, so its checkpoint is the dense one plus `router.*`.
     """
 
-    def __init__(self, whole, widths):
-        super().__init__(whole.block(0, width) for width in widths)
-        self.blocks = {}
+    def __init__(self, dense: nn.Module, config, layer: int, slot: RoutingSlot, name: str = "mlp"):
+        super().__init__()
+        self.layout = layout_of(dense, name)
+        for child, module in dense.named_children():
+            self.add_module(child, module)
+        if not isinstance(getattr(dense, self.layout.act), nn.Module):
+            setattr(self, self.layout.act, getattr(dense, self.layout.act))
+        self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
+        # A compiled graph cannot hold the activation module, but its name.
+        self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+        self.config, self.layer, self.slot = config, layer, slot
+        self.quantized_slices = QuantizedSlices()
+        width = self.down_linear.in_features
+        self.widths = config.layer_widths(layer, width)
+        router_dim = config.router_dim or default_router_dim(width)
+        self.router = ROUTERS[config.router_type](self.down_linear.out_features, router_dim, len(self.widths))
 
-    def block(self, low, high):
-        """Neurons `low` to `high` alone."""
-        block = self.blocks.get((low, high))
-        if block is None:
-            block = self.blocks[low, high] = self[-1].block(low, high)
-        return block
+    @property
+    def up_linear(self) -> nn.Module:
+        return getattr(self, self.layout.up)
 
+    @property
+    def down_linear(self) -> nn.Module:
+        return getattr(self, self.layout.down)
 
-def dense_mlp(x_TD, weights):
-    """All neurons of `weights` for every token: (T, D) -> (T, D)."""
-    return F.linear(weights.hidden(x_TD), weights.down, weights.down_bias)
+    @property
+    def shares(self) -> list[float]:
+        """Width of each expert as a share of the MLP's."""
+        return [width / self.widths[-1] for width in self.widths]
 
+    def forward(self, x):
+        routing = self.slot.current or self.slot.requested.with_defaults(self.config)
+        weights = self.weights(x)
+        decision = self.decide(x, routing, weights)
+        if routing.records is not None:
+            routing.records.append(self.record(x, decision))
+        y = run_experts(x, decision, weights)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
-def routed_mlp(x_TD, expert_T, prefixes):
-    """
-    Each token through its own prefix: (T, D), (T,) int -> (T, D). `prefixes` are the `Projections` of each expert.
-
-    One token needs a slice, two may have one each, and few share one product and a mask. More are a staircase: sorted by expert,
-    largest first, so that the block of neurons between two widths serves a prefix of the sorted tokens. There are at most E dense
-    products, each weight is read at most once, and nothing is padded.
-    """
-    if len(expert_T) == 1:
-        return dense_mlp(x_TD, prefixes[expert_T.item()])
-    if x_TD.device.type != "cpu" and x_TD.numel() * prefixes[-1].down.shape[1] < ON_DEVICE.sort:
-        return _masked_mlp(x_TD, expert_T, prefixes)
-    if len(expert_T) <= FEW:
-        return few_mlp(x_TD, expert_T.tolist(), prefixes, expert_T)
-    return _staircase_mlp(x_TD, expert_T, prefixes, torch.bincount(expert_T, minlength=len(prefixes)).tolist())
-
-
-def few_mlp(x_TD, taken, prefixes, expert_T=None):
-    """As `routed_mlp`, where the host knows the experts: (T, D), a list of T -> (T, D). `expert_T` is made if it is not given."""
-    widest = max(taken)
-    if min(taken) == widest:
-        return dense_mlp(x_TD, prefixes[widest])
-    here = costs(prefixes[widest].down)
-    if len(taken) <= here.apart:
-        return _apart_mlp(x_TD, [prefixes[expert] for expert in taken])
-    if expert_T is None:
-        expert_T = torch.tensor(taken, device=x_TD.device)
-    if x_TD.numel() * prefixes[widest].down.shape[1] < here.sort:
-        return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
-    return _staircase_mlp(x_TD, expert_T, prefixes, [taken.count(expert) for expert in range(len(prefixes))])
-
-
-def _apart_mlp(x_TD, own):
-    """
-    As `routed_mlp`, a row at a time: (T, D), the prefix of each of the T -> (T, D). Projection by projection, so that the next row
-    finds in the processor's cache what the one before has read.
-    """
-    rows = list(zip(x_TD.split(1), own))
-    ups = [F.linear(x, prefix.up, prefix.up_bias) for x, prefix in rows]
-    gates = [None if prefix.gate is None else F.linear(x, prefix.gate, prefix.gate_bias) for x, prefix in rows]
-    hidden = [prefix.gated(up, gate) for prefix, up, gate in zip(own, ups, gates)]
-    return torch.cat([F.linear(row, prefix.down, prefix.down_bias) for prefix, row in zip(own, hidden)])
-
-
-def _staircase_mlp(x_TD, expert_T, prefixes, counts):
-    """As `routed_mlp`, in blocks. `counts` are the tokens of each expert."""
-    widest = max(expert for expert, count in enumerate(counts) if count)
-    if counts[widest] == len(expert_T):
-        return dense_mlp(x_TD, prefixes[widest])
-    stairs = _stairs(counts, prefixes)
-    if len(stairs) == 1:
-        return _masked_mlp(x_TD, expert_T, prefixes[: widest + 1])
-    order_T = torch.argsort(expert_T, descending=True, stable=True)
-    x_TD, weights, y_TD = x_TD.index_select(0, order_T), prefixes[-1], None
-    for rows, low, high, stops in stairs:
-        block = prefixes.block(low, high)
-        hidden = block.hidden(x_TD[:rows])
-        if stops and hidden.requires_grad:
-            hidden = hidden.clone()  # some activations, such as relu, need their own output in backward
-        for row, stop in stops:
-            hidden[row:, stop - low :] = 0
-        if y_TD is None:  # written, not added to: a pass over memory less
-            y_TD = F.linear(hidden, block.down, weights.down_bias)
-            if rows < len(order_T):  # with a null expert: the tokens that stop before the first neuron
-                rest = y_TD.new_zeros(len(order_T) - rows, y_TD.shape[1])
-                y_TD = torch.cat([y_TD, rest if weights.down_bias is None else rest + weights.down_bias])
-        elif type(block.down) is torch.Tensor and block.down.dtype == hidden.dtype:
-            y_TD[:rows].addmm_(hidden, block.down.t())
-        else:  # the tensors of quantisers know `linear` and little else, and autocast knows no product in place
-            y_TD[:rows] += F.linear(hidden, block.down)
-    return y_TD.index_select(0, order_T.argsort())  # to gather takes a quarter of what it takes to scatter (`index_copy_`)
-
-
-def _stairs(counts, prefixes):
-    """
-    The blocks worth a product of their own: how many of the sorted tokens it serves, its neurons from and to, and where tokens
-    stop inside it, as (first row that has stopped, neuron). `counts` are the tokens of each expert.
-    """
-    tokens = rows = going_on = sum(counts)
-    hidden_size, low, stops, stairs = prefixes[-1].up.shape[1], 0, [], []
-    here = costs(prefixes[-1].down)
-    for count, prefix in zip(counts, prefixes):
-        if count == 0:  # nobody stops at this width, so the next block takes its neurons along
-            continue
-        high = prefix.down.shape[1]
-        going_on -= count
-        following = min(tokens, next((step for step in here.steps if going_on <= step), going_on))
-        if going_on and (rows - following) * (high - low) * hidden_size < here.block:
-            stops.append((going_on, high))
-            continue
-        if high > low:
-            stairs.append((rows, low, high, stops))
-        # Who runs along into the next block has stopped at its first neuron.
-        low, rows, stops = high, following, [(going_on, high)] if following > going_on else []
-    return stairs
-
-
-def costs(weight):
-    """The `Costs` where `weight` is, of products with it."""
-    if weight.device.type != "cpu":
-        return ON_DEVICE
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if dtype == torch.bfloat16:
-        return IN_MATRIX_UNITS if has_matrix_units() else IN_BFLOAT16
-    if has_matrix_units():
-        return ON_INTEL
-    return ON_CPU if torch.get_num_threads() == 1 else IN_THREADS
-
-
-@cache
-def has_matrix_units():
-    """Whether the processor multiplies bfloat16 in units of its own (AMX)."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older torch does not say
-
-
-def _masked_mlp(x_TD, expert_T, prefixes):
-    """As `routed_mlp` in one product of the last prefix, for few tokens: sorting them would cost more than it saves."""
-    tokens, rows = len(x_TD), costs(prefixes[-1].down).whole
-    if rows // 2 < tokens < rows:
-        x_TD, expert_T = F.pad(x_TD, (0, 0, 0, rows - tokens)), F.pad(expert_T, (0, rows - tokens))
-    widths, hidden = tuple(prefix.down.shape[1] for prefix in prefixes), prefixes[-1].hidden(x_TD)
-    own = _own(widths, hidden.element_size(), x_TD.device).index_select(0, expert_T)
-    if torch.is_grad_enabled():
-        hidden = hidden.masked_fill(own == 0, 0)
-    else:  # the trap: a product with zero would leave what is infinite; and to fill by a mask goes number by number
-        hidden.view(own.dtype).bitwise_and_(own)
-    y_TD = F.linear(hidden, prefixes[-1].down, prefixes[-1].down_bias)
-    return y_TD if len(y_TD) == tokens else y_TD[:tokens]
-
-
-@lru_cache(maxsize=64)
-def _own(widths, size, device):
-    """
-    Which neurons each expert has: (E, H) integers of `size` bytes, all bits set or none. The same for all layers of a model, so it
-    stays in the processor's cache.
-    """
-    own = torch.arange(widths[-1], device=device) < torch.tensor(widths, device=device)[:, None]
-    return -own.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-
-
-@torch.compiler.assume_constant_result
-def reads_numbers():
-    """Whether the graph in the making may hold a number read from a tensor, as with `fullgraph=True`; elsewhere it would break there."""
-    context = torch._guards.TracingContext.try_get()
-    return context is not None and context.fake_mode is not None and context.fake_mode.shape_env.allow_scalar_outputs
-
-
-def sliced_mlp(x_TD, expert_T, weights, widths):
-    """One token, for compilers that `reads_numbers`: products of a size known when they run. (1, D), (1,) int -> (1, D)."""
-    width = torch.tensor(widths, device=x_TD.device).index_select(0, expert_T).item()
-    torch._check(width >= widths[0])
-    torch._check(width <= widths[-1])
-    return dense_mlp(x_TD, weights.block(0, width))
-
-
-@torch.library.custom_op("dynamoe::routed_mlp", mutates_args=())
-def routed_mlp_op(
-    x_TD: torch.Tensor,
-    expert_T: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_bias: torch.Tensor | None,
-    up: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    act: str,
-    widths: list[int],
-) -> torch.Tensor:
-    """`routed_mlp` as one node of a compiled graph: what it computes depends on numbers that a compiler does not have."""
-    weights = Projections(gate, gate_bias, up, up_bias, down, down_bias, _activation(act))
-    if len(expert_T) == 1:  # once a layer in decoding: no more slices than this one needs
-        y_TD = dense_mlp(x_TD, weights.block(0, widths[expert_T.item()]))
-    else:
-        y_TD = routed_mlp(x_TD, expert_T, Prefixes(weights, widths))
-    return y_TD.to(x_TD.dtype)  # autocast gives products a lower one, which the graph does not know
-
-
-@routed_mlp_op.register_fake
-def _(x_TD, expert_T, gate, gate_bias, up, up_bias, down, down_bias, act, widths):
-    return torch.empty_like(x_TD)
-
-
-@cache
-def _activation(name):
-    return ACT2FN[name]
-
-
-def similarity_profile(output_TD, tail_ETD, similarity, error_weight=None, widths=None):
-    """
-    How close each expert's output comes to the full one: (T, D), (E-1, T, D) -> (T, E), float32, rising, last column 1.
-
-    `tail_ETD[e]` is O - O_e, what expert e leaves out; all similarities follow from it, with <O_e, O> = <O, O> -
-    <O - O_e, O>. Each column is the largest so far: the smallest expert whose similarity reaches a threshold
-    is the same, and a rising profile is one that a router can predict.
-    """
-    output_TD, tail_ETD = output_TD.float(), tail_ETD.float()
-    energy_T = output_TD.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    if similarity == "loss_weighted":
-        profile_ET = 1 / (1 + error_weight * tail_ETD.square().sum(-1))
-    elif similarity == "loss_gain":
-        profile_ET = 1 / (1 + error_weight * best_gain(tail_ETD.square().sum(-1), widths))
-    elif similarity == "relative_error":
-        profile_ET = 1 - (tail_ETD.square().sum(-1) / energy_T).sqrt()
-    else:
-        inner_ET = energy_T - (tail_ETD * output_TD).sum(-1)
-        if similarity == "cosine":
-            # What is left of a null expert's O - (O - O_e) is rounding, and has no direction.
-            norm_ET = (output_TD - tail_ETD).square().sum(-1)
-            norm_ET = norm_ET.masked_fill(norm_ET < 1e-10 * energy_T, torch.inf)
-            profile_ET = inner_ET / (norm_ET * energy_T).sqrt()
+    def decide(self, x: torch.Tensor, routing: Routing, weights: Weights) -> Decision:
+        """The expert of each token, and what was computed on the way to it."""
+        router, sensitivity, forced = self.router, routing.sensitivity, routing.force_expert
+        by_router = forced is None and routing.route == "router"
+        if by_router and router.is_off(sensitivity):
+            forced = len(self.widths) - 1
+        asked = routing.records is not None or routing.needs_labels
+        if forced is not None and not asked:
+            return Decision(forced)
+        if by_router and not asked and weights.triton and routing.temperature is None and not self.training:
+            expert = router.choose_fused(x, sensitivity)
+            if expert is not None:
+                return Decision(expert)
+        logits = router(x)
+        hidden = profile = label = gates = None
+        if routing.needs_labels or routing.route == "label":
+            hidden = self.hidden(x)
+            profile = self.profile(hidden.detach())
+            label = label_of(profile.flatten(0, 1), self._of_each_token(sensitivity, x)).view(x.shape[:2])
+        if forced is not None:
+            expert = forced
+        elif routing.route == "label":
+            expert = label
+        elif routing.route == "random":
+            expert = self._random(routing.histogram, x)
+        elif routing.temperature is not None:
+            gates = router.gates(logits, sensitivity, routing.temperature)
+            expert = gates.detach().round().long().sum(-1) - 1
         else:
-            profile_ET = inner_ET / energy_T
-    profile_ET = profile_ET.clamp(max=1).cummax(0).values
-    return torch.cat([profile_ET, torch.ones_like(energy_T)[None]]).t()
+            expert = router.choose(logits, sensitivity)
+        return Decision(expert, logits, gates, hidden, profile, label)
 
+    def record(self, x: torch.Tensor, decision: Decision) -> LayerRecord:
+        """What this layer did with its tokens, with the router's loss where the labels are known."""
+        expert, logits, gates, _, profile, label = decision
+        if not isinstance(expert, torch.Tensor):
+            expert = torch.full(x.shape[:2], expert, device=x.device)
+        loss = None if profile is None else self.router.loss(logits, profile, label)
+        width = None
+        if gates is not None:
+            parts = zip(gates.unbind(-1), block_sizes(self.widths))
+            width = sum(gate * (size / self.widths[-1]) for gate, size in parts)
+        return LayerRecord(logits, expert, profile, label, loss, width)
 
-def best_gain(error_ET, widths):
-    """
-    What the best wider expert takes off the error, for each unit of width it adds: (E-1, T) errors of all but the last, whose
-    error is none, and E widths of any unit -> (E-1, T), per full width.
+    def weights(self, x: torch.Tensor) -> Weights:
+        """This MLP as `run_experts` takes it, for an input like `x`."""
+        tensors = self.tensors(x)
+        triton = tensors is not None and self._uses_triton(x, tensors)
+        return Weights(self.hidden, self.down_linear, tensors, self.widths, self.act_name, self.training, triton)
 
-    The smallest expert that no wider one beats by more than lambda a width is the one with the least error + lambda * width,
-    so a threshold on this minimises the sum of errors at a mean width (the lower convex hull of the points (width, error)).
-    """
-    error_ET, full = F.pad(error_ET, (0, 0, 0, 1)), widths[-1]
-    gains = [error_ET[:0]]
-    for index, width in enumerate(widths[:-1]):
-        added = torch.tensor([(other - width) / full for other in widths[index + 1 :]], device=error_ET.device)
-        gains.append(((error_ET[index] - error_ET[index + 1 :]) / added[:, None]).max(0, keepdim=True).values)
-    return torch.cat(gains).clamp_min(0)
+    def tensors(self, x: torch.Tensor) -> Projections | None:
+        """
+        The weights as plain tensors that can be cut, or `None` where a projection must be called as a module: wrapped (LoRA),
+        hooked, offloaded, elsewhere than `x`, or quantised into something that does not slice.
+        """
+        linears = [getattr(self, name) for name in self.layout.projections]
+        if all(is_plain_linear(linear, x.device) for linear in linears):
+            return self.layout.tensors(self)
+        if all(is_plain_linear(linear, x.device) or is_quantized_linear(linear) for linear in linears):
+            return self.quantized_slices.tensors(self, self.layout, self.widths, x)
+        return None
 
+    def _apply(self, *args, **kwargs):
+        self.quantized_slices = QuantizedSlices()  # torch swaps the tensors that it moves, and needs to be their only holder
+        return super()._apply(*args, **kwargs)
 
-def label_of(profile_TE, sensitivity):
-    """min { e : s_e >= theta }: (T, E), a number or (T,) -> (T,) int64."""
-    if isinstance(sensitivity, torch.Tensor):
-        sensitivity = sensitivity[:, None]
-    return (profile_TE[:, :-1] < sensitivity).sum(-1)  # the profile rises, so this counts the experts that fall short
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""
+        return self.layout.hidden(self, x)
+
+    @torch.no_grad()
+    def profile(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Similarity of each expert's output to the full one: (B, S, H) -> (B, S, E), float32.
+
+        The blocks that each expert adds, summed from the last one down, are what the smaller experts leave out. That takes
+        (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
+        """
+        output, left_out = self.down_linear(hidden), []
+        plain = self.tensors(hidden) is not None
+        for low, high in reversed(list(zip(self.widths, self.widths[1:]))):
+            if plain:
+                block = F.linear(hidden[..., low:high], self.down_linear.weight[:, low:high])
+            else:
+                only = torch.zeros_like(hidden)
+                only[..., low:high] = hidden[..., low:high]
+                block = self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
+            left_out.append(block if not left_out else left_out[-1] + block)
+        output = output.flatten(0, 1)
+        left_out_ETD = torch.stack(left_out[::-1]).flatten(1, 2) if left_out else output.new_zeros(0, *output.shape)
+        loss_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0
+        profile = similarity_profile(output, left_out_ETD, self.config.similarity, loss_weight, self.widths)
+        return profile.view(*hidden.shape[:2], -1)
+
+    def _uses_triton(self, x, tensors):
+        name = self.slot.mlp_implementation
+        if name == "auto" and (torch.is_grad_enabled() or not triton_is_faster(x)):
+            return False
+        plain = type(tensors.down) in (torch.Tensor, nn.Parameter)  # not a quantiser's own class
+        return name != "torch" and plain and runs_triton(x, self.act_name)
+
+    def _random(self, histogram, x):
+        if histogram is None:
+            return torch.randint(len(self.widths), x.shape[:2], device=x.device)
+        frequency = histogram[self.layer].to(x.device)
+        return torch.multinomial(frequency, x.shape[0] * x.shape[1], replacement=True).view(x.shape[:2])
+
+    def _of_each_token(self, sensitivity, x):
+        if isinstance(sensitivity, torch.Tensor):
+            return sensitivity.to(x.device, torch.float32).view(-1, 1).expand(x.shape[:2]).flatten()
+        return sensitivity

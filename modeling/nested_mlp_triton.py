@@ -563,7 +563,7 @@ def runs_triton(x, act):
     return TRITON and here and x.dtype in DTYPES and act in ACTIVATIONS
 
 
-def pays(x):
+def triton_is_faster(x):
     """
     Whether the kernels were tested and found faster than dense products on such a device and in such a dtype: compute capability
     9.0, two bytes. In float32 they avoid TF32, as torch does by default, but lose to cuBLAS at any width.

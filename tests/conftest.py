@@ -13,6 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
+
 
 torch.set_num_threads(1)
 
@@ -64,6 +67,22 @@ def tiny_dense(family="llama", seed=0, **settings):
             elif "bias" in name:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def tiny_dynamoe(family="llama", seed=0, dense_settings=None, **settings):
+    """A tiny DynaMoE whose routers disagree from token to token, so that mixed batches are really mixed."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(family, seed, **(dense_settings or {})), **settings)
+    torch.manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router.output." in name:
+                parameter.normal_(std=3.0)
+    return model
+
+
+def run_mlp(mlp, x, expert):
+    """A `NestedMLP` on x (B, S, D) with the experts given, (B, S) or one index for all."""
+    return run_experts(x, Decision(expert), mlp.weights(x))
 
 
 def tiny_tokenizer():

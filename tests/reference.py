@@ -23,6 +23,18 @@ def nested_mlp(mlp, x_TD, expert_T):
     return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
 
 
+def gated_mlp(mlp, x_TD, gates_TE):
+    """Each neuron times the gate of the block that it lies in, one token at a time: (T, D), (T, E) -> (T, D)."""
+    outputs = []
+    for x, gates in zip(x_TD, gates_TE):
+        hidden, low = mlp.hidden(x), 0
+        factor = torch.zeros_like(hidden)
+        for gate, high in zip(gates, mlp.widths):
+            factor[low:high], low = gate, high
+        outputs.append(mlp.down_linear(hidden * factor))
+    return torch.stack(outputs)
+
+
 def similarity(mlp, x, expert, name, error_weight=1.0):
     """Similarity of one expert's output to the full one, for one token x (D,), straight from the definition."""
     full, output = expert_output(mlp, x, len(mlp.widths) - 1), expert_output(mlp, x, expert)
@@ -48,6 +60,20 @@ def label(mlp, x, sensitivity, name, error_weight=1.0):
         if similarity(mlp, x, expert, name, error_weight) >= sensitivity:
             return expert
     return len(mlp.widths) - 1
+
+
+def expert_of(router, x, sensitivity):
+    """The expert that a router chooses for one token x (D,), step by step."""
+    hidden = torch.nn.functional.silu(router.input.weight @ x + router.input.bias)
+    outputs = router.output.weight @ hidden + router.output.bias
+    if not router.has_dial:
+        return int(outputs.argmax())
+    logit, threshold = 0.0, torch.logit(torch.tensor(sensitivity, dtype=torch.float64)).item()
+    for expert, step in enumerate(outputs.tolist()):
+        logit += step if expert == 0 else torch.nn.functional.softplus(torch.tensor(step)).item()
+        if logit >= threshold:
+            return expert
+    return len(outputs)
 
 
 def gates(logits, noise, sensitivity, temperature):

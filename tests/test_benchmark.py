@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from test_modeling import tiny_dynamoe
 
 from dynamoe_hf.benchmark import (
     _bytes,

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_dense, tiny_tokenizer
-from test_modeling import tiny_dynamoe
 
 from dynamoe_hf.convert import convert_model
 from dynamoe_hf.data import documents_for, token_blocks

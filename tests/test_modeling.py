@@ -5,27 +5,14 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config, tiny_dense
+from conftest import FAMILIES, tiny_config, tiny_dense, tiny_dynamoe
 from reference import assert_close, nested_mlp
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
-from dynamoe_hf.modeling import nested_mlp as nested_mlp_module
-from dynamoe_hf.modeling.modeling_dynamoe import NestedMLP, Routing, TokenRouter
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
-
-
-def tiny_dynamoe(family="llama", seed=0, dense_settings=None, **settings):
-    """A tiny DynaMoE whose routers disagree from token to token, so that mixed batches are really mixed."""
-    model = DynaMoEForCausalLM.from_dense(tiny_dense(family, seed, **(dense_settings or {})), **settings)
-    torch.manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".router.output." in name:
-                parameter.normal_(std=3.0)
-    return model
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -49,163 +36,6 @@ def test_full_width_equals_dense(family, tied, token_ids):
     assert expected[0].std() > 1e-3, "the tiny model is degenerate, so this test would prove nothing"
 
 
-def fix_costs(monkeypatch, block, steps, apart=1):
-    """Whatever the processor: blocks for few tokens too, unless there shall be but one; else products padded to the last step."""
-    costs = nested_mlp_module.Costs(block, 0 if block < 10**9 else 15_000_000, steps, steps[-1], apart)
-    monkeypatch.setattr(nested_mlp_module, "costs", lambda weight: costs)
-
-
-@pytest.mark.parametrize("smallest_block", [0, 5000, 10**9], ids=["a block each", "some merged", "one block"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2", "relu"])
-@pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1], [1]], ids=str)
-@pytest.mark.parametrize(("tokens", "apart"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (7, 1), (12, 1), (40, 1)])
-def test_mlp_equals_the_plain_loop(family, widths, tokens, apart, smallest_block, monkeypatch):
-    fix_costs(monkeypatch, smallest_block, (4,) if tokens < 4 else (4, 16), apart)
-    # relu needs its own output in backward, which must not be masked in place
-    family, settings = ("starcoder2", {"hidden_act": "relu"}) if family == "relu" else (family, {})
-    mlp = tiny_dynamoe(family, expert_widths=widths, dense_settings=settings).model.layers[1].mlp
-    torch.manual_seed(tokens)
-    x = torch.randn(1, tokens, 32)
-    experts = {"mixed": torch.randint(len(widths), (tokens,)), "smallest": torch.zeros(tokens, dtype=torch.long)}
-    for mix, expert in experts.items():
-        results = {}
-        for training in (False, True):  # prefixes and staircase; then the mask of the training path
-            inputs = x.clone().requires_grad_()
-            mlp.zero_grad()
-            mlp.training = training
-            y = mlp._run(inputs, expert[None])
-            y.square().sum().backward()
-            results[training] = y[0], inputs.grad[0], mlp.down_linear.weight.grad.clone(), mlp.up_linear.weight.grad.clone()
-        inputs = x[0].clone().requires_grad_()
-        mlp.zero_grad()
-        y = nested_mlp(mlp, inputs, expert)
-        y.square().sum().backward()
-        expected = y, inputs.grad, mlp.down_linear.weight.grad, mlp.up_linear.weight.grad
-        with torch.no_grad():  # in place
-            assert_close(
-                f"output, {mix}, no gradient", mlp._run(x, expert[None])[0], y, atol=2e-4 * y.abs().max().item() + 1e-6
-            )
-        for training, actual in results.items():
-            for name, a, e in zip(("output", "gradient of x", "gradient of down", "gradient of up"), actual, expected):
-                assert_close(f"{name}, {mix}, training={training}", a, e, atol=2e-4 * e.abs().max().item() + 1e-6)
-
-
-@pytest.mark.parametrize("smallest_block", [0, 10**9], ids=["a block each", "one block"])
-@pytest.mark.parametrize("family", ["llama", "starcoder2"])
-@pytest.mark.parametrize("widths", [[0.25, 0.5, 0.75, 1], [0, 0.3, 1]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 12, 40, 100])
-def test_autocast(family, widths, tokens, smallest_block, monkeypatch):
-    """Weights in float32, products in bfloat16, as a `Trainer` with bf16 evaluates: near the plain loop in float32."""
-    fix_costs(monkeypatch, smallest_block, (4, 16), apart=2)
-    mlp = tiny_dynamoe(family, expert_widths=widths).model.layers[1].mlp
-    torch.manual_seed(tokens)
-    x, expert = torch.randn(1, tokens, 32, requires_grad=True), torch.randint(len(widths), (1, tokens))
-    expected = nested_mlp(mlp, x[0], expert[0])
-    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
-    for with_gradient in (True, False):
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(with_gradient):
-            y = mlp._run(x, expert)[0].float()
-            op = torch.ops.dynamoe.routed_mlp(x[0], expert[0], *mlp.prefixes(x)[-1][:6], mlp.act_name, mlp.widths)
-        assert op.dtype == x.dtype, "the graph of a compiled model has the dtype of the input"
-        for name, actual in (("output", y), ("output of the op", op)):
-            assert_close(name, actual, expected, atol=0.03 * expected.abs().max().item() + 1e-6, rtol=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = mlp._run(x, expert)
-    (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
-    assert_close("gradient", gradient, expected_gradient, atol=0.05 * expected_gradient.abs().max().item() + 1e-6, rtol=0)
-
-
-def test_only_the_chosen_prefix_is_computed(monkeypatch, token_ids):
-    """Poison every neuron beyond the forced prefix: the output must not notice."""
-    model = tiny_dynamoe()
-    with torch.no_grad():
-        expected = model(token_ids, force_expert=1).logits
-        for layer in model.model.layers:
-            layer.mlp.gate_proj.weight[32:] = float("nan")
-            layer.mlp.down_proj.weight[:, 32:] = float("nan")
-        assert_close("logits", model(token_ids, force_expert=1).logits, expected)
-        # A single token takes the same prefix, and a mixed batch no more than its widest token needs.
-        mlp = model.model.layers[1].mlp
-        assert not torch.isnan(mlp._run(torch.randn(1, 1, 32), torch.tensor([[1]]))).any()
-        assert not torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 1, 1, 0]]))).any()
-        assert torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
-
-
-@pytest.mark.parametrize("tokens", [2, 6, 40])
-def test_what_is_infinite_beyond_a_token_is_not_its_own(tokens):
-    """In float16 a neuron may overflow. One that a token does not have must not reach it, not even as zero times infinite."""
-    mlp = tiny_dynamoe().model.layers[1].mlp
-    x, expert = torch.randn(1, tokens, 32), torch.zeros(1, tokens, dtype=torch.long)
-    with torch.no_grad():
-        expected = mlp._run(x, expert)
-        expert[0, -1] = 3
-        for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[-8:] = torch.inf
-        y = mlp._run(x, expert)
-    assert not y[0, -1].isfinite().all(), "who has the neuron sees it"
-    assert_close("tokens without it", y[:, :-1], expected[:, :-1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("units", [True, False])
-def test_fewer_blocks_where_units_multiply(dtype, units, monkeypatch):
-    """With matrix units for bfloat16 multiplications are cheaper and calls are not."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
-    asks_each_time = nested_mlp_module.has_matrix_units.__wrapped__
-    monkeypatch.setattr(nested_mlp_module, "has_matrix_units", asks_each_time)
-    up, down = torch.empty(1536, 576, dtype=dtype), torch.empty(576, 1536, dtype=dtype)
-    whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.functional.silu)
-    prefixes = [whole.block(0, width) for width in (384, 768, 1152, 1536)]
-    stairs = nested_mlp_module._stairs([64] * 4, prefixes)
-    assert len(stairs) == (2 if units and dtype == torch.bfloat16 else 4)
-    assert [(low, high) for _, low, high, _ in stairs][-1][1] == 1536
-    if dtype == torch.float32:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert len(nested_mlp_module._stairs([64] * 4, prefixes)) == (2 if units else 4)
-
-
-@pytest.mark.parametrize(
-    ("units", "dtype", "threads", "expected"),
-    [
-        (False, torch.float32, 1, "ON_CPU"),
-        (False, torch.float32, 2, "IN_THREADS"),
-        (False, torch.bfloat16, 2, "IN_BFLOAT16"),
-        (True, torch.float32, 2, "ON_INTEL"),
-        (True, torch.bfloat16, 1, "IN_MATRIX_UNITS"),
-    ],
-)
-def test_costs_are_those_of_the_processor(units, dtype, threads, expected, monkeypatch):
-    monkeypatch.setattr(nested_mlp_module, "has_matrix_units", lambda: units)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert nested_mlp_module.costs(torch.empty(1, dtype=dtype)) is getattr(nested_mlp_module, expected)
-
-
-def test_eight_tokens_are_cut_where_fewer_rows_win_time(monkeypatch):
-    """Two rows take as long as four, and on two threads four as long as eight: then one product does it all."""
-    up, down = torch.empty(8192, 2048, device="meta"), torch.empty(2048, 8192, device="meta")
-    whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.functional.silu)
-    prefixes = [whole.block(0, width) for width in (2048, 4096, 6144, 8192)]
-    for costs, rows in ((nested_mlp_module.ON_CPU, [8, 6, 4]), (nested_mlp_module.IN_THREADS, [8])):
-        monkeypatch.setattr(nested_mlp_module, "costs", lambda weight, costs=costs: costs)
-        assert [stair[0] for stair in nested_mlp_module._stairs([2, 2, 2, 2], prefixes)] == rows
-
-
-@pytest.mark.parametrize(("tokens", "reads"), [(1, True), (4, False), (512, False), (8192, True)])
-def test_routes_are_read_from_a_device_where_it_pays(tokens, reads):
-    """One token's prefix, and blocks of thousands of tokens: else the host would wait longer than they save. A meta tensor cannot be read."""
-    with torch.device("meta"):
-        up, down = torch.empty(8192, 2048), torch.empty(2048, 8192)
-        x_TD, expert_T = torch.empty(tokens, 2048), torch.empty(tokens, dtype=torch.long)
-    whole = nested_mlp_module.Projections(up, None, up, None, down, None, torch.nn.SiLU())
-    prefixes = [whole.block(0, width) for width in (2048, 4096, 6144, 8192)]
-    assert nested_mlp_module.costs(down) == nested_mlp_module.ON_DEVICE
-    if reads:
-        with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):
-            nested_mlp_module.routed_mlp(x_TD, expert_T, prefixes)
-    else:
-        assert nested_mlp_module.routed_mlp(x_TD, expert_T, prefixes).shape == x_TD.shape
-
-
 def test_sensitivity_is_a_dial(token_ids):
     model = tiny_dynamoe()
     widths = []
@@ -218,24 +48,12 @@ def test_sensitivity_is_a_dial(token_ids):
     assert widths[0] < widths[-1] == 2 * 3, widths
 
 
-@pytest.mark.parametrize("router_type", ["profile", "argmax"])
-@pytest.mark.parametrize("experts", [1, 2, 4])
-def test_few_tokens_are_routed_as_many(router_type, experts):
-    widths = [(index + 1) / experts for index in range(experts)]
-    router = tiny_dynamoe(router_type=router_type, expert_widths=widths).model.layers[0].mlp.router
-    x = torch.randn(3, 5, 32)
-    for sensitivity in (0.05, 0.3, 0.5, 0.7, 0.95, 1.0):
-        chosen = router.choose(router(x), sensitivity)
-        assert router.choose_few(x, sensitivity) == chosen.flatten().tolist()
-        assert router.choose_few(x[1:2], torch.tensor([sensitivity])) == chosen[1].tolist()
-
-
 def test_adapters_on_routers_are_heard(token_ids):
-    """The steps of decoding, where routers are read without their modules, too."""
+    """In decoding too, one token at a time."""
     peft = pytest.importorskip("peft")
     model = tiny_dynamoe()
     with torch.no_grad():
-        model(token_ids[:1, :1], sensitivity=0.4)  # what is kept for one token is kept before the routers are wrapped
+        model(token_ids[:1, :1], sensitivity=0.4)  # before the routers are wrapped
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*router\.(input|output)"))
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
@@ -243,7 +61,6 @@ def test_adapters_on_routers_are_heard(token_ids):
         mlp, x = model.model.layers[1].mlp, torch.randn(1, 8, 32)
         for sensitivity in (0.2, 0.4, 0.6, 0.8):
             chosen = mlp.router.choose(mlp.router(x), sensitivity)
-            assert mlp.router.choose_few(x, sensitivity) == chosen[0].tolist()
             with model.routing(sensitivity=sensitivity):
                 for token, expert in zip(x[0], chosen[0]):
                     assert_close("one token", mlp(token[None, None])[0], nested_mlp(mlp, token[None], expert[None]))
@@ -415,8 +232,8 @@ def test_training_forward_never_waits_for_the_device(route, monkeypatch):
         out.loss.item()
 
 
-def test_kept_slices_follow_the_weights(token_ids):
-    """Slices are kept between calls; moved, cast, loaded, replaced or edited weights must show, for many tokens and for one."""
+def test_changed_weights_are_used(token_ids):
+    """Moved, cast, loaded, replaced or edited weights count in the next call, for many tokens and for one."""
     model, one = tiny_dynamoe(), token_ids[:1, :1]
     with torch.no_grad():
         before = model(token_ids, sensitivity=0.4).logits
@@ -474,45 +291,6 @@ def test_a_step_of_decoding_follows_its_layers(change, token_ids):
         assert not torch.allclose(before, expected)
 
 
-@pytest.mark.parametrize("router_type", ["profile", "argmax"])
-def test_a_step_of_decoding_is_asked_about_once(router_type, token_ids, monkeypatch):
-    """From its second token on it takes the shortest way through all layers, and only where nothing else is asked for."""
-    model, one, taken = tiny_dynamoe(router_type=router_type), token_ids[:1, :1], []
-    shortest = NestedMLP._few_tokens
-    monkeypatch.setattr(NestedMLP, "_few_tokens", lambda self, x, theta: taken.append(self.layer) or shortest(self, x, theta))
-
-    def layers(ids=one, **settings):
-        taken.clear()
-        with torch.no_grad():
-            logits = model(ids, **settings).logits
-            if "output_router_logits" not in settings:
-                plain = model(ids, output_router_logits=True, **settings).logits
-                assert_close(f"{settings}", logits, plain)
-        return taken[:]
-
-    assert layers(sensitivity=0.4) == [], "nothing is kept before the first"
-    assert layers(sensitivity=0.4) == layers(sensitivity=0.6) == list(range(len(model.model.layers)))
-    for several in (token_ids[:1, :2], token_ids[:2, :1], token_ids[:2, :2]):
-        assert layers(several, sensitivity=0.4) == layers(several, sensitivity=0.6) == list(range(len(model.model.layers)))
-    assert layers(inputs_embeds=model.get_input_embeddings()(one).detach(), ids=None, sensitivity=0.6) != []
-    for settings in (
-        {"sensitivity": 1.0}, {"sensitivity": torch.tensor([0.4])}, {"sensitivity": 0.4, "force_expert": 1}, {"sensitivity": 0.4, "route": "label"},
-        {"sensitivity": 0.4, "output_router_logits": True}, {"sensitivity": 0.4, "ids": token_ids.repeat(3, 1)[:, :3]},
-    ):  # fmt: skip
-        assert layers(**settings) == [], settings
-    model.set_mlp_implementation("torch")
-    assert layers(sensitivity=0.4) == [], "what another implementation kept is not used"
-    assert layers(sensitivity=0.4) != []
-    taken.clear()
-    model(one, sensitivity=0.4).logits.sum().backward()
-    model.train()(one, sensitivity=0.4)
-    with torch.no_grad():
-        model(one, sensitivity=0.4)
-        model.eval().model(one)
-    assert taken == [], "gradients, training and the backbone alone have no such steps"
-    assert model.slot.current == Routing()
-
-
 def test_compiled_layers_decode(token_ids):
     """Each layer compiled alone, inside a model that is not."""
     torch._dynamo.reset()
@@ -549,24 +327,6 @@ def test_mlp_implementation_falls_back_to_torch(monkeypatch, token_ids):
     monkeypatch.setattr(module, "TRITON", True)
     model.set_mlp_implementation("triton")
     assert torch.equal(model(token_ids, sensitivity=0.4).logits, expected)
-
-
-@pytest.mark.parametrize("router_type", ["profile", "argmax"])
-@pytest.mark.parametrize("experts", [1, 2, 5])
-def test_a_router_in_sums_is_the_router(router_type, experts):
-    """What a compiler gets for one token, and its gradients."""
-    torch.manual_seed(0)
-    router = TokenRouter(16, 8, experts, router_type)
-    for parameter in router.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(1, 1, 16)
-    assert_close("logits", router._one_row(x), router(x))
-    if router(x).numel():
-        pairs = zip(
-            *(torch.autograd.grad(logits.square().sum(), router.parameters()) for logits in (router._one_row(x), router(x)))
-        )
-        for index, (ours, plain) in enumerate(pairs):
-            assert_close(f"gradient {index}", ours, plain)
 
 
 @pytest.mark.gpu
@@ -677,4 +437,4 @@ def test_compiled_decoding_equals_eager(family, fullgraph, token_ids):
     assert seen[0] == seen[3], "the graph was compiled again for a later token"
     assert not torch._dynamo.utils.counters["graph_break"]
     compiled(token_ids[:1, :1], sensitivity=0.9)
-    assert model.slot.current == Routing(), "the dial of a compiled call stays in force after it"
+    assert model.slot.current is None, "the dial of a compiled call stays in force after it"

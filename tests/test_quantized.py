@@ -5,15 +5,15 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_dense
+from conftest import run_mlp, tiny_dense, tiny_dynamoe
 from reference import assert_close, nested_mlp
-from test_modeling import tiny_dynamoe
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.modeling import modeling_dynamoe
-from dynamoe_hf.modeling.modeling_dynamoe import NestedMLP
+from dynamoe_hf.modeling import mlp_backends
+from dynamoe_hf.modeling.dense_base import Projections
+from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution
 
 
 ao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install -e '.[quant]'")
@@ -47,17 +47,17 @@ def test_prefixes_equal_the_masked_modules(family, kind, dtype):
     tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
     for tokens in (1, 7):
         x = torch.randn(1, tokens, 32, dtype=dtype)
-        assert mlp.prefixes(x) is not None, "the slices were refused"
+        assert mlp.tensors(x) is not None, "the slices were refused"
         for name, expert in {"mixed": torch.arange(tokens) % 4, "one": torch.ones(tokens, dtype=torch.long)}.items():
             expected = nested_mlp(mlp, x[0], expert)
             scale = expected.abs().max()
-            assert_close(name, mlp._run(x, expert[None])[0] / scale, expected / scale, **tolerance)
-            assert_close(f"{name}, masked", mlp.train()._run(x, expert[None])[0] / scale, expected / scale, **tolerance)
+            assert_close(name, run_mlp(mlp, x, expert[None])[0] / scale, expected / scale, **tolerance)
+            assert_close(f"{name}, masked", run_mlp(mlp.train(), x, expert[None])[0] / scale, expected / scale, **tolerance)
             mlp.eval()
         for expert in range(4):
             expected = nested_mlp(mlp, x[0], [expert] * tokens)
             scale = expected.abs().max()
-            assert_close("one for all", mlp._run(x, expert)[0] / scale, expected / scale, **tolerance)
+            assert_close("one for all", run_mlp(mlp, x, expert)[0] / scale, expected / scale, **tolerance)
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def test_only_the_chosen_prefix_is_computed(token_ids):
         layer.mlp.gate_proj.weight.scale[32:] = float("nan")
     assert_close("logits", model(token_ids, force_expert=1).logits, expected)
     mlp = model.model.layers[1].mlp
-    assert not torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 1, 1, 0]]))).any()
-    assert torch.isnan(mlp._run(torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
+    assert not torch.isnan(run_mlp(mlp, torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 1, 1, 0]]))).any()
+    assert torch.isnan(run_mlp(mlp, torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
 
 
 def test_from_pretrained_leaves_the_routers_alone(tmp_path, token_ids):
@@ -116,19 +116,19 @@ def test_quantised_routers_still_choose(token_ids):
 )
 def test_what_does_not_slice_is_masked(settings, case, monkeypatch, token_ids):
     warnings = []
-    monkeypatch.setattr(modeling_dynamoe.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(mlp_backends.logger, "warning_once", warnings.append)
     mlp = quantised(**settings).model.layers[1].mlp
     x = torch.randn(1, 6, 32)
     expert = torch.tensor([0, 1, 2, 0, 1, 2])
-    assert mlp.prefixes(x) is None, case
-    assert_close(case, mlp._run(x, expert[None])[0], nested_mlp(mlp, x[0], expert))
+    assert mlp.tensors(x) is None, case
+    assert_close(case, run_mlp(mlp, x, expert[None])[0], nested_mlp(mlp, x[0], expert))
     assert "cannot be sliced" in warnings[0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("trick", ["raises", "wrong scale", "ignores the cut"])
 def test_a_tensor_that_slices_wrongly_is_masked(trick, monkeypatch):
-    block = modeling_dynamoe.Projections.block
+    block = Projections.block
 
     def wrong(self, low, high):
         if trick == "raises":
@@ -139,43 +139,45 @@ def test_a_tensor_that_slices_wrongly_is_masked(trick, monkeypatch):
         return cut._replace(up=block(self, 0, high - low).up)
 
     mlp = quantised().model.layers[1].mlp
-    monkeypatch.setattr(modeling_dynamoe.Projections, "block", wrong)
+    monkeypatch.setattr(Projections, "block", wrong)
     x, expert = torch.randn(1, 4, 32), torch.tensor([0, 1, 2, 3])
-    assert mlp.prefixes(x) is None
-    assert_close(trick, mlp._run(x, expert[None])[0], nested_mlp(mlp, x[0], expert))
+    assert mlp.tensors(x) is None
+    assert_close(trick, run_mlp(mlp, x, expert[None])[0], nested_mlp(mlp, x[0], expert))
 
 
 @torch.no_grad()
 def test_kept_slices_follow_the_weights():
     mlp, other = (quantised(seed=seed).model.layers[0].mlp for seed in (0, 5))
     x, expert = torch.randn(1, 3, 32), torch.tensor([[0, 2, 1]])
-    first = mlp._run(x, expert)
-    expected = other._run(x, expert)
+    first = run_mlp(mlp, x, expert)
+    expected = run_mlp(other, x, expert)
     changed = copy.deepcopy(mlp)
     changed.load_state_dict(other.state_dict())
-    assert_close("loaded in place", changed._run(x, expert), expected)
+    assert_close("loaded in place", run_mlp(changed, x, expert), expected)
     changed = copy.deepcopy(mlp)
-    changed._run(x, expert)
+    run_mlp(changed, x, expert)
     for name in ("gate_proj", "up_proj", "down_proj"):
         getattr(changed, name).weight = getattr(other, name).weight
-    assert_close("replaced", changed._run(x, expert), expected)
-    assert_close("the first is untouched", mlp._run(x, expert), first)
+    assert_close("replaced", run_mlp(changed, x, expert), expected)
+    assert_close("the first is untouched", run_mlp(mlp, x, expert), first)
     mlp.to(torch.bfloat16).to(torch.float32)
-    assert_close("cast", mlp._run(x, expert)[0], nested_mlp(mlp, x[0], expert[0]))
+    assert_close("cast", run_mlp(mlp, x, expert)[0], nested_mlp(mlp, x[0], expert[0]))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["int8", "int8 in groups"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
-def test_a_step_of_decoding_takes_the_shortest_way(family, kind, token_ids, monkeypatch):
-    model, taken, shortest = quantised(family, SLICING[kind]), [], NestedMLP._few_tokens
-    monkeypatch.setattr(NestedMLP, "_few_tokens", lambda self, x, theta: taken.append(self.layer) or shortest(self, x, theta))
+def test_a_step_of_decoding_takes_prefixes(family, kind, token_ids):
+    model = quantised(family, SLICING[kind])
+    mlp = model.nested_mlps[0]
+    assert choose_execution(Call(torch.randn(1, 1, 32), Decision(torch.tensor([[1]])), mlp.weights(torch.zeros(1)))).name == "prefix"
     for ids in (token_ids[:1, :1], token_ids[:2, :1], token_ids[:1, :5]):
-        model(ids, sensitivity=0.4)
-        taken.clear()
         logits = model(ids, sensitivity=0.4).logits
-        assert taken == list(range(len(model.model.layers)))
-        assert_close("logits", logits, model(ids, sensitivity=0.4, output_router_logits=True).logits)
+        assert_close("again, with the slices that were kept", model(ids, sensitivity=0.4).logits, logits)
+        masked = copy.deepcopy(model)
+        for layer in masked.nested_mlps:
+            layer.down_linear.register_forward_hook(lambda *args: None)  # a hook: every neuron is computed and masked
+        assert_close("masked", logits, masked(ids, sensitivity=0.4).logits, atol=1e-4)
 
 
 @torch.no_grad()
@@ -197,7 +199,6 @@ def test_a_step_of_decoding_follows_its_layers(change, token_ids):
     model, one = quantised(), token_ids[:1, :1]
     for _ in range(2):
         before = model(one, sensitivity=0.4).logits
-    assert all(layer.mlp.keeps() for layer in model.model.layers)
     change(model.model.layers[-1].mlp, quantised(seed=5).model.layers[-1].mlp)
     expected = copy.deepcopy(model)(one, sensitivity=0.4).logits
     assert not torch.allclose(before, expected)
@@ -210,7 +211,7 @@ def test_gradients_pass_through():
     mlp = quantised().model.layers[0].mlp
     x, expert = torch.randn(1, 5, 32), torch.tensor([0, 1, 2, 3, 1])
     gradients = []
-    for run in (lambda x: mlp._run(x, expert[None])[0], lambda x: nested_mlp(mlp, x[0], expert)):
+    for run in (lambda x: run_mlp(mlp, x, expert[None])[0], lambda x: nested_mlp(mlp, x[0], expert)):
         inputs = x.clone().requires_grad_()
         run(inputs).square().sum().backward()
         gradients.append(inputs.grad)
@@ -233,6 +234,6 @@ def test_adapters_over_quantised_weights_are_masked(token_ids):
     with torch.no_grad():
         expected = model(token_ids, sensitivity=0.4).logits
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj", "down_proj"]))
-        assert wrapped.base_model.model.model.layers[0].mlp.prefixes(torch.zeros(1, 1, 32)) is None
+        assert wrapped.base_model.model.model.layers[0].mlp.tensors(torch.zeros(1, 1, 32)) is None
         assert_close("fresh adapters change nothing", wrapped(token_ids, sensitivity=0.4).logits, expected)
     assert isinstance(model, DynaMoEForCausalLM)

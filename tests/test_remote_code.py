@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_dense
+from conftest import tiny_dense, tiny_dynamoe
 from reference import assert_close
-from test_modeling import tiny_dynamoe
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -21,7 +20,10 @@ from dynamoe_hf.convert import convert_model
 
 
 ROOT = Path(__file__).parent.parent
-TRAVELLING = {"configuration_dynamoe.py", "modeling_dynamoe.py", "nested_mlp.py", "nested_mlp_triton.py"}
+TRAVELLING = {
+    "configuration_dynamoe.py", "modeling_dynamoe.py", "dense_base.py", "difficulty.py", "routing.py", "nested_mlp.py",
+    "mlp_backends.py", "quantized_slices.py", "nested_mlp_triton.py",
+}  # fmt: skip
 
 # Runs in a process where importing the package fails, as on a machine that never had it.
 WITHOUT_PACKAGE = """
@@ -111,6 +113,7 @@ def test_folder_with_package_needs_no_trust(tmp_path, token_ids):
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == {
         "AutoConfig": "configuration_dynamoe.DynaMoEConfig",
+        "AutoModel": "modeling_dynamoe.DynaMoEModel",
         "AutoModelForCausalLM": "modeling_dynamoe.DynaMoEForCausalLM",
     }
 

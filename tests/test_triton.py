@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 from reference import assert_close, nested_mlp
-from test_modeling import tiny_dynamoe
 from transformers.activations import ACT2FN
 
 
@@ -72,7 +71,7 @@ def results(mlp, x, run):
 
 def assert_equals_the_plain_loop(mlp, x, expert, name=""):
     # Both start from the same numbers; the loop goes on in float64, the kernel rounds hidden to its dtype.
-    actual = results(mlp, x, lambda x: mlp._run(x[None], expert[None])[0])
+    actual = results(mlp, x, lambda x: run_mlp(mlp, x[None], expert[None])[0])
     dtype = x.dtype
     expected = results(mlp.double(), x.double(), lambda x: nested_mlp(mlp, x, expert))
     mlp.to(dtype)
@@ -154,10 +153,10 @@ def test_nothing_unwritten_or_beyond_the_prefix_is_read(tokens, fresh_memory_hol
     assert x.new_empty(3).isnan().all()
     assert_equals_the_plain_loop(mlp, x, expert)
     with torch.no_grad():
-        expected = mlp._run(x[None], expert[None])
+        expected = run_mlp(mlp, x[None], expert[None])
         mlp.gate_proj.weight[256:] = mlp.up_proj.weight[256:] = mlp.down_proj.weight[:, 256:] = float("nan")
-        assert_close("poisoned", mlp._run(x[None], expert[None]), expected)
-        assert torch.isnan(mlp._run(x[None], expert[None] + 1)).any(), "the poison is there"
+        assert_close("poisoned", run_mlp(mlp, x[None], expert[None]), expected)
+        assert torch.isnan(run_mlp(mlp, x[None], expert[None] + 1)).any(), "the poison is there"
 
 
 def test_tiles_beyond_their_widest_token_do_nothing(fresh_memory_holds_nan):
@@ -233,7 +232,7 @@ def test_frozen_experts_pass_the_gradient_on():
     for parameter in mlp.parameters():
         parameter.requires_grad = False
     x, expert = torch.randn(1, 20, 72, device=DEVICE, requires_grad=True), torch.randint(4, (1, 20), device=DEVICE)
-    (grad,) = torch.autograd.grad(mlp._run(x, expert).sum(), x)
+    (grad,) = torch.autograd.grad(run_mlp(mlp, x, expert).sum(), x)
     (expected,) = torch.autograd.grad(nested_mlp(mlp, x[0], expert[0]).sum(), x)
     assert_close("gradient", grad, expected, atol=1e-3)
     assert mlp.up_linear.weight.grad is None
@@ -243,7 +242,7 @@ def test_autocast():
     mlp = tiny_mlp()
     x, expert = torch.randn(1, 20, 72, device=DEVICE), torch.randint(4, (1, 20), device=DEVICE)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        y = mlp._run(x, expert)
+        y = run_mlp(mlp, x, expert)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert mlp.up_linear.weight.grad.dtype == torch.float32
@@ -404,14 +403,14 @@ def test_cuda_graphs(tokens):
     mlp = tiny_mlp()
     x, expert = torch.randn(1, tokens, 72, device="cuda"), torch.zeros(1, tokens, dtype=torch.long, device="cuda")
     with torch.no_grad():
-        mlp._run(x, expert)
+        run_mlp(mlp, x, expert)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = mlp._run(x, expert)
+            y = run_mlp(mlp, x, expert)
         for seed in range(3):
             torch.manual_seed(seed)
             x.normal_()
             expert.random_(4)
             graph.replay()
-            assert_close(f"replay {seed}", y, mlp._run(x, expert))
+            assert_close(f"replay {seed}", y, run_mlp(mlp, x, expert))

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+All that is known about the dense base: where a family keeps its MLPs, how it lays them out, and how to subclass its model.
+
+To add a family whose MLPs have other names: one entry in `LAYOUTS`. To add one that keeps them elsewhere: `mlp_places`.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+
+EXAMPLES = "for example llama, mistral, qwen3, gemma2 or phi3"
+
+
+class Projections(NamedTuple):
+    """
+    Weights of one MLP, down(act(gate(x)) * up(x)), or down(act(up(x))) where `gate` is None. Views, never copies.
+
+    Shapes: T tokens, D hidden size, H neurons.
+    """
+
+    gate: torch.Tensor | None  # (H, D)
+    gate_bias: torch.Tensor | None  # (H,)
+    up: torch.Tensor  # (H, D)
+    up_bias: torch.Tensor | None  # (H,)
+    down: torch.Tensor  # (D, H)
+    down_bias: torch.Tensor | None  # (D,)
+    act: Callable[[torch.Tensor], torch.Tensor]
+
+    def block(self, low: int, high: int) -> "Projections":
+        """Neurons `low` to `high` alone."""
+        gate, gate_bias, up, up_bias, down, down_bias, act = self
+        return Projections(
+            None if gate is None else gate[low:high],
+            None if gate_bias is None else gate_bias[low:high],
+            up[low:high],
+            None if up_bias is None else up_bias[low:high],
+            down[:, low:high],
+            down_bias,
+            act,
+        )
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations, what the down projection reads: (..., D) -> (..., H)."""
+        up = nn.functional.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            return self.act(up)
+        return self.act(nn.functional.linear(x, self.gate, self.gate_bias)) * up
+
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., D)."""
+        return nn.functional.linear(hidden, self.down, self.down_bias)
+
+
+class Layout(NamedTuple):
+    """Names of the parts of a dense MLP. `gate` is None where there is no gate, or where `up` holds both, gate first."""
+
+    gate: str | None
+    up: str
+    down: str
+    act: str
+    fused: bool = False
+
+    @property
+    def projections(self) -> list[str]:
+        """Names of the linear layers: gate (if there is one), up, down."""
+        return [name for name in self[:3] if name is not None]
+
+    def hidden(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Activations of all neurons, through the modules of `mlp`: (..., D) -> (..., H)."""
+        activation, up = getattr(mlp, self.act), getattr(mlp, self.up)(x)
+        if self.fused:
+            gate, up = up.chunk(2, dim=-1)
+            return up * activation(gate)
+        if self.gate is None:
+            return activation(up)
+        return activation(getattr(mlp, self.gate)(x)) * up
+
+    def tensors(self, mlp: nn.Module) -> Projections:
+        """The weights of `mlp`, whose linear layers must be plain ones or slice like them."""
+        up, down = getattr(mlp, self.up), getattr(mlp, self.down)
+        act, width = getattr(mlp, self.act), down.in_features
+        if self.fused:
+            gate_bias, up_bias = (None, None) if up.bias is None else (up.bias[:width], up.bias[width:])
+            return Projections(up.weight[:width], gate_bias, up.weight[width:], up_bias, down.weight, down.bias, act)
+        gate = None if self.gate is None else getattr(mlp, self.gate)
+        gate_weight, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
+        return Projections(gate_weight, gate_bias, up.weight, up.bias, down.weight, down.bias, act)
+
+    @torch.no_grad()
+    def reorder(self, mlp: nn.Module, order: torch.Tensor) -> None:
+        """Permute the neurons of `mlp` in place: rows of gate and up and their biases, columns of down."""
+        down = getattr(mlp, self.down)
+        for name in self.projections[:-1]:
+            linear = getattr(mlp, name)
+            rows = torch.cat([order, order + down.in_features]) if self.fused else order
+            linear.weight.copy_(linear.weight[rows])
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias[rows])
+        down.weight.copy_(down.weight[:, order])
+
+    def narrow(self, name: str, tensor: torch.Tensor, neurons: int) -> torch.Tensor:
+        """The first `neurons` of one tensor of an MLP, named as in its state dict, such as `up_proj.weight`."""
+        projection, _, kind = name.rpartition(".")
+        if projection == self.down:
+            return tensor[:, :neurons].contiguous() if kind == "weight" else tensor
+        if self.fused:
+            return torch.cat([half[:neurons] for half in tensor.chunk(2)])
+        return tensor[:neurons].contiguous()
+
+
+LAYOUTS = (
+    Layout("gate_proj", "up_proj", "down_proj", "act_fn"),
+    Layout(None, "gate_up_proj", "down_proj", "activation_fn", fused=True),
+    Layout(None, "c_fc", "c_proj", "act"),
+    Layout(None, "up_proj", "down_proj", "act_fn"),
+    Layout(None, "fc1", "fc2", "activation_fn"),
+    Layout(None, "dense_h_to_4h", "dense_4h_to_h", "act"),
+)
+PROJECTIONS = sorted({name for layout in LAYOUTS for name in layout.projections})
+
+
+def layout_of(mlp: nn.Module, name: str = "mlp") -> Layout:
+    """The `Layout` of a dense MLP. Raises `ValueError`, naming the module, for anything that is not one of `LAYOUTS`."""
+    linears = {child for child, module in mlp.named_children() if isinstance(module, nn.Linear)}
+    others = {child for child, module in mlp.named_children() if any(True for _ in module.parameters())} - linears
+    for layout in LAYOUTS:
+        if linears == set(layout.projections) and hasattr(mlp, layout.act) and others <= {layout.act}:
+            up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
+            if up.out_features == down.in_features * (2 if layout.fused else 1):
+                return layout
+    supported = "; ".join(", ".join(layout.projections) for layout in LAYOUTS)
+    raise ValueError(
+        f"`{name}` cannot be split into nested experts: found {type(mlp).__name__} with "
+        f"{', '.join(sorted(linears | others)) or 'no linear layers'}. Supported are dense MLPs made of: {supported}. "
+        "A model that is a mixture of experts already, or puts a norm inside its MLP, stays as it is."
+    )
+
+
+class MLPPlace(NamedTuple):
+    """Where one MLP sits: `getattr(owner, attribute)`, called `name` in the model's state dict."""
+
+    owner: nn.Module
+    attribute: str
+    name: str
+
+    @property
+    def mlp(self) -> nn.Module:
+        return getattr(self.owner, self.attribute)
+
+
+def mlp_places(backbone: nn.Module) -> Iterator[MLPPlace]:
+    """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer."""
+    for index, layer in enumerate(backbone.layers):
+        yield MLPPlace(layer, "mlp", f"model.layers.{index}.mlp")
+
+
+def check_places(dense: nn.Module) -> None:
+    """Raise `ValueError` unless the MLPs of a dense causal language model are where `mlp_places` looks for them."""
+    layers = getattr(dense.base_model, "layers", None)
+    if dense.base_model_prefix != "model" or layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+        raise ValueError(
+            f"{type(dense).__name__} cannot be converted: its layers are not at `model.layers.*.mlp`. "
+            f"Supported are decoder families built like Llama, {EXAMPLES}."
+        )
+
+
+def dense_class_of(base_config) -> type:
+    """The `...ForCausalLM` class of a dense config. Raises `ValueError` for what is not a dense causal language model."""
+    return _mapped(MODEL_FOR_CAUSAL_LM_MAPPING, base_config)
+
+
+def backbone_class_of(base_config) -> type:
+    """The backbone class of a dense config, such as `LlamaModel`. Raises `ValueError` as `dense_class_of`."""
+    dense_class_of(base_config)
+    return _mapped(MODEL_MAPPING, base_config)
+
+
+def _mapped(mapping, base_config):
+    if type(base_config) not in mapping:
+        raise ValueError(
+            f"{type(base_config).__name__} (model type {base_config.model_type!r}) has no causal language model. "
+            f"Give a decoder of a family built like Llama, {EXAMPLES}."
+        )
+    return mapping[type(base_config)]
+
+
+@cache
+def nested_class(cls: type, base_class: type) -> type:
+    """
+    `cls` (`DynaMoEModel` or `DynaMoEForCausalLM`) over a base's own class: a subclass of both.
+
+    Everything that is not about experts (attention, caches, heads, soft-caps, plans for devices) is then inherited from
+    the base. The flags that say what a model supports are looked up on `cls` first, so the base's are written over them.
+    """
+    flags = {
+        name: getattr(base_class, name)
+        for name in dir(base_class)
+        if (name.startswith("_supports_") or name == "_can_compile_fullgraph") and isinstance(getattr(base_class, name), bool)
+    }
+    # transformers keys what a model can record (`output_hidden_states`) by the class's full name, so bases need their own.
+    names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}[{base_class.__name__}]", "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, base_class), {**flags, **names, "base_class": base_class})
+
+
+def blank_model(cls: type, base_class: type) -> nn.Module:
+    """An instance of `nested_class` without contents, for copy and pickle, which cannot find that class by its name."""
+    return object.__new__(nested_class(cls, base_class))
+
+
+def take_over(model: nn.Module, dense: nn.Module) -> None:
+    """Let `model`, made by `PreTrainedModel.__init__`, hold the modules and settings of `dense`, which is used up."""
+    own = ("config", "name_or_path")
+    model.__dict__.update({name: value for name, value in vars(dense).items() if name not in own})
+
+
+class AfterBackbone:
+    """A causal language model whose backbone has run already, so that the `forward` of the base is its head alone."""
+
+    def __init__(self, causal_lm: nn.Module, hidden_states: torch.Tensor):
+        self._causal_lm, self._hidden_states = causal_lm, hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._causal_lm, name)
+
+    def model(self, **kwargs) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden_states)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which expert each token takes: the routers, the settings of one forward pass, and what its layers record.
+
+Shapes: B batch, S sequence, D hidden size, E experts, R router size.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .nested_mlp_triton import triton_choose
+
+
+ROUTES = ("router", "label", "random")
+
+
+class LayerRecord(NamedTuple):
+    """What one layer did with each token of one forward pass. `profile` and what follows only where labels were needed."""
+
+    router_logits: torch.Tensor  # (B, S, E - 1); (B, S, E) with the argmax router
+    expert: torch.Tensor  # (B, S) int64
+    profile: torch.Tensor | None = None  # (B, S, E) true similarities
+    label: torch.Tensor | None = None  # (B, S) int64
+    router_loss: torch.Tensor | None = None  # (B, S)
+    width: torch.Tensor | None = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
+
+
+@dataclass(frozen=True)
+class Routing:
+    """
+    How the tokens of one forward pass find their experts. It is resolved once a pass and does not change within it.
+
+    Args:
+        sensitivity: a number, or (B,) with one for each sequence. `None`: as the config says.
+        force_expert: one expert for every token.
+        route: one of `ROUTES`: the router's choice, the true label, or drawn at random.
+        needs_labels: measure the true similarities too, which takes every neuron.
+        histogram: frequencies of the experts on the random route, (L, E); uniform where it is `None`.
+        temperature: of `ProfileRouter.gates`, for routers that learn from what their choices do.
+        records: a list that each pass empties and fills, one `LayerRecord` a layer.
+    """
+
+    sensitivity: float | torch.Tensor | None = None
+    force_expert: int | None = None
+    route: str = "router"
+    needs_labels: bool = False
+    histogram: torch.Tensor | None = None
+    temperature: float | None = None
+    records: list[LayerRecord] | None = None
+
+    def with_defaults(self, config) -> "Routing":
+        """Filled in from the model's config where no sensitivity was asked for."""
+        if self.sensitivity is not None:
+            return self
+        forced = config.force_expert if self.force_expert is None else self.force_expert
+        return replace(self, sensitivity=config.sensitivity, force_expert=forced)
+
+
+class RoutingSlot:
+    """
+    Hands the routing from a model to its layers: decoder layers pass nothing but hidden states to their MLP.
+
+    Each thread has its own, so forward passes in several threads do not meet. Copies of a model get a slot of their own.
+    """
+
+    def __init__(self):
+        self._local = threading.local()
+        self.mlp_implementation = "auto"  # a setting of the model, not of a pass
+
+    @property
+    def requested(self) -> Routing:
+        """What `model.routing(...)` asks of every pass in this thread."""
+        return getattr(self._local, "requested", Routing())
+
+    @property
+    def current(self) -> Routing | None:
+        """The resolved routing of the pass that is running in this thread, or `None`."""
+        return getattr(self._local, "current", None)
+
+    @contextmanager
+    def request(self, routing: Routing) -> Iterator[Routing]:
+        """Passes inside are routed as `routing` says, where a call does not say otherwise."""
+        previous, self._local.requested = self.requested, routing
+        try:
+            yield routing
+        finally:
+            self._local.requested = previous
+
+    def exchange(self, routing: Routing | None) -> Routing | None:
+        """Make `routing` the current one and return the one before. For `try`/`finally`, which compilers trace."""
+        previous, self._local.current = self.current, routing
+        return previous
+
+    def __deepcopy__(self, memo):
+        return self.__copy__()
+
+    def __copy__(self):
+        copied = RoutingSlot()
+        copied.mlp_implementation = self.mlp_implementation
+        return copied
+
+    def __reduce__(self):
+        return RoutingSlot, ()
+
+
+class TokenRouter(nn.Module):
+    """
+    Predicts from what an MLP reads how difficult each token is for it: (..., D) -> (..., outputs) logits.
+
+    A rule for routing is one subclass: what the logits mean (`forward`), the expert that they name (`choose`), and how they
+    are trained (`loss`, and `gates` where they can learn from what their choices do).
+    """
+
+    has_dial: ClassVar[bool]  # whether `sensitivity` has a meaning after training
+
+    def __init__(self, hidden_size: int, router_dim: int, experts: int):
+        super().__init__()
+        self.input = nn.Linear(hidden_size, router_dim)
+        self.output = nn.Linear(router_dim, self.outputs(experts))
+
+    @staticmethod
+    def outputs(experts: int) -> int:
+        """Number of logits."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin anew: every token gets the same logits."""
+        nn.init.normal_(self.input.weight, std=self.input.in_features**-0.5)
+        nn.init.zeros_(self.input.bias)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(F.silu(self.input(x.to(self.input.weight.dtype))))
+
+    def is_off(self, sensitivity: float | torch.Tensor) -> bool:
+        """Whether every token takes the full width at this sensitivity, so that there is nothing to predict."""
+        return False
+
+    def choose(self, logits: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor:
+        """Expert of each token: logits (B, S, outputs), a number or (B,) -> (B, S) int64."""
+        raise NotImplementedError
+
+    def choose_fused(self, x: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor | None:
+        """As `choose(self(x), sensitivity)` in one Triton kernel, (B, S, D) -> (B, S), or `None` where there is none."""
+        return None
+
+    def loss(self, logits: torch.Tensor, profile: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Loss of each token: (B, S, outputs), true similarities (B, S, E), labels (B, S) -> (B, S) float32."""
+        raise NotImplementedError
+
+
+class ProfileRouter(TokenRouter):
+    """
+    Predicts the whole profile: the sigmoid of logit e is the predicted similarity of expert e, rising in e by construction.
+    A token takes the smallest expert whose predicted similarity reaches the sensitivity. (..., D) -> (..., E - 1) logits.
+    """
+
+    has_dial = True
+
+    @staticmethod
+    def outputs(experts):
+        return experts - 1
+
+    def forward(self, x):
+        steps = super().forward(x)
+        if steps.shape[-1] < 2:
+            return steps
+        return torch.cat([steps[..., :1], F.softplus(steps[..., 1:])], -1).cumsum(-1)
+
+    def is_off(self, sensitivity):
+        return not isinstance(sensitivity, torch.Tensor) and sensitivity >= 1
+
+    def choose(self, logits, sensitivity):
+        # Compared as logits, so that sensitivity 1 is never reached.
+        return (logits.float() < logit_of(sensitivity, logits.device)).sum(-1)
+
+    def choose_fused(self, x, sensitivity):
+        first, second = self.input, self.output
+        if not (is_plain_linear(first, x.device) and is_plain_linear(second, x.device)) or second.out_features == 0:
+            return None
+        threshold = logit_of(sensitivity, x.device)
+        if isinstance(threshold, torch.Tensor):
+            threshold = threshold.expand(*x.shape[:2], 1).flatten()
+        hidden = first(x.to(first.weight.dtype)).flatten(0, 1)
+        return triton_choose(hidden, second.weight, second.bias, threshold).view(x.shape[:2])
+
+    def gates(self, logits: torch.Tensor, sensitivity: float | torch.Tensor, temperature: float) -> torch.Tensor:
+        """
+        Which blocks of neurons each token takes, for training: (B, S, E - 1) logits -> (B, S, E), 1 or 0, the first always 1.
+
+        The choice under one draw of logistic noise a token, with the gradient of a sigmoid: the straight-through estimator of
+        binary concrete variables (Maddison, Mnih and Teh, 2017). So what a block does to a loss reaches the logit that
+        decides on it.
+        """
+        logits = logits.float()
+        noise = torch.logit(torch.rand_like(logits[..., :1]), eps=1e-4) * temperature
+        margin = logit_of(sensitivity, logits.device) + noise - logits
+        soft = (margin / temperature).sigmoid()
+        return F.pad((margin > 0).float() + soft - soft.detach(), (1, 0), value=1.0)
+
+    def loss(self, logits, profile, label):
+        """Binary cross-entropy against the true similarities."""
+        return _binary_cross_entropy(logits, profile[..., :-1].clamp(0, 1))
+
+
+class ArgmaxRouter(TokenRouter):
+    """The paper's: (..., D) -> (..., E) logits, the largest of which names the expert. Its training fixes the sensitivity."""
+
+    has_dial = False
+
+    @staticmethod
+    def outputs(experts):
+        return experts
+
+    @torch.no_grad()
+    def reset(self):
+        super().reset()
+        self.output.bias[-1] = 1.0  # untrained, it takes the full width, as the other router does at sensitivity 1
+
+    def choose(self, logits, sensitivity):
+        return logits.argmax(-1)
+
+    def loss(self, logits, profile, label):
+        """Binary cross-entropy against the one-hot label."""
+        return _binary_cross_entropy(logits, F.one_hot(label, profile.shape[-1]))
+
+
+ROUTERS: dict[str, type[TokenRouter]] = {"profile": ProfileRouter, "argmax": ArgmaxRouter}
+
+
+def _binary_cross_entropy(logits, target):
+    loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    return loss.mean(-1) if loss.shape[-1] else loss.sum(-1)
+
+
+def logit_of(sensitivity: float | torch.Tensor, device) -> float | torch.Tensor:
+    """The logit that a predicted similarity must reach: a number, or (B,) -> (B, 1, 1). Infinite at sensitivity 1."""
+    if isinstance(sensitivity, torch.Tensor):
+        return torch.logit(sensitivity.to(device, torch.float32)).view(-1, 1, 1)
+    return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
+
+
+def is_plain_linear(linear: nn.Module, device) -> bool:
+    """
+    Whether the weight of a linear layer may be read instead of calling the layer: a bare `nn.Linear` on `device`, neither
+    wrapped (LoRA), nor offloaded, nor quantised, and without hooks, which a call fires.
+    """
+    if type(linear) is not nn.Linear or has_hooks(linear):
+        return False
+    weight = linear.weight
+    return type(weight) is nn.Parameter and weight.device == device
+
+
+def is_quantized_linear(linear: nn.Module) -> bool:
+    """Whether a linear layer without hooks holds a weight of another class than `nn.Parameter`, as quantisers' are."""
+    return isinstance(linear, nn.Linear) and not has_hooks(linear) and type(getattr(linear, "weight", None)) is not nn.Parameter
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward`: hooks of its own or global ones, or a patched `forward`."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    # accelerate replaces `forward` to move inputs between devices; a weight that is on the input's device needs no such move.
+    patched = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    return patched or nn.modules.module._has_any_global_hook()
+
+
+def default_router_dim(mlp_width: int) -> int:
+    """Hidden size of a router that costs about 1% of a gated MLP of this width, a multiple of 8: 48 for SmolLM2-135M."""
+    return max(8, round(0.01 * 3 * mlp_width / 8) * 8)
+
+
+def loss_mask(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, S) bool: the positions whose next token counts in the LM loss, so that all losses share one normaliser."""
+    return F.pad(labels[..., 1:] != -100, (0, 1)) if shift_labels is None else shift_labels != -100
+
+
+def mean_router_loss(records: list[LayerRecord], mask: torch.Tensor, num_items=None) -> torch.Tensor:
+    """
+    Mean over layers and positions of `mask`. A sum divided by `num_items` (`num_items_in_batch` of `Trainer`), like the LM
+    loss: a mean for each micro-batch would change the update with gradient accumulation. 0 where no position counts.
+    """
+    total = sum((record.router_loss * mask.to(record.router_loss.device)).sum().to(mask.device) for record in records)
+    return total / len(records) / (mask.sum().clamp_min(1) if num_items is None else num_items)

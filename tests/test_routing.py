@@ -1,0 +1,206 @@
+"""Routing: a router's rule, and that the routing of a pass is its own: in every thread, after exceptions, when layers run again."""
+
+import copy
+import pickle
+import threading
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from conftest import FAMILIES, run_mlp, tiny_dense, tiny_dynamoe
+from reference import assert_close, expert_of
+from transformers import AutoModel, AutoModelForCausalLM
+
+from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.modeling import DynaMoEModel
+from dynamoe_hf.modeling.routing import ROUTERS, Routing
+
+
+@pytest.mark.parametrize("router_type", ROUTERS)
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_the_rule_of_a_router_is_the_plain_loop(router_type, experts):
+    """One token or many, one sensitivity or one for each sequence."""
+    torch.manual_seed(experts)
+    router = ROUTERS[router_type](32, 16, experts)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 5, 32)
+    for sensitivity in (0.05, 0.3, 0.5, 0.7, 0.95, 1.0):
+        expected = torch.tensor([[expert_of(router, token, sensitivity) for token in row] for row in x])
+        assert torch.equal(router.choose(router(x), sensitivity), expected)
+        assert torch.equal(router.choose(router(x), torch.full((3,), sensitivity)), expected)
+        one = router.choose(router(x[1:2, 2:3]), sensitivity)
+        assert one.tolist() == [[expected[1, 2]]]
+
+
+def test_two_threads_do_not_meet():
+    """200 interleaved calls at two sensitivities give, bit for bit, what each gives alone; generation too."""
+    model = tiny_dynamoe()
+    torch.manual_seed(0)
+    ids = torch.randint(3, 128, (100, 1, 12))
+    with torch.no_grad():
+        alone = {s: [model(row, sensitivity=s).logits for row in ids] for s in (0.15, 0.85)}
+    assert not torch.equal(alone[0.15][0], alone[0.85][0])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    written = {s: [model.generate(row, sensitivity=s, **options) for row in ids[:5]] for s in alone}
+    differences, barrier = [], threading.Barrier(2)
+
+    def work(sensitivity):
+        with torch.no_grad():
+            for row, expected in zip(ids, alone[sensitivity]):
+                barrier.wait()
+                differences.append(not torch.equal(model(row, sensitivity=sensitivity).logits, expected))
+        for row, expected in zip(ids[:5], written[sensitivity]):
+            differences.append(not torch.equal(model.generate(row, sensitivity=sensitivity, **options), expected))
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(differences) == 210
+    assert sum(differences) == 0
+    assert model.slot.current is None
+
+
+def test_settings_of_one_thread_are_not_those_of_another(token_ids):
+    model, found = tiny_dynamoe(), []
+    expected = model(token_ids).logits
+    with model.routing(force_expert=0):
+        thread = threading.Thread(target=lambda: found.append(model(token_ids).logits))
+        thread.start()
+        thread.join()
+        assert not torch.equal(model(token_ids).logits, expected)
+    assert torch.equal(found[0], expected)
+
+
+def test_an_exception_leaves_nothing_behind(token_ids):
+    model = tiny_dynamoe()
+    expected = model(token_ids).logits
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    for run in (lambda: model(token_ids, sensitivity=0.2), lambda: model.model(token_ids, force_expert=0)):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            run()
+        with pytest.raises(RuntimeError, match="in the middle"), model.routing(force_expert=1):
+            run()
+        assert model.slot.current is None and model.slot.requested == Routing()
+    handle.remove()
+    assert torch.equal(model(token_ids).logits, expected)
+
+
+def test_routing_does_not_change():
+    with pytest.raises(FrozenInstanceError):
+        Routing().sensitivity = 0.5
+    with pytest.raises(TypeError, match="unexpected keyword"), tiny_dynamoe().routing(sensitivty=0.5):
+        pass
+
+
+def test_a_call_wins_over_the_context_and_the_context_over_the_config(token_ids):
+    model = tiny_dynamoe(sensitivity=0.9)
+    expected = {s: model(token_ids, sensitivity=s).logits for s in (0.2, 0.5, 0.9)}
+    with model.routing(sensitivity=0.5):
+        assert torch.equal(model(token_ids).logits, expected[0.5])
+        assert torch.equal(model(token_ids, sensitivity=0.2).logits, expected[0.2])
+    assert torch.equal(model(token_ids).logits, expected[0.9])
+
+
+def test_records_hold_the_last_pass(token_ids):
+    model = tiny_dynamoe()
+    with model.routing(sensitivity=0.4, records=[]) as routing:
+        for run in (model, model.model, model):
+            run(token_ids)
+            assert len(routing.records) == len(model.nested_mlps)
+        model.generate(token_ids[:1], max_new_tokens=3, do_sample=False)
+        assert [record.expert.shape for record in routing.records] == [(1, 1)] * len(model.nested_mlps)
+        layer = model.model.layers[0].mlp
+        layer(torch.randn(1, 2, 32))  # a layer alone adds to them
+        assert len(routing.records) == len(model.nested_mlps) + 1
+
+
+def test_watching_changes_nothing(token_ids):
+    """`output_router_logits` is the public way to see the experts, in decoding too, and gives the same numbers."""
+    model = tiny_dynamoe()
+    for ids in (token_ids, token_ids[:1, :1], token_ids[:2, :1]):
+        seen = model(ids, sensitivity=0.4, output_router_logits=True)
+        assert torch.equal(seen.logits, model(ids, sensitivity=0.4).logits)
+        for mlp, logits, expert in zip(model.nested_mlps, seen.router_logits, seen.expert_indices):
+            assert torch.equal(mlp.router.choose(logits, 0.4), expert)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_model_is_the_backbone(family, tied, tmp_path, token_ids):
+    model = tiny_dynamoe(family, dense_settings={"tie_word_embeddings": tied})
+    model.save_pretrained(tmp_path)
+    alone = AutoModel.from_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).model
+    assert isinstance(alone, DynaMoEModel) and isinstance(whole, DynaMoEModel)
+    for settings in ({}, {"sensitivity": 0.4}, {"force_expert": 1}, {"sensitivity": torch.tensor([0.2, 0.7])}):
+        found, expected = alone(token_ids, **settings), whole(token_ids, **settings)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        logits = model.logits_of(found.last_hidden_state)
+        assert_close("through the head", logits, model(token_ids, **settings).logits)
+    seen = alone(token_ids, sensitivity=0.4, output_router_logits=True)
+    assert len(seen.expert_indices) == len(seen.router_logits) == 2
+    assert torch.equal(alone(token_ids, return_dict=False)[0], alone(token_ids).last_hidden_state)
+    assert len(alone(token_ids, output_hidden_states=True).hidden_states) == 3
+
+
+def test_what_engines_ask_of_the_class():
+    """Before there is a model; and the class of a model has the flags of its base."""
+    for cls in (DynaMoEModel, DynaMoEForCausalLM):
+        assert cls._supports_attention_backend and cls._supports_sdpa and cls.is_backend_compatible()
+    dense = tiny_dense("gemma2")
+    model = DynaMoEForCausalLM.from_dense(copy.deepcopy(dense))
+    for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_can_compile_fullgraph"):
+        assert getattr(model, flag) == getattr(dense, flag)
+        assert getattr(type(model.model), flag) == getattr(type(dense.model), flag)
+    assert isinstance(model, type(dense)) and isinstance(model.model, type(dense.model))
+    assert type(model).__name__ == "DynaMoEForCausalLM"
+    assert set(model._no_split_modules) == set(dense._no_split_modules)
+
+
+def test_two_families_in_one_process_record_their_own(token_ids):
+    """transformers keeps what a class can record by its name; two bases must not share one."""
+    models = [tiny_dynamoe(family) for family in ("llama", "gemma2", "starcoder2")]
+    for model in models:
+        assert len(model(token_ids, output_hidden_states=True).hidden_states) == 3
+
+
+def test_copies_and_pickles_are_independent(token_ids):
+    model = tiny_dynamoe("qwen3")
+    expected = model(token_ids, sensitivity=0.4).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model)
+        assert other.slot is other.model.slot is other.nested_mlps[1].slot is not model.slot
+        with other.routing(force_expert=0):
+            assert torch.equal(model(token_ids, sensitivity=0.4).logits, expected)
+        assert torch.equal(other(token_ids, sensitivity=0.4).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False])
+def test_layers_that_run_again_keep_their_routing(reentrant, token_ids):
+    """Activation checkpointing runs layers in backward, when the pass is over and another one has other settings."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_dynamoe().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        loss = model(token_ids, sensitivity=0.3).logits.square().mean()
+        with model.routing(force_expert=3):
+            loss.backward()
+        assert model.slot.current is None
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        assert_close(name, gradients[1][name], expected)
+
+
+def test_a_layer_alone_follows_the_config():
+    mlp = tiny_dynamoe(sensitivity=0.4).model.layers[1].mlp
+    x = torch.randn(2, 5, 32)
+    assert_close("output", mlp(x), run_mlp(mlp, x, mlp.router.choose(mlp.router(x), 0.4)))
