@@ -62,7 +62,7 @@ from tqdm.auto import tqdm
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from dynamoe_hf.benchmark import machine
-from dynamoe_hf.calibrate import run_routers, solve_budget
+from dynamoe_hf.calibrate import solve_budget
 from dynamoe_hf.convert import EIGHTHS, SINK_POSITIONS, convert_model, dense_prefix, load_dense
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
@@ -77,7 +77,7 @@ from dynamoe_hf.folder import (
     update_config,
     write_json,
 )
-from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
+from dynamoe_hf.observe import expert_shares, run_routers, sensitivity_for, shares_taken, similarity_profiles, watch
 from dynamoe_hf.train import LossesInChunks, adapt_model, layer_outputs, relative_error, train_model
 
 
@@ -447,13 +447,8 @@ def oracle(bench, share, text, model):
     with bench.precision(), torch.no_grad():
         theta = sensitivity_for(similarity_profiles(model, part, bench.batch_size), shares, share)
         for _ in range(2):
-            profiles = []
-            with model.routing(route="label", sensitivity=theta, needs_labels=True, records=[]) as routing:
-                for batch in part.split(bench.batch_size):
-                    model.model(batch.to(model.device), use_cache=False)
-                    profiles.append(torch.stack([record.profile.flatten(0, 1).cpu() for record in routing.records]))
-                    routing.records.clear()
-            theta = sensitivity_for(torch.cat(profiles, 1), shares, share)
+            profiles = similarity_profiles(model, part, bench.batch_size, route="label", sensitivity=theta)
+            theta = sensitivity_for(profiles, shares, share)
     return _routed(bench, model, text, route="label", sensitivity=theta)
 
 
@@ -616,11 +611,9 @@ def what_is_learned(bench, name, share):
     """Mean share of MLP width at one setting on the unseen text: by layer, by position in the block, by class of token."""
     model, blocks = bench.ours(name), bench.text(UNSEEN)
     kept, shares, theta = [], expert_shares(model), bench.measured(name, share, UNSEEN)["sensitivity"]
-    with bench.precision(), model.routing(sensitivity=theta, records=[]) as routing:
-        for batch in blocks.split(4):
-            model.model(batch.to(model.device), use_cache=False)
-            kept.append(torch.stack([row[record.expert.cpu()] for row, record in zip(shares, routing.records)]))
-            routing.records.clear()
+    with bench.precision():
+        for records in watch(model, blocks, sensitivity=theta):
+            kept.append(shares_taken(shares, [record.expert for record in records]))
     width_LNS = torch.cat(kept, 1)
     width_NS, classes = width_LNS.mean(0), {}
     names = {token: token_class(bench.tokenizer.convert_ids_to_tokens(token)) for token in blocks.unique().tolist()}

@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.benchmark import decode_limit
 from dynamoe_hf.convert import dense_prefix
-from dynamoe_hf.label import expert_shares
+from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
+from dynamoe_hf.observe import expert_shares, shares_taken
 
 
 COPIES = 4
@@ -64,7 +65,7 @@ def largest_error(mlp, x, expert):
     x_TD, gate, up, down = (t.double() for t in (x[0], mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight))
     hidden_TH = F.silu(x_TD @ gate.t()) * (x_TD @ up.t()) * (torch.arange(len(up), device=x.device) < widths_T[:, None])
     expected_TD = hidden_TH @ down.t()
-    return ((run_mlp(mlp, x, expert)[0] - expected_TD).abs().max() / expected_TD.abs().max()).item()
+    return ((run_experts(x, Decision(expert), mlp.weights(x))[0] - expected_TD).abs().max() / expected_TD.abs().max()).item()
 
 
 def captured(run):
@@ -114,7 +115,7 @@ def measure(mlps, x, expert, rounds):
 
     def forward_kernel():
         for mlp in mlps:
-            run_mlp(mlp, x, expert)
+            run_experts(x, Decision(expert), mlp.weights(x))
 
     with torch.no_grad():
         modes = {
@@ -129,7 +130,10 @@ def measure(mlps, x, expert, rounds):
                 weights = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
                 torch.autograd.grad(run(mlp), [inputs, *weights], x)
 
-        base, kernel = lambda: train(lambda mlp: dense(mlp, inputs)), lambda: train(lambda mlp: run_mlp(mlp, inputs, expert))
+        base, kernel = (
+            lambda: train(lambda mlp: dense(mlp, inputs)),
+            lambda: train(lambda mlp: run_experts(inputs, Decision(expert), mlp.weights(inputs))),
+        )
         modes["forward and backward, eager"] = paired(base, kernel, max(5, rounds // 5))
         modes["forward and backward, graph"] = paired(captured(base), captured(kernel), max(5, rounds // 5))
     return modes
@@ -167,7 +171,7 @@ def decode(shape, layers, batches, dtype, rounds):
         dense_step = stepper(base, ids)
         for name, theta in dials.items():
             out = model(ids[:, :64], sensitivity=theta, output_router_logits=True)
-            shares = torch.stack([share[expert.cpu()] for share, expert in zip(expert_shares(model), out.expert_indices)])
+            shares = shares_taken(expert_shares(model), out.expert_indices)
             assert name == "mixed" or f"all {shares.mean():.0%}" == name, f"{name} took {shares.mean():.1%}"
             model.set_mlp_implementation("torch")
             expected = model(ids[:, :64], sensitivity=theta).logits.double()

@@ -15,8 +15,8 @@ import torch
 
 from dynamoe_hf.convert import IMPORTANCES, load_dense, reorder, scale_difficulty
 from dynamoe_hf.data import documents_for, token_blocks
-from dynamoe_hf.label import expert_shares, sensitivity_for, similarity_profiles
 from dynamoe_hf.modeling import DynaMoEForCausalLM
+from dynamoe_hf.observe import expert_shares, sensitivity_for, similarity_profiles
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from dynamoe_hf.benchmark import machine
 from dynamoe_hf.convert import dense_prefix, prove_parity
 from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.folder import load_model, load_tokenizer, write_json
-from dynamoe_hf.label import expert_shares
+from dynamoe_hf.observe import expert_shares, shares_taken
 
 
 @torch.no_grad()
@@ -53,10 +53,9 @@ def main():
     caches = {name: model(prompt, use_cache=True).past_key_values for name, model in models.items()}
     shares = {}
     for name in ("float routed", "int8 routed"):
-        with models[name].routing(sensitivity=theta, records=[]) as routing:
-            models[name](tokens)
-        taken = [share[record.expert] for share, record in zip(expert_shares(models[name]), routing.records)]
-        shares[name] = torch.stack(taken)[..., -args.new_tokens :].mean().item()
+        seen = models[name](tokens, sensitivity=theta, output_router_logits=True)
+        taken = shares_taken(expert_shares(models[name]), seen.expert_indices)
+        shares[name] = taken[..., -args.new_tokens :].mean().item()
 
     def decode(name):
         start = time.perf_counter()

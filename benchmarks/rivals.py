@@ -31,7 +31,7 @@ from dynamoe_hf.convert import dense_prefix, prove_parity
 from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.evaluate import block_nll
 from dynamoe_hf.folder import load_model, load_tokenizer
-from dynamoe_hf.label import expert_shares
+from dynamoe_hf.observe import expert_shares, run_routers
 
 
 GROUPS, SHARED, TOP_K = 8, 2, 2  # eighths of the width: two shared, six routed, two of which are taken
@@ -142,10 +142,7 @@ def main():
 
     dynamoe.device = model.device
 
-    with model.routing(sensitivity=theta, records=[]) as routing:
-        model.model(blocks[:4], use_cache=False)
-        taken = [share[record.expert] for share, record in zip(expert_shares(model), routing.records)]
-    share = torch.stack(taken).mean().item()
+    share = run_routers(model, blocks[:4], expert_shares(model), theta)[0].mean().item()
     loop = shared_and_routed(dense, token_blocks(documents_for("calibration"), tokenizer, 512, 4096))
     grouped = copy.deepcopy(loop)
     for layer in grouped.model.layers:

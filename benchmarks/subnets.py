@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from dynamoe_hf.convert import SINK_POSITIONS
-from dynamoe_hf.modeling.modeling_dynamoe import TokenRouter
-from dynamoe_hf.modeling.nested_mlp import best_gain, label_of
+from dynamoe_hf.modeling.difficulty import best_gain, label_of
+from dynamoe_hf.modeling.routing import ProfileRouter
 from dynamoe_hf.train import fit_router
 
 
@@ -207,7 +207,7 @@ class InputRouters:
         for kind, index in tqdm(places, desc="Fitting input routers", leave=False):
             inputs, gains = (torch.cat(kept) for kept in collected.pop((kind, index)))
             torch.manual_seed(0)
-            router = TokenRouter(hidden_size, ROUTER_DIM, self.kinds[kind].options, "profile").to(inputs.device)
+            router = ProfileRouter(hidden_size, ROUTER_DIM, self.kinds[kind].options).to(inputs.device)
             middle = torch.full((len(inputs),), 0.5, device=inputs.device)
             fit_router(router, inputs, self._profile(gains), middle, 800, 512, 2e-2)
             self.routers[kind, index] = router.requires_grad_(False)

@@ -17,12 +17,13 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from .calibrate import check_reach, run_routers
+from .calibrate import check_reach
 from .convert import dense_prefix, prove_parity
 from .data import documents_for, token_blocks
 from .folder import BENCHMARK, load_model, load_tokenizer, write_json
-from .label import expert_shares, sensitivity_at
 from .modeling import DynaMoEForCausalLM
+from .modeling.mlp_backends import Decision, run_experts
+from .observe import bisect_rising, expert_shares, run_routers, shares_taken
 
 
 # (hidden size, MLP width) of what people serve. Mistral-7B's MLPs have the shape of Llama-3.1-8B's.
@@ -226,7 +227,7 @@ def bench_mlp(
         vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=8
     )
     model = DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config).to(dtype)).eval()
-    mlps = [layer.mlp for layer in model.model.layers]
+    mlps = model.nested_mlps
     widths = mlps[0].widths
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -238,7 +239,7 @@ def bench_mlp(
 
         def nested():
             for mlp in mlps:
-                mlp._run(x, expert)
+                run_experts(x, Decision(expert), mlp.weights(x))
 
         row = _against(
             interleaved({"dense": [dense], "nested": [nested]}, rounds, f"MLP {name}, {x.shape[1]} tokens")["nested"], share
@@ -393,7 +394,7 @@ def _bytes(model):
 def _dial(shares, share_at):
     """The sensitivity of each of `shares`, by name."""
     progress = tqdm(shares, desc="Setting the dial", leave=False)
-    return {f"share {share:g}": sensitivity_at(share_at, share, rounds=12) for share in progress}
+    return {f"share {share:g}": bisect_rising(share_at, share, 0.0, 1.0, rounds=12) for share in progress}
 
 
 def _decode_shares(model, prompt, steps, theta):
@@ -401,9 +402,8 @@ def _decode_shares(model, prompt, steps, theta):
     shares, mean, widest = expert_shares(model), [], []
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     for step in steps:
-        with model.routing(sensitivity=theta, records=[]) as routing:
-            model(step, past_key_values=cache, use_cache=True)
-            taken = torch.stack([share[record.expert] for share, record in zip(shares, routing.records)])
+        seen = model(step, past_key_values=cache, use_cache=True, sensitivity=theta, output_router_logits=True)
+        taken = shares_taken(shares, seen.expert_indices)
         mean.append(taken.mean().item())
         widest.append(taken.flatten(1).max(1).values.mean().item())
     return statistics.fmean(mean), statistics.fmean(widest)

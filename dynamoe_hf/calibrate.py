@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from .data import documents_for, text_names, token_blocks
 from .folder import CALIBRATION, load_model, load_tokenizer, update_config, write_json
-from .label import expert_shares
 from .modeling import DynaMoEForCausalLM
+from .observe import bisect_rising, expert_shares, run_routers
 
 
 TOLERANCE = 0.02  # a budget is reached when the mean share is this near on the calibration text
@@ -76,7 +76,7 @@ def calibrate_budgets(
 
 def check_reach(model: DynaMoEForCausalLM, shares: Sequence[float], what: str) -> None:
     """Raise ValueError, which calls it a `what`, for a mean share of MLP width that no sensitivity gives, or without a dial."""
-    if model.config.router_type == "argmax":
+    if not model.config.has_dial:
         raise ValueError(f'The argmax router has no dial to calibrate. Convert with router_type="profile" for {what}s.')
     smallest = expert_shares(model)[:, 0].mean().item()
     for share in shares:
@@ -92,11 +92,13 @@ def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5, toler
     best, distance = None, float("inf")
     for _ in range(rounds):
         # The share that the logits of the last run give is a rising step function of the threshold.
-        low, high = -30.0, 30.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _share(run[1], shares, middle) < budget else (low, middle)
-        sensitivity = min(max(torch.tensor(high, dtype=torch.float64).sigmoid().item(), 1e-9), 1 - 1e-7)
+        logits_LTE = run[1]
+
+        def share_at(threshold, logits_LTE=logits_LTE):
+            return shares.gather(1, (logits_LTE < threshold).sum(-1)).mean().item()
+
+        threshold = torch.tensor(bisect_rising(share_at, budget, -30.0, 30.0), dtype=torch.float64)
+        sensitivity = min(max(threshold.sigmoid().item(), 1e-9), 1 - 1e-7)
         run = run_routers(model, blocks, shares, sensitivity, batch_size)
         reached = abs(run[0].mean().item() - budget)
         if reached < distance:
@@ -104,21 +106,3 @@ def solve_budget(model, blocks, shares, budget, run, batch_size, rounds=5, toler
         if distance < tolerance:
             break
     return best, run
-
-
-def _share(logits_LTE, shares_LE, threshold):
-    return shares_LE.gather(1, (logits_LTE < threshold).sum(-1)).mean().item()
-
-
-@torch.no_grad()
-def run_routers(model: DynaMoEForCausalLM, blocks, shares, sensitivity, batch_size):
-    """Mean share of each block (N,) at `sensitivity`, and the router logits (L, T, E - 1) of that run."""
-    chosen, logits = [], []
-    with model.routing(sensitivity=sensitivity, records=[]) as routing:
-        for batch in blocks.split(batch_size):
-            model.model(batch.to(model.device), use_cache=False)
-            chosen.append(torch.stack([record.expert.flatten().cpu() for record in routing.records]))
-            logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in routing.records]))
-            routing.records.clear()
-    share_LT = shares.gather(1, torch.cat(chosen, 1))
-    return share_LT.view(len(shares), *blocks.shape).mean((0, 2)), torch.cat(logits, 1)

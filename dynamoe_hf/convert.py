@@ -6,17 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
-from .label import error_weights, expert_shares, mean_share, recompute_layers, sensitivity_for, similarity_profiles
+from .label import error_weights
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import dense_class_of, layout_of
+from .modeling.dense_base import dense_class_of, layout_of, mlp_places
+from .observe import (
+    expert_shares,
+    gradients_of_activations,
+    loss_backward,
+    mean_share,
+    sensitivity_for,
+    similarity_profiles,
+)
 
 
 SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
@@ -83,8 +89,8 @@ def convert_model(
     scores = IMPORTANCES[importance](dense, blocks)
     torch.manual_seed(seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
-    for layer, score in zip(tqdm(model.model.layers, desc="Reordering", leave=False), scores):
-        reorder(layer.mlp, torch.argsort(score, descending=True))
+    for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
+        mlp.layout.reorder(mlp, torch.argsort(score, descending=True))
     parity = prove_parity(expected, _logits(model, probe), model.dtype)
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
 
@@ -184,33 +190,19 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
     model.config.error_weights = weights
     profiles, shares = similarity_profiles(model, blocks), expert_shares(model)
     theta = sensitivity_for(profiles, shares, max(0.75, mean_share(profiles, shares, 0.0)))
-    if model.config.similarity in ("loss_weighted", "loss_gain") and 0 < theta < 1:
+    if model.config.weighs_loss and 0 < theta < 1:
         # 1 / (1 + c err) = theta  <=>  1 / (1 + c err theta / (1 - theta)) = 1/2
         factor = theta / (1 - theta)
         weights = [factor * weight for weight in weights]
         # Profiles of the scaled weights follow from the old ones, no second pass.
         profiles = 1 / (1 + factor * (1 / profiles.clamp_min(1e-12) - 1))
-    spanned = (0.75, 0.75) if model.config.router_type == "argmax" else TRAINING_SHARES  # argmax: one sensitivity, built in
+    spanned = TRAINING_SHARES if model.config.has_dial else (0.75, 0.75)
     return weights, [min(max(round(sensitivity_for(profiles, shares, share), 4), 1e-4), 0.9999) for share in spanned]
-
-
-def reorder(mlp: nn.Module, order: torch.Tensor) -> None:
-    """Permute the neurons of a nested MLP in place: rows of gate and up (and their biases), columns of down."""
-    layout, width = mlp.layout, mlp.down_linear.in_features
-    with torch.no_grad():
-        for name in filter(None, (layout.gate, layout.up)):
-            linear = getattr(mlp, name)
-            rows = torch.cat([order, order + width]) if layout.fused else order
-            linear.weight.copy_(linear.weight[rows])
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias[rows])
-        mlp.down_linear.weight.copy_(mlp.down_linear.weight[:, order])
 
 
 def _accumulate(dense, blocks, statistic, gradients=False):
     """Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer."""
-    layers = dense.model.layers
-    downs = [getattr(layer.mlp, layout_of(layer.mlp, f"model.layers.{i}.mlp").down) for i, layer in enumerate(layers)]
+    downs = [getattr(place.mlp, layout_of(place.mlp, place.name).down) for place in mlp_places(dense.model)]
     scores = [torch.zeros(down.in_features, dtype=torch.float64) for down in downs]
 
     def watch(index):
@@ -228,27 +220,14 @@ def _accumulate(dense, blocks, statistic, gradients=False):
         return hook
 
     hooks = [down.register_forward_pre_hook(watch(index)) for index, down in enumerate(downs)]
-    trainable = [p for p in dense.parameters() if p.requires_grad]
-    dense.requires_grad_(False)
-    if gradients:
-        recompute_layers(dense, True)
-        hooks.append(dense.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
     try:
-        for block in tqdm(blocks, desc="Ranking neurons", leave=False):
-            block = block.view(1, -1).to(dense.device)
-            with torch.set_grad_enabled(gradients):
-                if gradients:
-                    logits = dense(block, use_cache=False).logits[0, :-1].float()
-                    F.cross_entropy(logits, block[0, 1:], reduction="sum").backward()
-                else:
-                    dense.model(block, use_cache=False)
+        with gradients_of_activations(dense, recompute=True) if gradients else torch.no_grad():
+            for block in tqdm(blocks, desc="Ranking neurons", leave=False):
+                block = block.view(1, -1).to(dense.device)
+                loss_backward(dense, block) if gradients else dense.model(block, use_cache=False)
     finally:
-        if gradients:
-            recompute_layers(dense, False)
         for hook in hooks:
             hook.remove()
-        for parameter in trainable:
-            parameter.requires_grad_()
     return scores
 
 
@@ -303,10 +282,10 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     config = copy.deepcopy(model.config.base_config)
     config.intermediate_size = round(width * model.config.intermediate_size)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
-    for index, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{index}.mlp."
+    for place in mlp_places(model.model):
+        prefix = f"{place.name}."
         for name in [name for name in state if name.startswith(prefix)]:
-            state[name] = _narrow(layer.mlp.layout, name.removeprefix(prefix), state[name], config.intermediate_size)
+            state[name] = place.mlp.layout.narrow(name.removeprefix(prefix), state[name], config.intermediate_size)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}
@@ -317,16 +296,6 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     dense.tie_weights()
     dense.generation_config = model.generation_config
     return dense.eval()
-
-
-def _narrow(layout, name, tensor, neurons):
-    """The first `neurons` of one MLP tensor."""
-    projection, _, kind = name.rpartition(".")
-    if projection == layout.down:
-        return tensor[:, :neurons].contiguous() if kind == "weight" else tensor
-    if layout.fused:
-        return torch.cat([half[:neurons] for half in tensor.chunk(2)])
-    return tensor[:neurons].contiguous()
 
 
 def export_dense(folder: str | Path, out: str | Path, width: float = 1.0) -> dict:

@@ -22,8 +22,8 @@ from .folder import (
     read_json,
     write_json,
 )
-from .label import expert_shares, sensitivity_for, similarity_profiles
 from .modeling.configuration_dynamoe import check_sensitivity
+from .observe import expert_shares, sensitivity_for, similarity_profiles, watch
 
 
 # The set of the literature on dynamic computation, with its numbers of examples in the prompt.
@@ -152,18 +152,18 @@ def _standard_error(values):
     return values.std().item() / math.sqrt(len(values))
 
 
-@torch.no_grad()
-def block_nll(model, blocks: torch.Tensor, batch_size: int = 4, description: str = "Evaluating", each=None, **options):
+def block_nll(model, blocks: torch.Tensor, batch_size: int = 4, description: str = "Evaluating", **options) -> torch.Tensor:
     """Mean negative log-likelihood of each block's tokens under any causal language model: (N, S) -> (N,) float64."""
-    values = []
-    for batch in tqdm(blocks.split(batch_size), desc=description, leave=False):
-        batch = batch.to(model.device)
-        logits = model(batch, use_cache=False, **options).logits
-        for row, ids in zip(logits, batch):  # one sequence at a time: float32 logits of a batch would be the largest tensor
-            values.append(F.cross_entropy(row[:-1].float(), ids[1:]).item())
-        if each is not None:
-            each()
-    return torch.tensor(values, dtype=torch.float64)
+    batches = tqdm(blocks.split(batch_size), desc=description, leave=False)
+    return torch.tensor([value for batch in batches for value in _nll_of(model, batch, **options)], dtype=torch.float64)
+
+
+@torch.no_grad()
+def _nll_of(model, batch, **options):
+    batch = batch.to(model.device)
+    logits = model(batch, use_cache=False, **options).logits
+    # One sequence at a time: float32 logits of a batch would be the largest tensor.
+    return [F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, batch)]
 
 
 def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Evaluating", **routing):
@@ -171,20 +171,19 @@ def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Eva
     Block losses of a DynaMoE model with `routing` (fields of `Routing`), the use of experts (L, E) as shares of the tokens,
     and the agreement of the routers with the labels (None without `needs_labels`).
     """
-    experts = model.config.expert_count
-    use = torch.zeros(len(model.model.layers), experts)
-    agreement = []
-    with model.routing(needs_labels=needs_labels, records=[], **routing) as state:
+    experts, values, agreement = model.config.expert_count, [], []
+    use = torch.zeros(len(model.nested_mlps), experts)
 
-        def count():
-            for index, record in enumerate(state.records):
-                use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
-                if needs_labels:
-                    agreement.append((record.expert == record.label).flatten().float().cpu())
+    def run(batch):
+        values.extend(_nll_of(model, batch))
 
-        nll = block_nll(model, blocks, batch_size, description, count)
+    for records in watch(model, blocks, batch_size, description, run, needs_labels=needs_labels, **routing):
+        for index, record in enumerate(records):
+            use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
+            if needs_labels:
+                agreement.append((record.expert == record.label).flatten().float().cpu())
     mean = torch.cat(agreement).mean().item() if agreement else None
-    return nll, use / use.sum(-1, keepdim=True), mean
+    return torch.tensor(values, dtype=torch.float64), use / use.sum(-1, keepdim=True), mean
 
 
 def _baseline(model, blocks, batch_size, kind, routing, use, dense_nll):

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import documents_for
 from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, read_json
-from .label import expert_shares
 from .modeling import DynaMoEForCausalLM
+from .observe import expert_shares
 
 
 PASSAGE, LONGEST = 1200, 6000  # characters shown of the default text, and at most of a text file
@@ -125,7 +125,7 @@ def _dial(config, budget):
         return config.sensitivity_of(budget), f"budget {budget:g}"
     return (
         config.sensitivity,
-        "the argmax router" if config.router_type == "argmax" else f"sensitivity {config.sensitivity:.4g}",
+        f"sensitivity {config.sensitivity:.4g}" if config.has_dial else "the argmax router",
     )
 
 

@@ -33,10 +33,10 @@ from .folder import (
     refuse_existing,
     write_json,
 )
-from .label import expert_shares, mlp_gradients
 from .modeling import DynaMoEForCausalLM
-from .modeling.routing import ROUTES, loss_mask, mean_router_loss
 from .modeling.difficulty import label_of
+from .modeling.routing import ROUTES, loss_mask, mean_router_loss
+from .observe import expert_shares, gradients_of_activations, output_gradients
 
 
 TRAINED_PARTS = ("routers", "mlp", "layers", "all", "lora")
@@ -557,7 +557,10 @@ def _collect(model, start, count, blocks, harm, route, span, bf16):
             squares[index].append(gradient.float().square().sum(-1).flatten())
 
     try:
-        with mlp_gradients(model, see) if harm == "token" else torch.no_grad():
+        with (
+            gradients_of_activations(model) if harm == "token" else torch.no_grad(),
+            output_gradients(model.nested_mlps if harm == "token" else [], see),
+        ):
             for batch in tqdm(blocks.split(4), desc="Collecting router inputs", leave=False):
                 batch = batch.to(model.device)
                 sensitivity = low + (high - low) * torch.rand(len(batch), device=batch.device)

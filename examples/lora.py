@@ -22,7 +22,7 @@ from dynamoe_hf import DynaMoETrainer, DynaMoETrainingArguments, calibrate_budge
 from dynamoe_hf.data import read_documents, token_blocks
 from dynamoe_hf.evaluate import routed_nll
 from dynamoe_hf.folder import refuse_existing
-from dynamoe_hf.label import expert_shares
+from dynamoe_hf.observe import expert_shares
 
 
 def main():

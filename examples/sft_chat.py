@@ -27,7 +27,7 @@ from dynamoe_hf import DynaMoETrainer, DynaMoETrainingArguments, calibrate_budge
 from dynamoe_hf.data import token_blocks
 from dynamoe_hf.evaluate import routed_nll
 from dynamoe_hf.folder import refuse_existing
-from dynamoe_hf.label import expert_shares
+from dynamoe_hf.observe import expert_shares
 
 
 TRAINING = ["os", "os.path", "shutil", "random", "statistics", "functools", "math", "time", "inspect", "ast"]

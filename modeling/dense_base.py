@@ -205,7 +205,11 @@ def nested_class(cls: type, base_class: type) -> type:
         if (name.startswith("_supports_") or name == "_can_compile_fullgraph") and isinstance(getattr(base_class, name), bool)
     }
     # transformers keys what a model can record (`output_hidden_states`) by the class's full name, so bases need their own.
-    names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}[{base_class.__name__}]", "__doc__": cls.__doc__}
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": f"{cls.__qualname__}[{base_class.__name__}]",
+        "__doc__": cls.__doc__,
+    }
     return type(cls.__name__, (cls, base_class), {**flags, **names, "base_class": base_class})
 
 

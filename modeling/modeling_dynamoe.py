@@ -387,7 +387,9 @@ def _checked_sensitivity(sensitivity, batch):
             check_sensitivity(sensitivity)
         return sensitivity
     if sensitivity.shape not in ((batch,), ()):
-        raise ValueError(f"`sensitivity` must be a number or one for each of {batch} sequences, found {tuple(sensitivity.shape)}.")
+        raise ValueError(
+            f"`sensitivity` must be a number or one for each of {batch} sequences, found {tuple(sensitivity.shape)}."
+        )
     return sensitivity.expand(batch)
 
 

@@ -263,7 +263,9 @@ def is_plain_linear(linear: nn.Module, device) -> bool:
 
 def is_quantized_linear(linear: nn.Module) -> bool:
     """Whether a linear layer without hooks holds a weight of another class than `nn.Parameter`, as quantisers' are."""
-    return isinstance(linear, nn.Linear) and not has_hooks(linear) and type(getattr(linear, "weight", None)) is not nn.Parameter
+    return (
+        isinstance(linear, nn.Linear) and not has_hooks(linear) and type(getattr(linear, "weight", None)) is not nn.Parameter
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -110,7 +110,7 @@ def test_every_execution_equals_the_plain_loop(name, layout, widths, dtype, monk
         own = expert if isinstance(expert, torch.Tensor) else torch.full((1, tokens), expert, device=device)
         if name == "gated":
             gates = (torch.arange(len(widths)) <= own[..., None]).to(dtype) * 0.75
-            actual = with_gradients(mlp, x, lambda x, g=gates: run_row(name, mlp, x, own, g))
+            actual = with_gradients(mlp, x, lambda x, o=own, g=gates: run_row(name, mlp, x, o, g))
             expected = with_gradients(mlp.double(), x.double(), lambda x, g=gates: gated_mlp(mlp, x[0], g[0].double())[None])
         elif name in WITHOUT_GRADIENT:
             actual = {"output": run_row(name, mlp, x, own)}
@@ -260,7 +260,9 @@ def test_only_the_chosen_prefix_is_computed(token_ids):
         mlp = model.model.layers[1].mlp
         assert not torch.isnan(run_mlp(mlp, torch.randn(1, 1, 32), torch.tensor([[1]]))).any()
         assert not torch.isnan(run_mlp(mlp, torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 1, 1, 0]]))).any()
-        assert torch.isnan(run_mlp(mlp, torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), "the poison is there"
+        assert torch.isnan(run_mlp(mlp, torch.randn(1, 6, 32), torch.tensor([[0, 1, 0, 2, 1, 0]]))).any(), (
+            "the poison is there"
+        )
 
 
 @pytest.mark.parametrize("tokens", [2, 6, 40])

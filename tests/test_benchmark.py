@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_dynamoe, tiny_tokenizer
 
 from dynamoe_hf.benchmark import (
     _bytes,

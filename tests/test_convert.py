@@ -13,7 +13,7 @@ from reference import assert_close
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.convert import IMPORTANCES, convert_model, dense_prefix, export_dense, load_dense, prove_parity, reorder
+from dynamoe_hf.convert import IMPORTANCES, convert_model, dense_prefix, export_dense, load_dense, prove_parity
 from dynamoe_hf.folder import load_model
 
 
@@ -34,7 +34,7 @@ def test_reordering_changes_nothing_at_full_width(family, token_ids):
     expected = dense(token_ids).logits
     model = DynaMoEForCausalLM.from_dense(dense)
     for layer in model.model.layers:
-        reorder(layer.mlp, torch.randperm(64))
+        layer.mlp.layout.reorder(layer.mlp, torch.randperm(64))
     assert_close(family, model(token_ids).logits, expected, atol=1e-4)
     assert not torch.allclose(model(token_ids, force_expert=0).logits, expected, atol=1e-2), "the MLPs do nothing here"
 
@@ -43,7 +43,7 @@ def test_reordering_puts_neurons_in_the_asked_order():
     model = DynaMoEForCausalLM.from_dense(tiny_dense("phi3"))
     mlp = model.model.layers[0].mlp
     before, order = copy.deepcopy(mlp), torch.randperm(64)
-    reorder(mlp, order)
+    mlp.layout.reorder(mlp, order)
     assert torch.equal(mlp.down_proj.weight, before.down_proj.weight[:, order])
     assert torch.equal(mlp.gate_up_proj.weight[:64], before.gate_up_proj.weight[:64][order])
     assert torch.equal(mlp.gate_up_proj.weight[64:], before.gate_up_proj.weight[64:][order])

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_dense, tiny_tokenizer
+from conftest import tiny_dense, tiny_dynamoe, tiny_tokenizer
 
 from dynamoe_hf.convert import convert_model
 from dynamoe_hf.data import documents_for, token_blocks

@@ -7,17 +7,9 @@ from conftest import tiny_dense
 from reference import assert_close
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.convert import reorder
-from dynamoe_hf.label import (
-    difficulty_labels,
-    error_weights,
-    expert_shares,
-    mean_share,
-    projection_at_every_width,
-    sensitivity_for,
-    similarity_profiles,
-)
-from dynamoe_hf.modeling.configuration_dynamoe import SIMILARITIES
+from dynamoe_hf.label import difficulty_labels, error_weights
+from dynamoe_hf.modeling.difficulty import SIMILARITIES
+from dynamoe_hf.observe import expert_shares, mean_share, sensitivity_for, similarity_profiles
 
 
 @pytest.fixture
@@ -94,17 +86,6 @@ def test_wrapped_projections_give_the_same_profile(inputs):
         assert_close("profile", mlp.profile(hidden), plain)
 
 
-def test_projection_at_every_width(inputs):
-    mlp = DynaMoEForCausalLM.from_dense(tiny_dense(), similarity="projection").model.layers[0].mlp
-    with torch.no_grad():
-        hidden = mlp.hidden(inputs).flatten(0, 1)
-        every = projection_at_every_width(hidden, mlp.down_proj.weight)
-        plain = torch.stack(
-            [torch.stack([reference.similarity(mlp, x, e, "projection") for e in range(4)]) for x in inputs.flatten(0, 1)]
-        )
-    assert_close("projection", every[:, [width - 1 for width in mlp.widths]], plain, atol=1e-4)
-
-
 def test_error_weights_equal_autograd(token_ids):
     """Against gradients of a forward pass that keeps them, layer by layer."""
     model = DynaMoEForCausalLM.from_dense(tiny_dense())
@@ -130,7 +111,8 @@ def test_error_weights_equal_autograd(token_ids):
 
 def test_sensitivity_for_a_share(token_ids):
     model = DynaMoEForCausalLM.from_dense(tiny_dense(), error_weights=[0.3, 0.02])
-    reorder(model.model.layers[0].mlp, torch.randperm(64))
+    mlp = model.nested_mlps[0]
+    mlp.layout.reorder(mlp, torch.randperm(64))
     profiles, shares = similarity_profiles(model, token_ids.repeat(8, 1)), expert_shares(model)
     assert profiles.shape == (2, 192, 4)
     for share in (0.5, 0.75):

@@ -170,7 +170,10 @@ def test_kept_slices_follow_the_weights():
 def test_a_step_of_decoding_takes_prefixes(family, kind, token_ids):
     model = quantised(family, SLICING[kind])
     mlp = model.nested_mlps[0]
-    assert choose_execution(Call(torch.randn(1, 1, 32), Decision(torch.tensor([[1]])), mlp.weights(torch.zeros(1)))).name == "prefix"
+    assert (
+        choose_execution(Call(torch.randn(1, 1, 32), Decision(torch.tensor([[1]])), mlp.weights(torch.zeros(1)))).name
+        == "prefix"
+    )
     for ids in (token_ids[:1, :1], token_ids[:2, :1], token_ids[:1, :5]):
         logits = model(ids, sensitivity=0.4).logits
         assert_close("again, with the slices that were kept", model(ids, sensitivity=0.4).logits, logits)

@@ -17,7 +17,8 @@ from dynamoe_hf.convert import convert_model, load_dense, scale_difficulty
 from dynamoe_hf.evaluate import evaluate_model
 from dynamoe_hf.folder import load_model
 from dynamoe_hf.generate import continue_text
-from dynamoe_hf.modeling.modeling_dynamoe import TokenRouter
+from dynamoe_hf.modeling.mlp_backends import block_sizes
+from dynamoe_hf.modeling.routing import ProfileRouter
 from dynamoe_hf.report import token_difficulty
 from dynamoe_hf.train import (
     ROUTER_TEMPERATURE,
@@ -279,7 +280,7 @@ def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_pa
 
 
 def test_gates_are_the_routers_choice_with_the_gradient_of_a_sigmoid():
-    router = TokenRouter(16, 8, 4, "profile")
+    router = ProfileRouter(16, 8, 4)
     logits = (3 * torch.randn(2, 5, 3)).cumsum(-1).requires_grad_()
     sensitivity = torch.tensor([0.3, 0.7])
     torch.manual_seed(1)
@@ -310,7 +311,7 @@ def test_routers_get_the_gradient_of_what_their_gates_let_through(family, checkp
     def by_hand(mlp, args, output):
         x, (rows, length) = args[0], args[0].shape[:2]
         found = mlp.router.gates(mlp.router(x), torch.full((rows,), 0.5), ROUTER_TEMPERATURE)
-        factor = torch.cat([found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(mlp.block_sizes)], -1)
+        factor = torch.cat([found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(block_sizes(mlp.widths))], -1)
         widths.append(factor.mean(-1))
         return mlp.down_linear(mlp.hidden(x) * factor)
 
@@ -565,7 +566,7 @@ def test_a_router_predicts_the_mean_harm():
     x = torch.randn(4000, 8) * 0.1 + kind[:, None]
     weights = torch.distributions.Exponential(1.0).sample((4000,)) * (1 + 3 * kind)
     profile = torch.tensor([0.5, 0.8, 1.0]).expand(4000, 3)  # harms of 1 and a quarter
-    router = TokenRouter(8, 16, 3, "profile")
+    router = ProfileRouter(8, 16, 3)
     fit_router(router, x, profile, torch.full((4000,), 0.5), 400, 512, 2e-2, weights)
     with torch.no_grad():
         predicted = (-router(x)).exp()

@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
+from conftest import run_mlp, tiny_dynamoe
 from reference import assert_close, nested_mlp
 from transformers.activations import ACT2FN
 
 
 triton = pytest.importorskip("triton")
 from dynamoe_hf.modeling import nested_mlp_triton as kernels  # noqa: E402
-from dynamoe_hf.modeling.nested_mlp import Projections  # noqa: E402
+from dynamoe_hf.modeling.dense_base import Projections  # noqa: E402
 
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
@@ -95,7 +96,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_plain_loop(case, tokens, dtype):
     mlp = tiny_mlp(dtype=dtype, **CASES[case])
-    assert mlp._on_device(mlp.up_linear.weight), "the kernel is not used, so this test would prove nothing"
+    assert mlp.weights(mlp.up_linear.weight).triton, "the kernel is not used, so this test would prove nothing"
     torch.manual_seed(tokens)
     x, last = torch.randn(tokens, 72).to(DEVICE, dtype), len(mlp.widths) - 1
     assert_equals_the_plain_loop(mlp, x, torch.randint(last + 1, (tokens,)).to(DEVICE), "mixed")
@@ -122,7 +123,7 @@ def test_tiles_of_large_chips(case, bulk, tokens, fresh_memory_holds_nan, monkey
     mlp = tiny_mlp(dtype=torch.bfloat16, **CASES[case], hidden_size=72 if bulk else 76, num_attention_heads=2)
     torch.manual_seed(tokens)
     x = torch.randn(tokens, mlp.up_linear.in_features).to(DEVICE, torch.bfloat16)
-    *weights, _ = mlp.prefixes(x)[-1]
+    *weights, _ = mlp.tensors(x)
     assert kernels._bulk(x, *weights[::2][:3]) == (bulk and kernels._large(x))
     expert = torch.randint(len(mlp.widths), (tokens,), device=DEVICE)
     assert_equals_the_plain_loop(mlp, x, expert)
@@ -163,7 +164,7 @@ def test_tiles_beyond_their_widest_token_do_nothing(fresh_memory_holds_nan):
     mlp = tiny_mlp(intermediate_size=512, widths=(0.25, 0.4, 1))
     expert = torch.tensor([0, 1, 2] * 64, device=DEVICE)
     x = torch.randn(len(expert), 72, device=DEVICE)
-    *weights, _ = mlp.prefixes(x)[-1]
+    *weights, _ = mlp.tensors(x)
     plan, (expert, order) = kernels._plan(x), kernels._sorted(expert)
     hidden, _, _ = kernels._hidden(x[order], None, expert, *weights[:5], "silu", mlp.widths, plan, False)
     assert plan.tokens == plan.hidden.columns == 64
@@ -184,7 +185,7 @@ def test_routers_choose_the_same(dtype):
     logits = mlp.router(x).float()
     taken = set()
     for sensitivity in (0.2, 0.5, 0.8, torch.tensor([0.2, 0.5, 0.9])):
-        expert = mlp.router.choose_on_device(x, sensitivity)
+        expert = mlp.router.choose_fused(x, sensitivity)
         if dtype == torch.float32:
             assert torch.equal(expert, mlp.router.choose(logits, sensitivity))
         else:  # in float32 within, so that a logit may end on the other side of a threshold that it all but reaches
@@ -197,17 +198,17 @@ def test_routers_choose_the_same(dtype):
 
 def test_routers_that_the_kernel_does_not_know():
     x = torch.randn(1, 5, 72, device=DEVICE)
-    assert tiny_mlp(widths=(1,)).router.choose_on_device(x, 0.5) is None
+    assert tiny_mlp(widths=(1,)).router.choose_fused(x, 0.5) is None
     mlp = tiny_mlp()
     mlp.router.output = torch.nn.Sequential(mlp.router.output)
-    assert mlp.router.choose_on_device(x, 0.5) is None
+    assert mlp.router.choose_fused(x, 0.5) is None
 
 
 def test_inputs_with_strides():
     mlp = tiny_mlp()
     x = torch.randn(72, 40, device=DEVICE).t()
     expert = torch.randint(4, (40, 2), device=DEVICE)[:, 0]
-    *weights, _ = mlp.prefixes(x)[-1]
+    *weights, _ = mlp.tensors(x)
     expected = kernels.triton_mlp_op(x.contiguous(), expert.contiguous(), *weights, "silu", mlp.widths)
     weights = [weight if weight is None or weight.ndim == 1 else weight.t().contiguous().t() for weight in weights]
     assert_close("output", kernels.triton_mlp_op(x, expert, *weights, "silu", mlp.widths), expected)
@@ -218,7 +219,7 @@ def test_inputs_with_strides():
 def test_the_operator_is_a_proper_one(case):
     mlp = tiny_mlp(**CASES[case])
     expert = torch.randint(4, (5,), device=DEVICE)
-    *weights, _ = mlp.prefixes(torch.zeros(1, device=DEVICE))[-1]
+    *weights, _ = mlp.tensors(torch.zeros(1, device=DEVICE))
     weights = [None if weight is None else weight.detach().requires_grad_() for weight in weights]
     x = torch.randn(5, 72, device=DEVICE, requires_grad=True)
     torch.library.opcheck(kernels.triton_mlp_op, (x, expert, *weights, "silu", mlp.widths))
@@ -384,7 +385,7 @@ def test_compiles_for_real_chips(chip, tmp_path):
 def test_the_host_never_waits(tokens):
     mlp = tiny_mlp(dtype=torch.bfloat16)
     x = torch.randn(1, tokens, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    mlp.slot.current.sensitivity = 0.4
+    mlp.config.sensitivity = 0.4
     mlp(x).sum().backward()  # compiled outside
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Watching a model: run blocks of tokens through it and see, layer by layer, which experts the tokens take, what the routers say, how
+difficult the tokens are, and what gradient arrives. All stages watch through here.
+
+Shapes: N blocks of S tokens, T = N * S, L layers, E experts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .modeling import DynaMoEForCausalLM
+from .modeling.difficulty import label_of
+from .modeling.routing import LayerRecord
+
+
+def watch(
+    model: DynaMoEForCausalLM,
+    blocks: torch.Tensor,
+    batch_size: int = 4,
+    description: str = "Running",
+    run: Callable[[torch.Tensor], object] | None = None,
+    **routing,
+) -> Iterator[list[LayerRecord]]:
+    """
+    Run the blocks (N, S) through the model in batches and yield what each layer did with each batch.
+
+    Args:
+        run: what is done with a batch of token ids on the model's device; by default the backbone, without gradients.
+        routing: fields of `Routing` that the passes are routed by.
+    """
+
+    @torch.no_grad()
+    def backbone(batch):
+        model.model(batch, use_cache=False)
+
+    for batch in tqdm(blocks.split(batch_size), desc=description, leave=False):
+        with model.routing(records=[], **routing) as settings:
+            (run or backbone)(batch.to(model.device))
+        yield settings.records
+
+
+def expert_shares(model: DynaMoEForCausalLM) -> torch.Tensor:
+    """Width of each expert of each layer as a share of the layer's MLP: (L, E) float32."""
+    return torch.tensor([mlp.shares for mlp in model.nested_mlps])
+
+
+def shares_taken(shares_LE: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:
+    """Share of the MLP that each token takes in each layer: (L, E), L tensors of experts of any equal shape -> (L, ...)."""
+    return torch.stack([shares[expert.cpu()] for shares, expert in zip(shares_LE, experts)])
+
+
+def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_size: int = 4, **routing) -> torch.Tensor:
+    """
+    True similarities of all tokens in all layers: (N, S) -> (L, T, E) float32. By default every earlier layer runs at full width;
+    `routing` (fields of `Routing`) says otherwise.
+    """
+    routing = routing or {"force_expert": model.config.expert_count - 1}
+    profiles = []
+    for records in watch(model, blocks, batch_size, "Measuring difficulty", needs_labels=True, **routing):
+        profiles.append(torch.stack([record.profile.flatten(0, 1).cpu() for record in records]))
+    return torch.cat(profiles, 1)
+
+
+def run_routers(
+    model: DynaMoEForCausalLM, blocks: torch.Tensor, shares_LE: torch.Tensor, sensitivity: float, batch_size: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean share of each block (N,) at a sensitivity, and the router logits (L, T, E - 1) of that run."""
+    taken, logits = [], []
+    for records in watch(model, blocks, batch_size, "Running routers", sensitivity=sensitivity):
+        taken.append(shares_taken(shares_LE, [record.expert for record in records]))
+        logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in records]))
+    return torch.cat(taken, 1).mean((0, 2)), torch.cat(logits, 1)
+
+
+def mean_share(profiles_LTE: torch.Tensor, shares_LE: torch.Tensor, sensitivity: float) -> float:
+    """Mean share of MLP width when every token follows its label at `sensitivity`."""
+    labels_LT = torch.stack([label_of(profile_TE, sensitivity) for profile_TE in profiles_LTE])
+    return shares_LE.gather(1, labels_LT).mean().item()
+
+
+def sensitivity_for(profiles_LTE: torch.Tensor, shares_LE: torch.Tensor, share: float) -> float:
+    """The sensitivity at which the labels reach a mean share of MLP width; 1 at most."""
+    return bisect_rising(partial(mean_share, profiles_LTE, shares_LE), share, 0.0, 1.0)
+
+
+def bisect_rising(value_at: Callable[[float], float], target: float, low: float, high: float, rounds: int = 40) -> float:
+    """The smallest argument, to (high - low) / 2^rounds, at which a rising function is no less than `target`; `high` at most."""
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        low, high = (middle, high) if value_at(middle) < target else (low, middle)
+    return high
+
+
+@contextmanager
+def gradients_of_activations(model: PreTrainedModel, recompute: bool = False) -> Iterator[None]:
+    """
+    Inside, gradients flow back to the embeddings and parameters get none.
+
+    Args:
+        recompute: run layers again in backward, so that memory is that of the model and one layer's activations.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Parameters are frozen, so the graph must begin somewhere.
+    begin = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    model.requires_grad_(False)
+    _recompute_layers(model, recompute)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        _recompute_layers(model, False)
+        begin.remove()
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+
+def loss_backward(model: PreTrainedModel, batch: torch.Tensor) -> None:
+    """Backward of the LM loss summed over all tokens of a batch (B, S)."""
+    logits = model(batch, use_cache=False).logits[:, :-1].float()
+    F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+
+
+@contextmanager
+def output_gradients(modules: list[nn.Module], add: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, each backward pass calls `add(index of the module, gradient of its output)`."""
+
+    def watcher(index):
+        def hook(module, args, output):
+            output.register_hook(partial(add, index))
+
+        return hook
+
+    hooks = [module.register_forward_hook(watcher(index)) for index, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _recompute_layers(model, enable):
+    """Activation checkpointing in evaluation mode: it looks at the layer's own `training` flag, which dropout does not read."""
+    model._set_gradient_checkpointing(enable, partial(checkpoint, use_reentrant=False))
+    for layer in model.model.layers:
+        layer.training = enable
