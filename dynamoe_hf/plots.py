@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a report: quality against compute, use of experts by layer, and a text coloured by difficulty."""
+
+import math
+import re
+import textwrap
+import unicodedata
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from .tables import BASELINE_LABELS, by_text, cheapest_first
+
+
+WIDTH = 9  # inches, of every figure
+TEXT_LINES = 60  # of a text that `draw_tokens` shows; the HTML page has all of it
+INK, FAINT, PAPER = "#1b1f24", "#66707b", "#ffffff"
+EASY, HARD = "#f4f8fe", "#428ce4"  # black text is legible on both
+# Label, colour, marker and line of each series. The colours are Okabe and Ito's, which colour-blind readers can distinguish.
+SERIES = {
+    "router": ("router", "#0072B2", "o", "-"),
+    "static": (BASELINE_LABELS["static"], "#D55E00", "s", "--"),
+    "random": (BASELINE_LABELS["random"], "#A6608A", "^", "-."),
+    "label": (BASELINE_LABELS["label"], "#009E73", "D", ":"),
+}
+
+
+def new_figure(width: float, height: float):
+    """
+    A matplotlib `Figure` in inches that pyplot does not know, so that the caller's figures and back-end stay as they are.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ValueError(f"Pictures need matplotlib ({error}). Install it: `pip install 'dynamoe_hf[report]'`.") from error
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _note(axis, text, anchor, offset, **style):
+    """Text at an anchor in fractions of the axis, moved by an offset in points."""
+    style = {"xycoords": "axes fraction", "color": FAINT, "fontsize": 9.5, **style}
+    axis.annotate(text, anchor, xytext=offset, textcoords="offset points", **style)
+
+
+def _routed(entries):
+    """The entries in which routers choose the expert, cheapest first."""
+    return cheapest_first([entry for entry in entries if "sensitivity" in entry])
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """What one panel of the frontier shows."""
+
+    entries: list[dict]
+    series: dict[str, list[dict]]  # points of each line, cheapest first
+    ratio: bool  # whether every point has a ratio to the dense base; if not, perplexities are drawn
+    inches: float  # width of the axis
+
+    @property
+    def unit(self):
+        return "×" if self.ratio else ""
+
+    def value(self, point):
+        return point["ratio_to_dense" if self.ratio else "perplexity"]
+
+    def errors(self, points):
+        """Distances from the values down and up to their 95% intervals."""
+        values, bounds = (
+            map(self.value, points),
+            (p["ratio_interval" if self.ratio else "perplexity_interval"] for p in points),
+        )
+        return zip(*([max(0.0, abs(bound - value)) for bound in pair] for value, pair in zip(values, bounds)))
+
+    def dense(self):
+        """The value of the dense base, None if it was not evaluated."""
+        return 1.0 if self.ratio else next((e["dense_perplexity"] for e in self.entries if "dense_perplexity" in e), None)
+
+
+def _panel(entries, inches):
+    series = {"router": _routed(entries)}
+    for kind in BASELINE_LABELS:
+        points = [entry["baselines"][kind] for entry in entries if kind in entry.get("baselines", {})]
+        if kind == "static":  # a forced expert is one width for all tokens too
+            points += [entry for entry in entries if "sensitivity" not in entry]
+        series[kind] = cheapest_first(points)
+    series = {kind: points for kind, points in series.items() if points}
+    return _Panel(entries, series, all("ratio_to_dense" in point for points in series.values() for point in points), inches)
+
+
+def draw_frontier(evaluations: list[dict]):
+    """Quality against compute, one panel for each text: a matplotlib `Figure`."""
+    groups = by_text(evaluations)
+    columns = min(2, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    head, body, foot = 0.9 if columns == 1 else 1.35, 3.4, 0.6  # inches of each row of panels
+    height = rows * (head + body + foot)
+    figure = new_figure(WIDTH, height)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=0.07, right=0.98, bottom=foot / height, top=1 - head / height, wspace=0.18, hspace=(head + foot) / body
+    )
+    for axis, (text, entries) in zip(axes.flat, groups.items()):
+        panel = _panel(entries, inches=8.2 if columns == 1 else 3.75)
+        _draw_points(axis, panel)
+        gutter = _set_limits(axis, panel)
+        _label_lines(axis, panel, gutter)
+        _title_panel(axis, panel, text)
+        _style_axis(axis)
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    return figure
+
+
+def _draw_points(axis, panel):
+    """The lines with their points, and the dense base as a horizontal line."""
+    dense = panel.dense()
+    if dense is not None:
+        axis.axhline(dense, color=FAINT, linewidth=1, zorder=1)
+        _note(axis, "dense", (1, dense), (-4, -3), xycoords=("axes fraction", "data"), ha="right", va="top")
+    for kind, points in panel.series.items():
+        _, colour, marker, line = SERIES[kind]
+        main = kind == "router"
+        x, y = [100 * point["mean_share"] for point in points], [panel.value(point) for point in points]
+        axis.errorbar(x, y, list(panel.errors(points)) if main else None, color=colour, marker=marker, linestyle=line,
+                      linewidth=2.4 if main else 1.5, markersize=7 if main else 5, capsize=3, zorder=4 if main else 3)  # fmt: skip
+
+
+def _set_limits(axis, panel):
+    """Limits and ticks of both axes. The fraction of the axis left of all points, which is for labels, is returned."""
+    points = [point for points in panel.series.values() for point in points]
+    values = [value for value in (*map(panel.value, points), panel.dense()) if value is not None]
+    if max(values) > 4 * min(values):
+        axis.set_yscale("log")
+        axis.set_yticks([tens * digit for tens in (1, 10, 100, 1000) for digit in (1, 1.5, 2, 3, 5, 7)])
+        axis.minorticks_off()
+        axis.set_ylim(min(values) * 0.85, max(values) * 1.15)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}{panel.unit}")
+    axis.margins(y=0.12)
+
+    left, right = (100 * end(point["mean_share"] for point in points) for end in (min, max))
+    gutter = 1.35 / panel.inches
+    width = max(right - left, 10) / (0.96 - gutter)
+    axis.set_xlim(left - gutter * width, left + (1 - gutter) * width)
+    ticks = [tick for tick in axis.get_xticks() if left - 1 <= tick <= right + 1]
+    axis.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
+    return gutter
+
+
+def _label_lines(axis, panel, gutter):
+    """The label of each line beside its leftmost point, where the lines are furthest apart."""
+    to_axes = axis.transScale + axis.transLimits
+    left = 100 * min(points[0]["mean_share"] for points in panel.series.values())
+    ends = sorted((to_axes.transform((left, panel.value(points[0])))[1], kind) for kind, points in panel.series.items())
+    for (_, kind), height in zip(ends, _spread([height for height, _ in ends], 0.115)):
+        label, colour, *_ = SERIES[kind]
+        first = panel.series[kind][0]
+        x, y = to_axes.transform((100 * first["mean_share"], panel.value(first)))
+        start = gutter - 0.2 / panel.inches
+        ends_x = [start, x - 0.1 / panel.inches]
+        axis.plot(ends_x, [height, y], transform=axis.transAxes, color=colour, linewidth=0.8, alpha=0.6)
+        axis.text(start - 0.06 / panel.inches, height, label, transform=axis.transAxes, color=colour, ha="right", va="center",
+                  fontsize=10, linespacing=1.05, fontweight="bold" if kind == "router" else "normal",
+                  bbox={"facecolor": PAPER, "linewidth": 0, "pad": 1})  # fmt: skip
+
+
+def _spread(heights, gap):
+    """Rising heights moved up until they are `gap` apart, then all moved down so that their mean is what it was."""
+    placed = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    shift = (sum(placed) - sum(heights)) / len(heights)
+    return [height - shift for height in placed]
+
+
+def _title_panel(axis, panel, text):
+    quality = "Perplexity against the dense model" if panel.ratio else "Perplexity"
+    name = text if len(text) < 32 else f"{text[:30]}…"
+    subtitle = f"{name}, {panel.entries[0]['tokens']:,} tokens. {quality}, lower is better."
+    subtitle = textwrap.fill(subtitle, int(15 * panel.inches))
+    _note(axis, subtitle, (0, 1), (-18, 8))
+    claim = textwrap.fill(_claim(panel), int(11 * panel.inches))
+    _note(axis, claim, (0, 1), (-18, 26 + 13 * subtitle.count("\n")), color=INK, fontsize=11, fontweight="bold")
+
+
+def _claim(panel):
+    """The result in words: the cheapest routed setting against one width for all tokens."""
+    if "router" not in panel.series:
+        return "Perplexity with one expert for all tokens"
+    cheapest = panel.series["router"][0]
+    static = cheapest.get("baselines", {}).get("static")
+    against = " the dense" if panel.ratio else ""
+    claim = f"{cheapest['mean_share']:.0%} of the MLP width gives {panel.value(cheapest):.2f}{panel.unit}{against} perplexity"
+    return claim + (f", one width for all tokens {panel.value(static):.2f}{panel.unit}" if static else "")
+
+
+def _style_axis(axis):
+    axis.set_xlabel("Share of the MLP width that a token uses, on average", color=FAINT, fontsize=9.5)
+    axis.grid(axis="y", color="#e6e9ed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(which="both", colors=FAINT, labelsize=9.5, length=0)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color("#c5cbd2")
+
+
+def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
+    """
+    Use of experts by layer as a heat map, at up to four settings on the first text: a matplotlib `Figure`.
+
+    Args:
+        shares_LE: width of each expert as a share of its layer's MLP, (L, E) float, as `expert_shares` returns it.
+    """
+    entries = next(iter(by_text(evaluations).values()))
+    entries = [entry for entry in _routed(entries) if entry["mean_share"] < 1] or entries
+    entries = entries[:: math.ceil(len(entries) / 4)]
+    layers, experts = shares_LE.shape
+    height = 1.75 + 0.155 * max(layers, 6)
+    figure = new_figure(WIDTH, height)
+    axes = figure.subplots(1, len(entries), sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.055, right=0.945, bottom=0.55 / height, top=1 - 1.2 / height, wspace=0.24)
+    crowded = experts * len(entries) > 20
+    for axis, entry in zip(axes, entries):
+        _draw_heat_map(axis, torch.tensor(entry["expert_use"]), shares_LE, crowded)
+        axis.set_title(entry["setting"], loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
+    _note(axes[0], "layer", (0, 1), (-6, 6), fontsize=9, ha="right")
+    mean_L = (torch.tensor(entries[0]["expert_use"]) * shares_LE).sum(1)
+    least, most = mean_L.argmin().item(), mean_L.argmax().item()
+    claim = f"Layer {least} gets by with {mean_L[least]:.0%} of its width, layer {most} takes {mean_L[most]:.0%}"
+    figure.text(0.02, 1 - 0.32 / height, f"{claim}, at {entries[0]['setting']}", fontsize=12, fontweight="bold", color=INK)
+    subtitle = "Share of a layer's tokens that take each expert" + (", in percent" if crowded else "")
+    figure.text(0.02, 1 - 0.62 / height, subtitle, fontsize=9.5, color=FAINT)
+    return figure
+
+
+def _draw_heat_map(axis, use_LE, shares_LE, crowded):
+    """The use of experts of one setting, and the mean width of each layer beside it. Where crowded, labels are left out."""
+    layers, experts = shares_LE.shape
+    axis.imshow(use_LE.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for layer, row in enumerate(use_LE.tolist()):
+        for expert, use in enumerate(row):
+            label = f"{use:.0%}".rstrip("%" if crowded else "")
+            axis.text(expert, layer, label, fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
+    for layer, mean in enumerate((use_LE * shares_LE).sum(1).tolist()):
+        _note(axis, f"{mean:.0%}", (experts - 0.5, layer), (5, 0), xycoords="data", fontsize=8, color=INK, va="center")
+    _note(axis, "mean\nwidth", (1, 1), (5, 4), fontsize=8)
+    same = bool((shares_LE == shares_LE[0]).all())
+    names = [f"{share:.0%}" for share in shares_LE[0].tolist()] if same else [str(expert) for expert in range(experts)]
+    labelled = range((experts - 1) % 2, experts, 2) if crowded else range(experts)  # always the last one
+    axis.set_xticks(labelled, [names[expert] for expert in labelled])
+    axis.set_xlabel("width of the expert" if same else "expert", fontsize=9, color=FAINT)
+    axis.set_yticks(range(0, layers, 1 if layers <= 12 else 5))
+    axis.tick_params(colors=FAINT, labelsize=9, length=0)
+    axis.spines[:].set_visible(False)
+
+
+class ColourScale(NamedTuple):
+    """How the mean shares of a text's tokens are coloured."""
+
+    low: float  # share at the easy end
+    high: float  # share at the hard end
+    places: list[float]  # of each token between both ends, in [0, 1]
+    summary: str
+
+
+def colour_scale(means_T: torch.Tensor) -> ColourScale:
+    """
+    The scale for mean shares (T,): it ends at their quantiles 0.02 and 0.98, so that a few outliers, such as the first token,
+    do not determine it.
+    """
+    low, high = torch.quantile(means_T, torch.tensor([0.02, 0.98])).tolist()
+    summary = f"Easy tokens take {low:.0%} of the MLP width, hard ones {high:.0%}, and the average {means_T.mean():.0%}"
+    if high - low <= 0.001:
+        low, summary = high - 0.001, f"Every token takes {means_T.mean():.0%} of the MLP width"
+    return ColourScale(low, high, ((means_T - low) / (high - low)).clamp(0, 1).tolist(), summary)
+
+
+def draw_tokens(pieces: list[str], shares_LT: torch.Tensor, dial: str, columns: int = 92):
+    """
+    A text whose tokens are coloured by their mean share of MLP width: a matplotlib `Figure`.
+
+    Args:
+        pieces: the text in T parts.
+        shares_LT: share of MLP width of each part in each layer, (L, T) float.
+        dial: name of the setting, for the caption.
+        columns: width of a line in characters.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = colour_scale(shares_LT.mean(0))
+    colours = LinearSegmentedColormap.from_list("difficulty", [EASY, HARD])
+    cells = [cell for cell in _wrap(pieces, columns) if cell.line < TEXT_LINES]
+    lines = cells[-1].line + 1
+    margin, spacing, head, foot = 0.2, 0.215, 0.95, 0.15  # inches
+    height = head + spacing * lines + foot
+    figure = new_figure(WIDTH, height)
+    axis = figure.add_axes((margin / WIDTH, foot / height, 1 - 2 * margin / WIDTH, spacing * lines / height))
+    axis.set(xlim=(0, columns), ylim=(lines, 0))
+    axis.axis("off")
+    size = (WIDTH - 2 * margin) / columns * 72 / 0.602  # points: DejaVu Sans Mono, part of matplotlib, is 0.602 em wide
+    _draw_cells(axis, cells, [colours(place) for place in scale.places], size)
+    x = margin / WIDTH
+    figure.text(x, 1 - 0.33 / height, scale.summary, fontsize=12, fontweight="bold", color=INK)
+    figure.text(x, 1 - 0.66 / height, f"easy ≤ {scale.low:.0%}", fontsize=9.5, color=FAINT, va="center")
+    strip = figure.add_axes((x + 0.095, 1 - 0.73 / height, 0.2, 0.14 / height))
+    strip.imshow([[i / 99 for i in range(100)]], cmap=colours, aspect="auto")
+    strip.axis("off")
+    caption = f"hard ≥ {scale.high:.0%}     mean over {len(shares_LT)} layers, {dial}"
+    figure.text(x + 0.305, 1 - 0.66 / height, caption, fontsize=9.5, color=FAINT, va="center")
+    return figure
+
+
+class _Cell(NamedTuple):
+    """One character on the grid."""
+
+    line: int
+    column: int
+    piece: int  # index of its part of the text
+    character: str
+    width: int  # in columns
+
+
+def _draw_cells(axis, cells, colours, size):
+    """A box for each run of a part's characters on a line, and the characters in it at `size` points."""
+    from matplotlib.patches import Rectangle
+
+    for (line, piece), run in groupby(cells, key=lambda cell: (cell.line, cell.piece)):
+        run = list(run)
+        start, end = run[0].column, run[-1].column + run[-1].width
+        box = Rectangle((start + 0.04, line + 0.06), end - start - 0.08, 0.88, color=colours[piece], linewidth=0)
+        axis.add_patch(box)
+        for cell in run:
+            if not cell.character.isspace():  # without `parse_math=False`, text between dollars becomes a formula
+                faint = cell.character == "↵"
+                axis.text(cell.column, line + 0.52, cell.character, family="DejaVu Sans Mono", fontsize=size,
+                          va="center_baseline", color=FAINT if faint else INK, alpha=0.5 if faint else 1, parse_math=False)  # fmt: skip
+
+
+def _wrap(pieces, columns):
+    """Lay out the characters on a grid, with line breaks between words where possible: a list of `_Cell`."""
+    owner = [index for index, piece in enumerate(pieces) for _ in piece]
+    cells, line, column = [], 0, 0
+    for word in re.finditer(r"\n|[^\S\n]+|\S+", "".join(pieces)):
+        widths = [_columns(character) for character in word[0]]
+        if column and not word[0].isspace() and column + sum(widths) > columns:
+            line, column = line + 1, 0
+        for position, (character, width) in enumerate(zip(word[0], widths), word.start()):
+            if column + width > columns and character != "\n":
+                line, column = line + 1, 0
+            cells.append(_Cell(line, column, owner[position], "↵" if character == "\n" else character, width))
+            line, column = (line + 1, 0) if character == "\n" else (line, column + width)
+    return cells
+
+
+def _columns(character):
+    """Width of a character on a monospace grid."""
+    if character == "\t":
+        return 4
+    if unicodedata.combining(character) or unicodedata.category(character) in ("Cf", "Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
