@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from dataclasses import dataclass
+from collections import namedtuple
 from itertools import groupby
 from typing import NamedTuple
 
@@ -55,44 +55,28 @@ def _routed(entries):
     return cheapest_first([entry for entry in entries if "sensitivity" in entry])
 
 
-@dataclass(frozen=True)
-class _Panel:
+class _Panel(NamedTuple):
     """What one panel of the frontier shows."""
 
-    entries: list[dict]
     series: dict[str, list[dict]]  # points of each line, cheapest first
-    ratio: bool  # whether every point has a ratio to the dense base; if not, perplexities are drawn
+    value: str  # key of what is drawn: `ratio_to_dense`, or `perplexity` if a point has no ratio
+    interval: str  # key of its interval
+    unit: str
+    dense: float | None  # value of the dense base, if it was evaluated
     inches: float  # width of the axis
-
-    @property
-    def unit(self):
-        return "×" if self.ratio else ""
-
-    def value(self, point):
-        return point["ratio_to_dense" if self.ratio else "perplexity"]
-
-    def errors(self, points):
-        """Distances from the values down and up to their 95% intervals."""
-        values, bounds = (
-            map(self.value, points),
-            (p["ratio_interval" if self.ratio else "perplexity_interval"] for p in points),
-        )
-        return zip(*([max(0.0, abs(bound - value)) for bound in pair] for value, pair in zip(values, bounds)))
-
-    def dense(self):
-        """The value of the dense base, None if it was not evaluated."""
-        return 1.0 if self.ratio else next((e["dense_perplexity"] for e in self.entries if "dense_perplexity" in e), None)
 
 
 def _panel(entries, inches):
     series = {"router": _routed(entries)}
     for kind in BASELINE_LABELS:
-        points = [entry["baselines"][kind] for entry in entries if kind in entry.get("baselines", {})]
-        if kind == "static":  # a forced expert is one width for all tokens too
-            points += [entry for entry in entries if "sensitivity" not in entry]
-        series[kind] = cheapest_first(points)
-    series = {kind: points for kind, points in series.items() if points}
-    return _Panel(entries, series, all("ratio_to_dense" in point for points in series.values() for point in points), inches)
+        series[kind] = [entry["baselines"][kind] for entry in entries if kind in entry.get("baselines", {})]
+    # A forced expert is one width for all tokens too.
+    series["static"] += [entry for entry in entries if "sensitivity" not in entry]
+    series = {kind: cheapest_first(points) for kind, points in series.items() if points}
+    if all("ratio_to_dense" in point for points in series.values() for point in points):
+        return _Panel(series, "ratio_to_dense", "ratio_interval", "×", 1.0, inches)
+    dense = next((entry["dense_perplexity"] for entry in entries if "dense_perplexity" in entry), None)
+    return _Panel(series, "perplexity", "perplexity_interval", "", dense, inches)
 
 
 def draw_frontier(evaluations: list[dict]):
@@ -110,10 +94,8 @@ def draw_frontier(evaluations: list[dict]):
     for axis, (text, entries) in zip(axes.flat, groups.items()):
         panel = _panel(entries, inches=8.2 if columns == 1 else 3.75)
         _draw_points(axis, panel)
-        gutter = _set_limits(axis, panel)
-        _label_lines(axis, panel, gutter)
-        _title_panel(axis, panel, text)
-        _style_axis(axis)
+        _label_lines(axis, panel, _set_limits(axis, panel))
+        _style_panel(axis, panel, f"{text if len(text) < 32 else f'{text[:30]}…'}, {entries[0]['tokens']:,} tokens")
     for axis in axes.flat[len(groups) :]:
         axis.remove()
     return figure
@@ -121,22 +103,23 @@ def draw_frontier(evaluations: list[dict]):
 
 def _draw_points(axis, panel):
     """The lines with their points, and the dense base as a horizontal line."""
-    dense = panel.dense()
-    if dense is not None:
-        axis.axhline(dense, color=FAINT, linewidth=1, zorder=1)
-        _note(axis, "dense", (1, dense), (-4, -3), xycoords=("axes fraction", "data"), ha="right", va="top")
+    if panel.dense is not None:
+        axis.axhline(panel.dense, color=FAINT, linewidth=1, zorder=1)
+        _note(axis, "dense", (1, panel.dense), (-4, -3), xycoords=("axes fraction", "data"), ha="right", va="top")
     for kind, points in panel.series.items():
         _, colour, marker, line = SERIES[kind]
         main = kind == "router"
-        x, y = [100 * point["mean_share"] for point in points], [panel.value(point) for point in points]
-        axis.errorbar(x, y, list(panel.errors(points)) if main else None, color=colour, marker=marker, linestyle=line,
-                      linewidth=2.4 if main else 1.5, markersize=7 if main else 5, capsize=3, zorder=4 if main else 3)  # fmt: skip
+        x, y = ([scale * point[key] for point in points] for key, scale in (("mean_share", 100), (panel.value, 1)))
+        # Distances down and up; NaN bounds, as of a single block, give 0.
+        error = [[max(0.0, abs(bound - v)) for v, bound in zip(y, ends)] for ends in zip(*(p[panel.interval] for p in points))]
+        axis.errorbar(x, y, error if main else None, color=colour, marker=marker, linestyle=line, capsize=3,
+                      linewidth=2.4 if main else 1.5, markersize=7 if main else 5, zorder=4 if main else 3)  # fmt: skip
 
 
 def _set_limits(axis, panel):
     """Limits and ticks of both axes. The fraction of the axis left of all points, which is for labels, is returned."""
     points = [point for points in panel.series.values() for point in points]
-    values = [value for value in (*map(panel.value, points), panel.dense()) if value is not None]
+    values = [point[panel.value] for point in points] + ([] if panel.dense is None else [panel.dense])
     if max(values) > 4 * min(values):
         axis.set_yscale("log")
         axis.set_yticks([tens * digit for tens in (1, 10, 100, 1000) for digit in (1, 1.5, 2, 3, 5, 7)])
@@ -158,14 +141,14 @@ def _label_lines(axis, panel, gutter):
     """The label of each line beside its leftmost point, where the lines are furthest apart."""
     to_axes = axis.transScale + axis.transLimits
     left = 100 * min(points[0]["mean_share"] for points in panel.series.values())
-    ends = sorted((to_axes.transform((left, panel.value(points[0])))[1], kind) for kind, points in panel.series.items())
+    ends = sorted((to_axes.transform((left, points[0][panel.value]))[1], kind) for kind, points in panel.series.items())
     for (_, kind), height in zip(ends, _spread([height for height, _ in ends], 0.115)):
         label, colour, *_ = SERIES[kind]
         first = panel.series[kind][0]
-        x, y = to_axes.transform((100 * first["mean_share"], panel.value(first)))
+        x, y = to_axes.transform((100 * first["mean_share"], first[panel.value]))
         start = gutter - 0.2 / panel.inches
-        ends_x = [start, x - 0.1 / panel.inches]
-        axis.plot(ends_x, [height, y], transform=axis.transAxes, color=colour, linewidth=0.8, alpha=0.6)
+        line = [start, x - 0.1 / panel.inches], [height, y]
+        axis.plot(*line, transform=axis.transAxes, color=colour, linewidth=0.8, alpha=0.6)
         axis.text(start - 0.06 / panel.inches, height, label, transform=axis.transAxes, color=colour, ha="right", va="center",
                   fontsize=10, linespacing=1.05, fontweight="bold" if kind == "router" else "normal",
                   bbox={"facecolor": PAPER, "linewidth": 0, "pad": 1})  # fmt: skip
@@ -180,14 +163,19 @@ def _spread(heights, gap):
     return [height - shift for height in placed]
 
 
-def _title_panel(axis, panel, text):
-    quality = "Perplexity against the dense model" if panel.ratio else "Perplexity"
-    name = text if len(text) < 32 else f"{text[:30]}…"
-    subtitle = f"{name}, {panel.entries[0]['tokens']:,} tokens. {quality}, lower is better."
-    subtitle = textwrap.fill(subtitle, int(15 * panel.inches))
+def _style_panel(axis, panel, text):
+    quality = "Perplexity against the dense model" if panel.unit else "Perplexity"
+    subtitle = textwrap.fill(f"{text}. {quality}, lower is better.", int(15 * panel.inches))
     _note(axis, subtitle, (0, 1), (-18, 8))
     claim = textwrap.fill(_claim(panel), int(11 * panel.inches))
     _note(axis, claim, (0, 1), (-18, 26 + 13 * subtitle.count("\n")), color=INK, fontsize=11, fontweight="bold")
+    axis.set_xlabel("Share of the MLP width that a token uses, on average", color=FAINT, fontsize=9.5)
+    axis.grid(axis="y", color="#e6e9ed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(which="both", colors=FAINT, labelsize=9.5, length=0)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color("#c5cbd2")
 
 
 def _claim(panel):
@@ -196,19 +184,9 @@ def _claim(panel):
         return "Perplexity with one expert for all tokens"
     cheapest = panel.series["router"][0]
     static = cheapest.get("baselines", {}).get("static")
-    against = " the dense" if panel.ratio else ""
-    claim = f"{cheapest['mean_share']:.0%} of the MLP width gives {panel.value(cheapest):.2f}{panel.unit}{against} perplexity"
-    return claim + (f", one width for all tokens {panel.value(static):.2f}{panel.unit}" if static else "")
-
-
-def _style_axis(axis):
-    axis.set_xlabel("Share of the MLP width that a token uses, on average", color=FAINT, fontsize=9.5)
-    axis.grid(axis="y", color="#e6e9ed", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(which="both", colors=FAINT, labelsize=9.5, length=0)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color("#c5cbd2")
+    against = " the dense" if panel.unit else ""
+    claim = f"{cheapest['mean_share']:.0%} of the MLP width gives {cheapest[panel.value]:.2f}{panel.unit}{against} perplexity"
+    return claim + (f", one width for all tokens {static[panel.value]:.2f}{panel.unit}" if static else "")
 
 
 def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
@@ -261,19 +239,13 @@ def _draw_heat_map(axis, use_LE, shares_LE, crowded):
     axis.spines[:].set_visible(False)
 
 
-class ColourScale(NamedTuple):
-    """How the mean shares of a text's tokens are coloured."""
-
-    low: float  # share at the easy end
-    high: float  # share at the hard end
-    places: list[float]  # of each token between both ends, in [0, 1]
-    summary: str
+ColourScale = namedtuple("ColourScale", "low high places summary")  # shares at its ends, each token's place in [0, 1], words
 
 
 def colour_scale(means_T: torch.Tensor) -> ColourScale:
     """
-    The scale for mean shares (T,): it ends at their quantiles 0.02 and 0.98, so that a few outliers, such as the first token,
-    do not determine it.
+    The colour scale for mean shares of MLP width (T,). It ends at their quantiles 0.02 and 0.98, so that a few outliers, such
+    as the first token, do not determine it.
     """
     low, high = torch.quantile(means_T, torch.tensor([0.02, 0.98])).tolist()
     summary = f"Easy tokens take {low:.0%} of the MLP width, hard ones {high:.0%}, and the average {means_T.mean():.0%}"
@@ -317,14 +289,8 @@ def draw_tokens(pieces: list[str], shares_LT: torch.Tensor, dial: str, columns: 
     return figure
 
 
-class _Cell(NamedTuple):
-    """One character on the grid."""
-
-    line: int
-    column: int
-    piece: int  # index of its part of the text
-    character: str
-    width: int  # in columns
+# A character on a grid, the index of the part of the text that it is from, and its width in columns.
+_Cell = namedtuple("_Cell", "line column piece character width")
 
 
 def _draw_cells(axis, cells, colours, size):

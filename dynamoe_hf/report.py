@@ -19,11 +19,6 @@ from .tables import by_text, render_template, setting_label
 
 
 DEFAULT_LENGTH, LONGEST = 1200, 6000  # characters shown of the default text, and at most of a text file
-CAPTIONS = {
-    "frontier.png": "Perplexity against the share of MLP width that tokens use; bars are 95% intervals.",
-    "experts.png": "Share of the tokens that each expert takes in each layer, and the mean width of the layer.",
-    "tokens.png": "A text coloured by the share of MLP width that its tokens take.",
-}
 
 
 def report_folder(
@@ -145,37 +140,14 @@ def tokens_page(pieces: list[str], shares_LT: torch.Tensor, dial: str) -> str:
     """
     means_T = shares_LT.mean(0)
     scale = colour_scale(means_T)
-    per_mille = (1000 * torch.cat([means_T[None], shares_LT])).round().int().tolist()
-    tokens = [
-        {
-            "text": piece,
-            "newline": piece.endswith("\n") and not piece.strip(),
-            "place": place,
-            "mean": mean,
-            "low": share_L.min().item(),
-            "high": share_L.max().item(),
-        }
-        for piece, place, mean, share_L in zip(pieces, scale.places, means_T.tolist(), shares_LT.T)
-    ]
-    floor = min(map(min, per_mille[1:]))
-    return render_template("tokens.html", tokens=tokens, scale=scale, rows=per_mille, floor=floor, dial=dial)
+    rows = (1000 * torch.cat([means_T[None], shares_LT])).round().int().tolist()
+    numbers = (means_T.tolist(), shares_LT.amin(0).tolist(), shares_LT.amax(0).tolist())
+    tokens = list(zip(pieces, scale.places, *numbers))
+    return render_template("tokens.html", tokens=tokens, scale=scale, rows=rows, floor=min(map(min, rows[1:])), dial=dial)
 
 
 def _index_page(images, evaluations, facts):
     """One page with the pictures, the table of evaluations and the facts of the folder."""
-    known = {name: value for name, value in facts.items() if name != "results" and value not in (None, {}, [])}
-    return render_template(
-        "report.html",
-        title=f"{Path(facts['folder']).resolve().name}: report",
-        images=images,
-        captions=CAPTIONS,
-        groups=by_text(evaluations),
-        facts=[_fact(name, value) for name, value in known.items()],
-    )
-
-
-def _fact(name, value):
-    """A fact of the folder as text; a long one is folded on the page."""
-    folded = isinstance(value, dict | list) and len(json.dumps(value)) > 100
-    text = value if isinstance(value, str) else json.dumps(value, indent=2 if folded else None)
-    return {"name": name.replace("_", " "), "text": text, "folded": folded}
+    title = f"{Path(facts['folder']).resolve().name}: report"
+    groups = by_text(evaluations)
+    return render_template("report.html", title=title, images=images, groups=groups, facts=facts, dumps=json.dumps)

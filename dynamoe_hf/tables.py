@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 BASELINE_LABELS = {"static": "one width\nfor all tokens", "random": "random\nrouting", "label": "true difficulty\n(oracle)"}
 
 
-def render_template(name: str, **values) -> str:
+def render_template(file: str, **values) -> str:
     """Render a file of `templates/`. Values are escaped in `.html` files, and not in `.md` files."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -22,7 +22,7 @@ def render_template(name: str, **values) -> str:
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     functions = (shown, interval, perplexity_text, ratio_text, time_text, text_name, setting_label, baseline_label)
     templates.globals |= {function.__name__: function for function in functions}
-    return templates.get_template(name).render(values)
+    return templates.get_template(file).render(values)
 
 
 def shown(value, pattern: str = "{}", bounds=None) -> str:
@@ -49,9 +49,10 @@ def ratio_text(point: dict) -> str:
 
 
 def time_text(timing: dict, detail: str, pattern: str = "{}") -> str:
-    """Time relative to the dense model with its range, and one more field of the timing: `0.57 (0.55 to 0.58), 55.5`."""
-    ratio = shown(timing.get("ratio"), "{:.2f}", timing.get("range"))
-    return f"{ratio}, {shown(timing.get(detail), pattern)}" if timing else ratio
+    """Time relative to the dense model with its range, and one more field of the timing: `0.57 (0.55 to 0.58), 512 tokens`."""
+    if not timing:
+        return shown(None)
+    return f"{shown(timing['ratio'], '{:.2f}', timing['range'])}, {shown(timing[detail], pattern)}"
 
 
 def text_name(text: str | list[str]) -> str:

@@ -1,3 +1,4 @@
+// Row 0 of `rows` is the mean over layers, row l + 1 is layer l, in tenths of a percent.
 const slider = document.getElementById("layer"), spans = document.querySelectorAll("#text span");
 function show() {
   const row = rows[slider.value], single = slider.value > 0;
