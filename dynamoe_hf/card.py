@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 
 from ._version import __version__
 from .folder import BENCHMARK, inspect_folder, read_json
-from .tables import budget_of, join_records, render_template, same_sensitivity, task_metrics, text_name
+from .tables import join_records, render_template, same_sensitivity, text_name
 
 
 TAGS = ("dynamoe", "dynamic-moe", "conditional-computation")
@@ -59,21 +59,17 @@ def render_card(
     evaluations = (facts["results"] or {}).get("evaluations", [])
     benchmark = read_json(folder / BENCHMARK) or {}
     rows = join_records(evaluations, facts["budgets"], benchmark)
+    link = base_data.get("license_link")
+    if link and base and "://" not in link:
+        link = f"https://huggingface.co/{base}/blob/main/{link}"
+    quantized = "quantization_config" in read_json(folder / "config.json")
     data = ModelCardData(
-        base_model=base,
-        base_model_relation=base
-        and ("quantized" if "quantization_config" in read_json(folder / "config.json") else "finetune"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=base_data.get("license"),
-        license_name=base_data.get("license_name"),
-        license_link=_license_link(base, base_data.get("license_link")),
-        language=base_data.get("language"),
-        datasets=_datasets(facts["training"]),
-        tags=[*TAGS, *_dial_tags(variant, family)],
-        model_name=name,
-        eval_results=_eval_results(evaluations, facts["budgets"]) or None,
-    )
+        base_model=base, base_model_relation=base and ("quantized" if quantized else "finetune"), model_name=name,
+        library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, *_dial_tags(variant, family)],
+        license=base_data.get("license"), license_name=base_data.get("license_name"),
+        license_link=link, language=base_data.get("language"),
+        datasets=_datasets(facts["training"]), eval_results=_eval_results(rows) or None,
+    )  # fmt: skip
     content = render_template(
         "model_card.md", card_data=data.to_yaml(), name=name, variant=variant, family=family, base=base, facts=facts,
         rows=rows, own=next((row for row in rows if same_sensitivity(row.get("sensitivity"), variant.sensitivity)), {}),
@@ -89,15 +85,14 @@ def render_card(
 def _training_facts(folder, training, evaluations):
     """What the card says of the training: its stages in order, or else the state of a checkpoint, and the last losses."""
     checkpoint = None if training else read_json(folder / "trainer_state.json")
-    history = (training or {}).get("history", []) if checkpoint is None else checkpoint["log_history"]
+    history = (checkpoint or {}).get("log_history") or (training or {}).get("history", [])
     last = next((entry for entry in reversed(history) if "loss" in entry), {})
-    stages = _stages(training)
-    trained = {name for stage in stages for name in _names(stage["text"])}
-    return {
-        "training": training, "checkpoint": checkpoint, "stages": stages,
-        "losses": {name: value for name, value in last.items() if name.endswith("loss")},
-        "trained_on": sorted(trained & {name for entry in evaluations for name in _names(entry["text"])}),
-    }  # fmt: skip
+    losses = {name: value for name, value in last.items() if name.endswith("loss")}
+    trained, evaluated = (
+        {n for record in records for n in _names(record["text"])} for records in (_stages(training), evaluations)
+    )
+    return {"training": training, "checkpoint": checkpoint, "stages": _stages(training), "losses": losses,
+            "trained_on": sorted(trained & evaluated)}  # fmt: skip
 
 
 def _stages(training):
@@ -135,11 +130,6 @@ def _metadata(readme) -> dict:
     return ModelCard(Path(readme).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
 
 
-def _license_link(base, link):
-    """A link relative to the base's repository, made absolute."""
-    return link if not link or "://" in link or base is None else f"https://huggingface.co/{base}/blob/main/{link}"
-
-
 def _datasets(training):
     """Hub ids of what was trained on. A streamed dataset is recorded as a name, text files as a list."""
     text = (training or {}).get("text")
@@ -155,23 +145,22 @@ def _dial_tags(variant, family):
     return list(dict.fromkeys(tags))
 
 
-def _eval_results(evaluations, budgets) -> list[EvalResult]:
+def _eval_results(rows) -> list[EvalResult]:
     """A `model-index` entry for every result, each with the setting that it was measured at."""
     results = []
-    for entry in evaluations:
-        setting = {"setting": entry["setting"], "mean_mlp_share": entry["mean_share"]}
-        setting |= {name: entry[name] for name in ("sensitivity", "force_expert") if name in entry}
-        if (budget := budget_of(entry, budgets)) is not None:
-            setting["variant"] = budget
-        found = {text_name(entry["text"]): {"perplexity": entry["perplexity"]}, **task_metrics(entry)}
-        results += [
-            EvalResult(
-                task_type="text-generation", task_name="Text generation", dataset_name=dataset,
-                dataset_type=re.sub(r"[^\w.-]+", "-", dataset).strip("-"), metric_type=metric, metric_value=value,
-                metric_name=f"{metric} at {entry['setting']}", metric_args=setting,
-            )
-            for dataset, metrics in found.items() for metric, value in metrics.items()
-        ]  # fmt: skip
+    for row in rows:
+        if "perplexity" not in row:
+            continue
+        setting = {"setting": row["setting"], "mean_mlp_share": row["mean_share"]}
+        setting |= {name: row[name] for name in ("sensitivity", "force_expert") if name in row}
+        if row["budget"] is not None:
+            setting["variant"] = f"{row['budget']:g}"
+        for dataset, metrics in {text_name(row["text"]): {"perplexity": row["perplexity"]}, **row["tasks"]}.items():
+            kind = re.sub(r"[^\w.-]+", "-", dataset).strip("-")
+            results += [EvalResult(
+                task_type="text-generation", task_name="Text generation", dataset_type=kind, dataset_name=dataset,
+                metric_type=metric, metric_value=value, metric_name=f"{metric} at {row['setting']}", metric_args=setting,
+            ) for metric, value in metrics.items()]  # fmt: skip
     return results
 
 
@@ -205,26 +194,18 @@ def _commands(facts) -> list[str]:
         streamed = stage.get("distinct_tokens") is None and isinstance(stage["text"], str)
         # Records from before the routers learned by choosing have no `choice_share`, whose default is not 0.
         options = {"max_tokens": stage["tokens"], "choice_share": 0.0, **stage["settings"]}
-        commands.append(
-            _command("train", source, out, text=stage["text"], dataset=stage["text"] if streamed else None, **options)
-        )
+        options["dataset"] = stage["text"] if streamed else None
+        commands.append(_command("train", source, out, text=stage["text"], **options))
     if calibration:
-        budgets, size = ",".join(calibration["budgets"]), calibration.get("block_size")
-        options = {"budgets": budgets, "max_tokens": calibration["tokens"], "block_size": size}
-        commands.append(_command("calibrate", "trained", text=calibration["text"], **options))
-    return commands + _evaluate_commands(facts)
-
-
-def _evaluate_commands(facts):
-    """One command for all budgets that were evaluated on the same blocks of a text."""
-    budgets = {}
+        commands.append(_command("calibrate", "trained", text=calibration["text"], budgets=",".join(calibration["budgets"]),
+                                 max_tokens=calibration["tokens"], block_size=calibration.get("block_size")))  # fmt: skip
+    budgets = {}  # of each text, as it was cut into blocks
     for entry in (facts["results"] or {}).get("evaluations", []):
         if entry["setting"].startswith("budget "):
             text = entry["text"] if isinstance(entry["text"], str) else tuple(entry["text"])
             budgets.setdefault((text, entry.get("block_size"), entry["tokens"]), {})[entry["setting"].split()[1]] = None
-    commands = []
     for (text, size, tokens), names in budgets.items():
-        options = {"budget": ",".join(names), "base": facts["conversion"] and text_name(facts["conversion"]["base"])}
+        options = {"budget": ",".join(names), "base": conversion and text_name(conversion["base"])}
         if size:  # `tokens` counts predicted tokens, all but the first of each block
             options |= {"max_tokens": tokens // (size - 1) * size, "block_size": size}
         commands.append(_command("evaluate", "trained", text=text, **options))

@@ -9,31 +9,27 @@ from collections import namedtuple
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .tables import BASELINE_LABELS, by_text, cheapest_first
+from .tables import BASELINE_LABELS, by_text
 
 
 WIDTH = 9  # inches, of every figure
 TEXT_LINES = 60  # of a text that `draw_tokens` shows; the HTML page has all of it
 INK, FAINT, PAPER = "#1b1f24", "#66707b", "#ffffff"
 EASY, HARD = "#f4f8fe", "#428ce4"  # black text is legible on both
-# Label, colour, marker and line of each series. The colours are Okabe and Ito's, which colour-blind readers can distinguish.
+# Colour, marker and line of each series. The colours are Okabe and Ito's, which colour-blind readers can distinguish.
 SERIES = {
-    "router": ("router", "#0072B2", "o", "-"),
-    "static": (BASELINE_LABELS["static"], "#D55E00", "s", "--"),
-    "random": (BASELINE_LABELS["random"], "#A6608A", "^", "-."),
-    "label": (BASELINE_LABELS["label"], "#009E73", "D", ":"),
+    "router": ("#0072B2", "o", "-"),
+    "static": ("#D55E00", "s", "--"),
+    "random": ("#A6608A", "^", "-."),
+    "label": ("#009E73", "D", ":"),
 }
 
 
 def new_figure(width: float, height: float):
-    """
-    A matplotlib `Figure` in inches that pyplot does not know, so that the caller's figures and back-end stay as they are.
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
+    """A `Figure` in inches that pyplot, which belongs to the caller, does not know. `ValueError` if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -50,9 +46,8 @@ def _note(axis, text, anchor, offset, **style):
     axis.annotate(text, anchor, xytext=offset, textcoords="offset points", **style)
 
 
-def _routed(entries):
-    """The entries in which routers choose the expert, cheapest first."""
-    return cheapest_first([entry for entry in entries if "sensitivity" in entry])
+def _cheapest_first(points):
+    return sorted(points, key=lambda point: point["mean_share"])
 
 
 class _Panel(NamedTuple):
@@ -67,12 +62,12 @@ class _Panel(NamedTuple):
 
 
 def _panel(entries, inches):
-    series = {"router": _routed(entries)}
+    series = {"router": [entry for entry in entries if "sensitivity" in entry]}
     for kind in BASELINE_LABELS:
         series[kind] = [entry["baselines"][kind] for entry in entries if kind in entry.get("baselines", {})]
     # A forced expert is one width for all tokens too.
     series["static"] += [entry for entry in entries if "sensitivity" not in entry]
-    series = {kind: cheapest_first(points) for kind, points in series.items() if points}
+    series = {kind: _cheapest_first(points) for kind, points in series.items() if points}
     if all("ratio_to_dense" in point for points in series.values() for point in points):
         return _Panel(series, "ratio_to_dense", "ratio_interval", "×", 1.0, inches)
     dense = next((entry["dense_perplexity"] for entry in entries if "dense_perplexity" in entry), None)
@@ -107,7 +102,7 @@ def _draw_points(axis, panel):
         axis.axhline(panel.dense, color=FAINT, linewidth=1, zorder=1)
         _note(axis, "dense", (1, panel.dense), (-4, -3), xycoords=("axes fraction", "data"), ha="right", va="top")
     for kind, points in panel.series.items():
-        _, colour, marker, line = SERIES[kind]
+        colour, marker, line = SERIES[kind]
         main = kind == "router"
         x, y = ([scale * point[key] for point in points] for key, scale in (("mean_share", 100), (panel.value, 1)))
         # Distances down and up; NaN bounds, as of a single block, give 0.
@@ -143,7 +138,7 @@ def _label_lines(axis, panel, gutter):
     left = 100 * min(points[0]["mean_share"] for points in panel.series.values())
     ends = sorted((to_axes.transform((left, points[0][panel.value]))[1], kind) for kind, points in panel.series.items())
     for (_, kind), height in zip(ends, _spread([height for height, _ in ends], 0.115)):
-        label, colour, *_ = SERIES[kind]
+        label, colour = BASELINE_LABELS.get(kind, kind), SERIES[kind][0]
         first = panel.series[kind][0]
         x, y = to_axes.transform((100 * first["mean_share"], first[panel.value]))
         start = gutter - 0.2 / panel.inches
@@ -191,13 +186,12 @@ def _claim(panel):
 
 def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     """
-    Use of experts by layer as a heat map, at up to four settings on the first text: a matplotlib `Figure`.
-
-    Args:
-        shares_LE: width of each expert as a share of its layer's MLP, (L, E) float, as `expert_shares` returns it.
+    Use of experts by layer as a heat map, at up to four settings on the first text: a matplotlib `Figure`. `shares_LE` has
+    the width of each expert as a share of its layer's MLP, (L, E) float, as `expert_shares` returns it.
     """
     entries = next(iter(by_text(evaluations).values()))
-    entries = [entry for entry in _routed(entries) if entry["mean_share"] < 1] or entries
+    routed = _cheapest_first(entry for entry in entries if "sensitivity" in entry)
+    entries = [entry for entry in routed if entry["mean_share"] < 1] or entries
     entries = entries[:: math.ceil(len(entries) / 4)]
     layers, experts = shares_LE.shape
     height = 1.75 + 0.155 * max(layers, 6)
@@ -222,10 +216,9 @@ def _draw_heat_map(axis, use_LE, shares_LE, crowded):
     """The use of experts of one setting, and the mean width of each layer beside it. Where crowded, labels are left out."""
     layers, experts = shares_LE.shape
     axis.imshow(use_LE.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for layer, row in enumerate(use_LE.tolist()):
-        for expert, use in enumerate(row):
-            label = f"{use:.0%}".rstrip("%" if crowded else "")
-            axis.text(expert, layer, label, fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
+    for (layer, expert), use in np.ndenumerate(use_LE.numpy()):
+        label = f"{use:.0%}".rstrip("%" if crowded else "")
+        axis.text(expert, layer, label, fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
     for layer, mean in enumerate((use_LE * shares_LE).sum(1).tolist()):
         _note(axis, f"{mean:.0%}", (experts - 0.5, layer), (5, 0), xycoords="data", fontsize=8, color=INK, va="center")
     _note(axis, "mean\nwidth", (1, 1), (5, 4), fontsize=8)
@@ -256,13 +249,8 @@ def colour_scale(means_T: torch.Tensor) -> ColourScale:
 
 def draw_tokens(pieces: list[str], shares_LT: torch.Tensor, dial: str, columns: int = 92):
     """
-    A text whose tokens are coloured by their mean share of MLP width: a matplotlib `Figure`.
-
-    Args:
-        pieces: the text in T parts.
-        shares_LT: share of MLP width of each part in each layer, (L, T) float.
-        dial: name of the setting, for the caption.
-        columns: width of a line in characters.
+    A text in T pieces, coloured by their mean share of MLP width: a matplotlib `Figure`. `shares_LT` has the shares in each
+    layer, `dial` names the setting in the caption, and a line has `columns` characters.
     """
     from matplotlib.colors import LinearSegmentedColormap
 

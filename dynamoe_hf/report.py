@@ -129,14 +129,8 @@ def _whole_characters(tokens, shares_LT):
 
 def tokens_page(pieces: list[str], shares_LT: torch.Tensor, dial: str) -> str:
     """
-    A self-contained HTML page that shows a text coloured by difficulty, as the mean over layers and layer by layer.
-
-    Without scripts it shows the mean.
-
-    Args:
-        pieces: the text in T parts.
-        shares_LT: share of MLP width of each part in each layer, (L, T) float.
-        dial: name of the setting.
+    A self-contained HTML page that shows a text in T pieces, coloured by their share of MLP width in each layer, (L, T) float,
+    and by its mean, which is all that it shows without scripts. `dial` names the setting.
     """
     means_T = shares_LT.mean(0)
     scale = colour_scale(means_T)

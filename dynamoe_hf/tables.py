@@ -20,7 +20,7 @@ def render_template(file: str, **values) -> str:
         lstrip_blocks=True,
     )
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    functions = (shown, interval, perplexity_text, ratio_text, time_text, text_name, setting_label, baseline_label)
+    functions = (shown, interval, ratio_text, text_name, setting_label, baseline_label)
     templates.globals |= {function.__name__: function for function in functions}
     return templates.get_template(file).render(values)
 
@@ -35,24 +35,12 @@ def shown(value, pattern: str = "{}", bounds=None) -> str:
 
 def interval(bounds, pattern: str = "{:.2f}") -> str:
     """`14.1 to 15.7`; empty if there are no bounds or they are NaN, as those of a single block are."""
-    return " to ".join(pattern.format(bound).strip() for bound in bounds) if bounds and not math.isnan(bounds[0]) else ""
-
-
-def perplexity_text(point: dict, width: int = 0) -> str:
-    """Perplexity and its 95% interval; the number is padded to `width` characters."""
-    return shown(point.get("perplexity"), f"{{:{width}.2f}}" if width else "{:.2f}", point.get("perplexity_interval"))
+    return " to ".join(pattern.format(bound) for bound in bounds) if bounds and not math.isnan(bounds[0]) else ""
 
 
 def ratio_text(point: dict) -> str:
     """Ratio of the perplexity to the dense base's, and its 95% interval."""
     return shown(point.get("ratio_to_dense"), "{:.3f}", point.get("ratio_interval"))
-
-
-def time_text(timing: dict, detail: str, pattern: str = "{}") -> str:
-    """Time relative to the dense model with its range, and one more field of the timing: `0.57 (0.55 to 0.58), 512 tokens`."""
-    if not timing:
-        return shown(None)
-    return f"{shown(timing['ratio'], '{:.2f}', timing['range'])}, {shown(timing[detail], pattern)}"
 
 
 def text_name(text: str | list[str]) -> str:
@@ -80,53 +68,33 @@ def by_text(evaluations: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def cheapest_first(points: list[dict]) -> list[dict]:
-    """Evaluations or baselines by rising share of MLP width."""
-    return sorted(points, key=lambda point: point["mean_share"])
-
-
 def same_sensitivity(a: float | None, b: float | None) -> bool:
     """Whether two sensitivities are equal up to the rounding of JSON; None equals nothing."""
     return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9)
 
 
-def budget_of(entry: dict, budgets: dict[str, float]) -> str | None:
-    """The budget whose sensitivity an entry was evaluated at. The name of its setting may be that of an older calibration."""
-    matches = (budget for budget, theta in budgets.items() if same_sensitivity(entry.get("sensitivity"), theta))
-    return next(matches, None)
-
-
-def task_metrics(entry: dict) -> dict[str, dict[str, float]]:
-    """Metrics of an evaluation's lm-eval tasks, `acc,none` as `acc`, without standard errors and counts."""
-    return {
-        task: {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "stderr" not in key}
-        for task, metrics in entry.get("tasks", {}).items()
-    }
-
-
 def join_records(evaluations: list[dict], budgets: dict[str, float], benchmark: dict) -> list[dict]:
     """
-    One row for each evaluation, then one for each calibrated budget without an evaluation.
+    One row for each entry of `results.json`, then one for each calibrated budget that was not evaluated.
 
-    Each row is its entry of `results.json` with `budget` (a float or None), `tasks`, and the timings `decode` (of one
-    sequence) and `prefill` of `benchmark.json` that were made at the same setting, empty where there is none.
+    A row is the entry with its `budget` (None for other settings), its `tasks` as {task: {metric: value}} without standard
+    errors and counts, and the timings `decode` (of one sequence) and `prefill` at the same setting, {} if there is none.
     """
-    rows = [{**entry, "budget": budget_of(entry, budgets)} for entry in evaluations]
-    evaluated = {row["budget"] for row in rows}
-    rows += [
-        {"setting": f"budget {budget}", "budget": budget, "sensitivity": theta}
-        for budget, theta in budgets.items()
-        if budget not in evaluated
-    ]
-    timings = {
-        "decode": [timing for timing in benchmark.get("decode", []) if timing["batch"] == 1],
-        "prefill": benchmark.get("prefill", []),
-    }
+    calibrated = {float(budget): theta for budget, theta in budgets.items()}
+
+    def budget_of(entry):  # by sensitivity, since the name of the setting may be from an older calibration
+        return next((b for b, theta in calibrated.items() if same_sensitivity(entry.get("sensitivity"), theta)), None)
+
+    rows = [{**entry, "budget": budget_of(entry)} for entry in evaluations]
+    missing = calibrated.keys() - {row["budget"] for row in rows}
+    rows += [{"setting": setting_label(b), "budget": b, "sensitivity": calibrated[b]} for b in sorted(missing)]
+    timings = {"decode": [t for t in benchmark.get("decode", []) if t["batch"] == 1], "prefill": benchmark.get("prefill", [])}
     for row in rows:
-        row["budget"] = None if row["budget"] is None else float(row["budget"])
-        row["tasks"] = task_metrics(row)
-        for kind, entries in timings.items():
-            row[kind] = next((timing for timing in entries if timing["setting"] == row["setting"]), {})
+        row |= {kind: next((t for t in all_t if t["setting"] == row["setting"]), {}) for kind, all_t in timings.items()}
+        row["tasks"] = {
+            task: {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "stderr" not in key}
+            for task, metrics in row.get("tasks", {}).items()
+        }
     return rows
 
 
@@ -137,7 +105,7 @@ def evaluation_table(entries: list[dict]) -> str:
         agreement = "" if entry["router_agreement"] is None else f"{entry['router_agreement']:.0%}"
         lines.append(
             f"{entry['setting']:20} {entry['mean_share']:9.1%} {entry['active_parameters'] / 1e6:7.1f} M "
-            f"{perplexity_text(entry, width=8)} {ratio_text(entry):>24} {agreement:>9}"
+            f"{entry['perplexity']:8.2f} ({interval(entry['perplexity_interval'])}) {ratio_text(entry):>24} {agreement:>9}"
         )
         for kind, point in entry["baselines"].items():
             ratio = point.get("ratio_to_dense", math.nan)
@@ -149,21 +117,22 @@ def evaluation_table(entries: list[dict]) -> str:
 
 def demo_table(rows: list[dict]) -> str:
     """
-    The dense perplexity and a Markdown table with one line for each budget.
+    The dense perplexity, and a Markdown table with one line for each budget.
 
     Args:
         rows: evaluations with `budget`, `tokens_per_second`, `speed_ratio` and `baseline_ratios`, as `run_demo` makes them.
     """
-    columns = ("budget", "mean MLP share", "active parameters", "perplexity", "ratio to dense (95%)", "static prefix",
-               "random routes", "tokens/s", "to dense")  # fmt: skip
-    table = [columns]
+    lines = [
+        f"\nDense perplexity on held-out topics: {rows[0]['dense_perplexity']:.2f} ({rows[0]['tokens']:,} tokens)\n",
+        "| budget | mean MLP share | active parameters | perplexity | ratio to dense (95%) | static prefix | random routes "
+        "| tokens/s | to dense |",
+        "|---" * 9 + "|",
+    ]
     for row in rows:
-        ratios = row["baseline_ratios"]
-        table.append((
-            f"{row['budget']:.0%}", f"{row['mean_share']:.1%}", f"{row['active_parameters'] / 1e6:.1f} M",
-            f"{row['perplexity']:.2f}", ratio_text(row), *(f"{ratios[k]:.3f}" if k in ratios else "" for k in ("static", "random")),
-            f"{row['tokens_per_second']:.1f}", f"{row['speed_ratio']:.2f}x",
-        ))  # fmt: skip
-    head, *body = (f"| {' | '.join(cells)} |" for cells in table)
-    dense = f"\nDense perplexity on held-out topics: {rows[0]['dense_perplexity']:.2f} ({rows[0]['tokens']:,} tokens)\n"
-    return "\n".join([dense, head, "|---" * len(columns) + "|", *body])
+        ratios = {kind: f"{ratio:.3f}" for kind, ratio in row["baseline_ratios"].items()}
+        lines.append(
+            f"| {row['budget']:.0%} | {row['mean_share']:.1%} | {row['active_parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} "
+            f"| {ratio_text(row)} | {ratios.get('static', '')} | {ratios.get('random', '')} "
+            f"| {row['tokens_per_second']:.1f} | {row['speed_ratio']:.2f}x |"
+        )
+    return "\n".join(lines)
