@@ -6,10 +6,9 @@ import re
 import textwrap
 import unicodedata
 from collections import namedtuple
-from itertools import groupby
+from itertools import groupby, product
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from .tables import BASELINE_LABELS, by_text
@@ -216,7 +215,8 @@ def _draw_heat_map(axis, use_LE, shares_LE, crowded):
     """The use of experts of one setting, and the mean width of each layer beside it. Where crowded, labels are left out."""
     layers, experts = shares_LE.shape
     axis.imshow(use_LE.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (layer, expert), use in np.ndenumerate(use_LE.numpy()):
+    for layer, expert in product(range(layers), range(experts)):
+        use = use_LE[layer, expert].item()
         label = f"{use:.0%}".rstrip("%" if crowded else "")
         axis.text(expert, layer, label, fontsize=7, ha="center", va="center", color=PAPER if use > 0.6 else INK)
     for layer, mean in enumerate((use_LE * shares_LE).sum(1).tolist()):
@@ -232,7 +232,8 @@ def _draw_heat_map(axis, use_LE, shares_LE, crowded):
     axis.spines[:].set_visible(False)
 
 
-ColourScale = namedtuple("ColourScale", "low high places summary")  # shares at its ends, each token's place in [0, 1], words
+# The shares at the ends of the scale, the place of each token between them in [0, 1], and a sentence about them.
+ColourScale = namedtuple("ColourScale", "low high places summary")
 
 
 def colour_scale(means_T: torch.Tensor) -> ColourScale:
