@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 
 from ._version import __version__
 from .folder import BENCHMARK, inspect_folder, read_json
-from .tables import join_records, render_template, same_sensitivity, text_name
+from .tables import by_text, join_records, render_template, same_sensitivity, text_name
 
 
 TAGS = ("dynamoe", "dynamic-moe", "conditional-computation")
@@ -70,37 +70,33 @@ def render_card(
         license_link=link, language=base_data.get("language"),
         datasets=_datasets(facts["training"]), eval_results=_eval_results(rows) or None,
     )  # fmt: skip
+    checkpoint = None if facts["training"] else read_json(folder / "trainer_state.json")
+    stages = _stages(facts["training"])
     content = render_template(
         "model_card.md", card_data=data.to_yaml(), name=name, variant=variant, family=family, base=base, facts=facts,
         rows=rows, own=next((row for row in rows if same_sensitivity(row.get("sensitivity"), variant.sensitivity)), {}),
-        machine=benchmark.get("machine"), texts=list(dict.fromkeys(text_name(entry["text"]) for entry in evaluations)),
-        baselines=list(dict.fromkeys(kind for row in rows for kind in row.get("baselines", {}))),
+        machine=benchmark.get("machine"), texts=list(by_text(evaluations)), trained_on=_seen(stages, evaluations),
+        baselines=list(dict.fromkeys(kind for row in rows for kind in row.get("baselines", {}))), stages=stages,
+        history=(checkpoint or {}).get("log_history") or (facts["training"] or {}).get("history", []),
         budgets=sorted(facts["budgets"], key=float), pictures={path.stem for path in (folder / "report").glob("*.png")},
         code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))},
-        commands=_commands(facts), package_version=__version__, **_training_facts(folder, facts["training"], evaluations),
+        commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
     )  # fmt: skip
     return ModelCard(content)
 
 
-def _training_facts(folder, training, evaluations):
-    """What the card says of the training: its stages in order, or else the state of a checkpoint, and the last losses."""
-    checkpoint = None if training else read_json(folder / "trainer_state.json")
-    history = (checkpoint or {}).get("log_history") or (training or {}).get("history", [])
-    last = next((entry for entry in reversed(history) if "loss" in entry), {})
-    losses = {name: value for name, value in last.items() if name.endswith("loss")}
-    trained, evaluated = (
-        {n for record in records for n in _names(record["text"])} for records in (_stages(training), evaluations)
-    )
-    return {"training": training, "checkpoint": checkpoint, "stages": _stages(training), "losses": losses,
-            "trained_on": sorted(trained & evaluated)}  # fmt: skip
-
-
 def _stages(training):
+    """The records of all trainings that led to a folder, the first one first."""
     return [*training.get("earlier", []), training] if training else []
 
 
-def _names(text):
-    return [text] if isinstance(text, str) else text
+def _seen(stages, evaluations):
+    """File names, or the name of a dataset, that are among the texts of both trainings and evaluations."""
+    trained, evaluated = (
+        {name for record in records for name in ([record["text"]] if isinstance(record["text"], str) else record["text"])}
+        for records in (stages, evaluations)
+    )
+    return sorted(trained & evaluated)
 
 
 def _base_of(facts, base_model, local_files_only) -> tuple[str | None, dict]:

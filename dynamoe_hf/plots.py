@@ -30,13 +30,10 @@ SERIES = {
 def new_figure(width: float, height: float):
     """A `Figure` in inches that pyplot, which belongs to the caller, does not know. `ValueError` if matplotlib is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError(f"Pictures need matplotlib ({error}). Install it: `pip install 'dynamoe_hf[report]'`.") from error
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height))
 
 
 def _note(axis, text, anchor, offset, **style):
@@ -294,8 +291,8 @@ def _draw_cells(axis, cells, colours, size):
         for cell in run:
             if not cell.character.isspace():  # without `parse_math=False`, text between dollars becomes a formula
                 faint = cell.character == "↵"
-                axis.text(cell.column, line + 0.52, cell.character, family="DejaVu Sans Mono", fontsize=size,
-                          va="center_baseline", color=FAINT if faint else INK, alpha=0.5 if faint else 1, parse_math=False)  # fmt: skip
+                axis.text(cell.column, line + 0.52, cell.character, family="DejaVu Sans Mono", fontsize=size, parse_math=False,
+                          va="center_baseline", color=FAINT if faint else INK, alpha=0.5 if faint else 1)  # fmt: skip
 
 
 def _wrap(pieces, columns):

@@ -131,8 +131,8 @@ def demo_table(rows: list[dict]) -> str:
     for row in rows:
         ratios = {kind: f"{ratio:.3f}" for kind, ratio in row["baseline_ratios"].items()}
         lines.append(
-            f"| {row['budget']:.0%} | {row['mean_share']:.1%} | {row['active_parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} "
-            f"| {ratio_text(row)} | {ratios.get('static', '')} | {ratios.get('random', '')} "
+            f"| {row['budget']:.0%} | {row['mean_share']:.1%} | {row['active_parameters'] / 1e6:.1f} M "
+            f"| {row['perplexity']:.2f} | {ratio_text(row)} | {ratios.get('static', '')} | {ratios.get('random', '')} "
             f"| {row['tokens_per_second']:.1f} | {row['speed_ratio']:.2f}x |"
         )
     return "\n".join(lines)
