@@ -2,27 +2,26 @@
 """The model card of a folder: every number in it is read from the folder's JSON files, or the card says "not measured"."""
 
 import hashlib
-import math
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
 from ._version import __version__
 from .folder import BENCHMARK, inspect_folder, read_json
+from .tables import by_text, join_records, render_template, same_sensitivity, text_name
 
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 TAGS = ("dynamoe", "dynamic-moe", "conditional-computation")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Variant(NamedTuple):
-    """One published setting of the dial and where it lies; without a budget it is the dial itself, as the folder has it."""
+    """A published default of the sensitivity and where it is. Without a budget it is the folder with its own default."""
 
     repo: str
     sensitivity: float
@@ -39,15 +38,15 @@ def render_card(
     name: str | None = None,
 ) -> ModelCard:
     """
-    The card of a model folder or of one published variant of it. A checkpoint of a run that is not over has one too.
+    The card of a model folder or of one published variant of it. A checkpoint of an unfinished run has one too.
 
     Args:
         folder: model folder, on disk.
-        variant: what the card stands beside on the Hub; by default the folder itself, loaded from where one stands.
+        variant: what the card describes on the Hub; by default the folder itself, to be loaded from the current directory.
         family: all published variants, to link them.
         base_model: Hub id of the dense base; by default the one that was converted, if the Hub or the cache knows it.
-        local_files_only: ask no network for the base's own card, which has the license and the languages.
-        name: of the model, where neither the folder nor the variant has it: a folder that is still being written.
+        local_files_only: do not ask the Hub for the base's own card, from which license and languages come.
+        name: title of the card, where the folder's name is not the final one.
 
     Raises:
         ValueError: the folder holds no DynaMoE model.
@@ -55,43 +54,49 @@ def render_card(
     folder = Path(folder)
     facts = inspect_folder(folder)
     variant = variant or Variant(".", facts["sensitivity"])
+    name = name or (folder.resolve().name if variant.repo == "." else variant.repo.split("/")[-1])
     base, base_data = _base_of(facts, base_model, local_files_only)
     evaluations = (facts["results"] or {}).get("evaluations", [])
     benchmark = read_json(folder / BENCHMARK) or {}
-    name = name or (folder.resolve().name if variant.repo == "." else variant.repo.split("/")[-1])
-    training = facts["training"] or {}
-    # A streamed dataset is a name; text files are a list, and the default text is no dataset of the Hub.
-    dataset = training.get("text") if isinstance(training.get("text"), str) else ""
-    dataset = dataset.split(":")[0] if HUB_ID.fullmatch(dataset.split(":")[0]) else None
-    config = read_json(folder / "config.json")
+    rows = join_records(evaluations, facts["budgets"], benchmark)
+    link = base_data.get("license_link")
+    if link and base and "://" not in link:
+        link = f"https://huggingface.co/{base}/blob/main/{link}"
+    quantized = "quantization_config" in read_json(folder / "config.json")
     data = ModelCardData(
-        base_model=base,
-        base_model_relation=base and ("quantized" if "quantization_config" in config else "finetune"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=base_data.get("license"),
-        license_name=base_data.get("license_name"),
-        license_link=_license_link(base, base_data.get("license_link")),
-        language=base_data.get("language"),
-        datasets=dataset and [dataset],
-        tags=[*TAGS, *_dial_tags(variant, family)],
-        model_name=name,
-        eval_results=_eval_results(evaluations, facts["budgets"]) or None,
-    )
-    rows = _rows(evaluations, facts, benchmark)
-    checkpoint = None if training else read_json(folder / "trainer_state.json")
-    logged = [entry for entry in (checkpoint or {}).get("log_history", training.get("history", [])) if "loss" in entry]
-    return ModelCard.from_template(
-        data, template_path=str(TEMPLATE), name=name, variant=variant, base=base, facts=facts, training=training,
-        checkpoint=checkpoint, losses={k: v for k, v in (logged or [{}])[-1].items() if k.endswith("loss")},
-        family=[member for member in family if member != variant], budgets=sorted(facts["budgets"], key=float),
-        own=next((row for row in rows if "perplexity" in row and _same(row.get("sensitivity"), variant.sensitivity)), {}),
-        rows=rows, compared=[row for row in rows if row.get("baselines")], machine=benchmark.get("machine", {}),
-        texts=list(dict.fromkeys(_named(entry["text"]) for entry in evaluations)),
-        pictures={path.stem for path in (folder / "report").glob("*.png")}, commands=_commands(facts),
-        code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))},
-        shown=_shown, named=_named, package_version=__version__,
+        base_model=base, base_model_relation=base and ("quantized" if quantized else "finetune"), model_name=name,
+        library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, *_dial_tags(variant, family)],
+        license=base_data.get("license"), license_name=base_data.get("license_name"),
+        license_link=link, language=base_data.get("language"),
+        datasets=_datasets(facts["training"]), eval_results=_eval_results(rows) or None,
     )  # fmt: skip
+    checkpoint = None if facts["training"] else read_json(folder / "trainer_state.json")
+    stages = _stages(facts["training"])
+    content = render_template(
+        "model_card.md", card_data=data.to_yaml(), name=name, variant=variant, family=family, base=base, facts=facts,
+        rows=rows, own=next((row for row in rows if same_sensitivity(row.get("sensitivity"), variant.sensitivity)), {}),
+        machine=benchmark.get("machine"), texts=list(by_text(evaluations)), trained_on=_seen(stages, evaluations),
+        baselines=list(dict.fromkeys(kind for row in rows for kind in row.get("baselines", {}))), stages=stages,
+        history=(checkpoint or {}).get("log_history") or (facts["training"] or {}).get("history", []),
+        budgets=sorted(facts["budgets"], key=float), pictures={path.stem for path in (folder / "report").glob("*.png")},
+        code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))},
+        commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
+    )  # fmt: skip
+    return ModelCard(content)
+
+
+def _stages(training):
+    """The records of all trainings that led to a folder, the first one first."""
+    return [*training.get("earlier", []), training] if training else []
+
+
+def _seen(stages, evaluations):
+    """File names, or the name of a dataset, that are among the texts of both trainings and evaluations."""
+    trained, evaluated = (
+        {name for record in records for name in ([record["text"]] if isinstance(record["text"], str) else record["text"])}
+        for records in (stages, evaluations)
+    )
+    return sorted(trained & evaluated)
 
 
 def _base_of(facts, base_model, local_files_only) -> tuple[str | None, dict]:
@@ -105,13 +110,13 @@ def _base_of(facts, base_model, local_files_only) -> tuple[str | None, dict]:
     if not HUB_ID.fullmatch(base):
         return None, {}
     if not local_files_only:
-        try:  # not a download, which would retry for half a minute where there is no network
+        try:  # a download instead would retry for half a minute without a network
             return base, (HfApi().model_info(base, timeout=10).card_data or ModelCardData()).to_dict()
         except (RepositoryNotFoundError, HFValidationError):
             return base_model, {}
-        except (HTTPError, ConnectionError):  # nobody to ask
+        except (HTTPError, ConnectionError):  # the Hub cannot be reached
             pass
-    # The trap: a folder of the machine that converted it, such as runs/base, looks like an id. So the cache has to know it.
+    # A folder of the machine that converted it, such as runs/base, looks like a Hub id, so the cache must know it.
     readme, config = (try_to_load_from_cache(base, name) for name in ("README.md", "config.json"))
     known = base_model or (base if isinstance(readme or config, str) else None)
     return known, _metadata(readme) if isinstance(readme, str) else {}
@@ -121,128 +126,83 @@ def _metadata(readme) -> dict:
     return ModelCard(Path(readme).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
 
 
-def _license_link(base, link):
-    """A link that was relative to the base's repository, made absolute."""
-    return link if not link or "://" in link or base is None else f"https://huggingface.co/{base}/blob/main/{link}"
+def _datasets(training):
+    """Hub ids of what was trained on. A streamed dataset is recorded as a name, text files as a list."""
+    text = (training or {}).get("text")
+    name = text.split(":")[0] if isinstance(text, str) else ""
+    return [name] if HUB_ID.fullmatch(name) else None
 
 
 def _dial_tags(variant, family):
-    """What the Hub can filter by. It reads the tags of `main`, so there they name every variant that is a branch."""
+    """Tags that the Hub can filter by. It reads them from `main` alone, so that card names the variants on branches too."""
     members = [variant, *(member for member in family if member.repo == variant.repo and variant.revision == "main")]
     tags = [f"sensitivity-{member.sensitivity:.2f}" for member in members]
     tags += [f"mlp-share-{member.budget:.2f}" for member in members if member.budget is not None]
     return list(dict.fromkeys(tags))
 
 
-def _eval_results(evaluations, budgets) -> list[EvalResult]:
-    """A `model-index` entry for every result, each with the setting of the dial that it was measured at."""
+def _eval_results(rows) -> list[EvalResult]:
+    """A `model-index` entry for every result, each with the setting that it was measured at."""
     results = []
-    for entry in evaluations:
-        setting = {"setting": entry["setting"], "mean_mlp_share": entry["mean_share"]}
-        for name in ("sensitivity", "force_expert"):
-            if name in entry:
-                setting[name] = entry[name]
-        if (budget := _budget_of(entry, budgets)) is not None:
-            setting["variant"] = budget
-
-        def add(dataset, metric, value, entry=entry, setting=setting):
+    for row in rows:
+        if "perplexity" not in row:
+            continue
+        setting = {"setting": row["setting"], "mean_mlp_share": row["mean_share"]}
+        setting |= {name: row[name] for name in ("sensitivity", "force_expert") if name in row}
+        if row["budget"] is not None:
+            setting["variant"] = f"{row['budget']:g}"
+        for dataset, metrics in {text_name(row["text"]): {"perplexity": row["perplexity"]}, **row["tasks"]}.items():
             kind = re.sub(r"[^\w.-]+", "-", dataset).strip("-")
-            results.append(EvalResult(
+            results += [EvalResult(
                 task_type="text-generation", task_name="Text generation", dataset_type=kind, dataset_name=dataset,
-                metric_type=metric, metric_value=value, metric_name=f"{metric} at {entry['setting']}", metric_args=setting,
-            ))  # fmt: skip
-
-        add(_named(entry["text"]), "perplexity", entry["perplexity"])
-        for task, metrics in _tasks(entry).items():
-            for metric, value in metrics.items():
-                add(task, metric, value)
+                metric_type=metric, metric_value=value, metric_name=f"{metric} at {row['setting']}", metric_args=setting,
+            ) for metric, value in metrics.items()]  # fmt: skip
     return results
 
 
-def _tasks(entry) -> dict[str, dict[str, float]]:
-    """Metrics of the lm-eval tasks of an evaluation, `acc,none` as `acc`, without standard errors and counts."""
-    return {
-        task: {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "stderr" not in key}
-        for task, metrics in entry.get("tasks", {}).items()
-    }
-
-
-def _rows(evaluations, facts, benchmark) -> list[dict[str, Any]]:
-    """Rows of the table: every evaluation, then the calibrated budgets that have none, and the speed of each."""
-    rows = []
-    for entry in evaluations:
-        budget = _budget_of(entry, facts["budgets"])
-        rows.append({**entry, "budget": None if budget is None else float(budget), "tasks": _tasks(entry)})
-    evaluated = {row["budget"] for row in rows}
-    for budget, sensitivity in facts["budgets"].items():
-        if float(budget) not in evaluated:
-            rows.append({"setting": f"budget {budget}", "budget": float(budget), "sensitivity": sensitivity, "tasks": {}})
-    timed = [entry for entry in benchmark.get("decode", []) if entry["batch"] == 1]
-    for row in rows:
-        for name, entries in (("decode", timed), ("prefill", benchmark.get("prefill", []))):
-            row[name] = next((entry for entry in entries if entry["setting"] == row["setting"]), {})
-    return rows
-
-
-def _budget_of(entry, budgets) -> str | None:
-    """The budget whose sensitivity an evaluation was made at. Names do not count: a later calibration moves them."""
-    return next((budget for budget, sensitivity in budgets.items() if _same(entry.get("sensitivity"), sensitivity)), None)
-
-
-def _same(a, b):
-    return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9)
+def _command(stage, *folders, text=None, **options) -> str:
+    """A command line; text that is not a list of files is the default one. Options that are None or False are left out."""
+    words = ["dynamoe", stage, *folders]
+    if text is not None and not isinstance(text, str):
+        words += ["--text", *(Path(path).name for path in text)]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
 
 
 def _commands(facts) -> list[str]:
     """The commands that make this folder again, as far as its records tell."""
-    conversion, training, calibration = facts["conversion"], facts["training"], facts["calibration"]
+    conversion, calibration = facts["conversion"], facts["calibration"]
     commands = []
-
-    def add(stage, *folders, text=None, **options):
-        files = [] if text is None or isinstance(text, str) else ["--text", *(Path(path).name for path in text)]
-        flags = []
-        for name, value in options.items():
-            if value is not None:
-                flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [f"{value}"])]
-        commands.append(shlex.join(["dynamoe", stage, *folders, *files, *flags]))
-
     if conversion:
         read = conversion["calibration"]
         widths = [f"{width / facts['mlp_width']:g}" for width in facts["expert_widths"] if isinstance(width, int)]
-        add("convert", _named(conversion["base"]), "converted", text=read["text"], widths=",".join(widths) or None,
-            importance=conversion["importance"], similarity=facts["similarity"], **{"router-type": facts["router_type"],
-            "max-tokens": read["tokens"], "block-size": read["block_size"], "seed": conversion["seed"]})  # fmt: skip
-    stages = [*training.get("earlier", []), training] if training else []
+        commands.append(_command(
+            "convert", text_name(conversion["base"]), "converted", text=read["text"], widths=",".join(widths) or None,
+            importance=conversion["importance"], similarity=facts["similarity"], router_type=facts["router_type"],
+            max_tokens=read["tokens"], block_size=read["block_size"], seed=conversion["seed"],
+        ))  # fmt: skip
+    stages = _stages(facts["training"])
     folders = ["converted", *(f"trained-{index + 1}" for index in range(len(stages) - 1)), "trained"]
     for stage, source, out in zip(stages, folders, folders[1:]):
-        settings = {"choice_share": 0.0, **stage["settings"]}  # records of before routers learned by choosing do not name it
-        bf16 = ["--bf16"] if settings.pop("bf16") else []
-        dataset = stage["text"] if stage.get("distinct_tokens") is None and isinstance(stage["text"], str) else None
-        settings = {name.replace("_", "-"): value for name, value in settings.items()}
-        add("train", source, out, *bf16, text=stage["text"], dataset=dataset, **{"max-tokens": stage["tokens"]}, **settings)
+        streamed = stage.get("distinct_tokens") is None and isinstance(stage["text"], str)
+        # Records from before the routers learned by choosing have no `choice_share`, whose default is not 0.
+        options = {"max_tokens": stage["tokens"], "choice_share": 0.0, **stage["settings"]}
+        options["dataset"] = stage["text"] if streamed else None
+        commands.append(_command("train", source, out, text=stage["text"], **options))
     if calibration:
-        add("calibrate", "trained", text=calibration["text"], budgets=",".join(calibration["budgets"]),
-            **{"max-tokens": calibration["tokens"], "block-size": calibration.get("block_size")})  # fmt: skip
+        commands.append(_command("calibrate", "trained", text=calibration["text"], budgets=",".join(calibration["budgets"]),
+                                 max_tokens=calibration["tokens"], block_size=calibration.get("block_size")))  # fmt: skip
     budgets = {}  # of each text, as it was cut into blocks
-    for entry in (facts["results"] or {"evaluations": []})["evaluations"]:
+    for entry in (facts["results"] or {}).get("evaluations", []):
         if entry["setting"].startswith("budget "):
             text = entry["text"] if isinstance(entry["text"], str) else tuple(entry["text"])
             budgets.setdefault((text, entry.get("block_size"), entry["tokens"]), {})[entry["setting"].split()[1]] = None
-    for (text, block_size, tokens), names in budgets.items():
-        options = {"budget": ",".join(names), "base": conversion and _named(conversion["base"])}
-        if block_size:  # each block's first token is not predicted
-            options |= {"max-tokens": tokens // (block_size - 1) * block_size, "block-size": block_size}
-        add("evaluate", "trained", text=text, **options)
+    for (text, size, tokens), names in budgets.items():
+        options = {"budget": ",".join(names), "base": conversion and text_name(conversion["base"])}
+        if size:  # `tokens` counts predicted tokens, all but the first of each block
+            options |= {"max_tokens": tokens // (size - 1) * size, "block_size": size}
+        commands.append(_command("evaluate", "trained", text=text, **options))
     return commands
-
-
-def _named(text) -> str:
-    """A text or base as a card names it: files and folders without the paths of the machine they were on."""
-    if isinstance(text, str):
-        return Path(text).name if text.startswith(("/", ".", "~")) else text
-    return ", ".join(Path(path).name for path in text)
-
-
-def _shown(value, pattern: str = "{}") -> str:
-    """A number by a format pattern; "not measured" for None and for what a template finds no value of."""
-    return pattern.format(value) if isinstance(value, int | float | str) else "not measured"

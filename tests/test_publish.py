@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -25,13 +26,14 @@ from huggingface_hub import ModelCard
 from reference import assert_close
 
 from dynamoe_hf import calibrate_budgets, convert_model, evaluate_model, train_model
-from dynamoe_hf.card import render_card
+from dynamoe_hf.card import Variant, render_card
 from dynamoe_hf.folder import load_model
 from dynamoe_hf.publish import LONGEST_WAIT, TRIES, publish_model
 
 
 BUDGETS = (0.5, 0.6, 0.75)
 REPO = "user/tiny-DynaMoE"
+ROOT = Path(__file__).parent.parent
 
 # What somebody does who never had the package, and then the code of the card. Every place is loaded by a process of its own,
 # forked from one that has imported libraries but loaded nothing, and finds an empty cache.
@@ -371,6 +373,60 @@ def test_every_number_of_the_card_is_in_the_files(folder):
     assert len(table) == len(BUDGETS)
     assert all(line.count("not measured") == 7 for line in table)
     assert "Training: none." in quality
+
+
+def test_the_first_screen_of_a_card(trained):
+    """What it is, how to load it, what it costs and what it saves, in this order; then everything else."""
+    budgets = json.loads((trained / "config.json").read_text())["budgets"]
+    family = [Variant(REPO, budgets["0.75"])] + [
+        Variant(f"{REPO}-{name}", theta, float(name)) for name, theta in budgets.items()
+    ]
+    entry = json.loads((trained / "results.json").read_text())["evaluations"][0]
+    card = render_card(trained, family[1], family, local_files_only=True).text
+    title, load, cost, saving, variants, quality, experts, training, limits, code = card.split("\n## ")
+    what = " ".join(title.split("\n\n")[1].split())
+    assert what.startswith("A DynaMoE version of a dense llama model") and what.count(". ") == 1 and what.endswith(".")
+    assert load.startswith("How to load it") and f'from_pretrained("{REPO}-0.5", trust_remote_code=True)' in load
+    assert cost.startswith("What it costs")
+    low, high = entry["ratio_interval"]
+    assert f"ratio to the dense base | {entry['ratio_to_dense']:.3f} ({low:.3f} to {high:.3f}) |" in cost
+    assert f"| perplexity | {entry['perplexity']:.2f} (" in cost
+    assert saving.startswith("What it saves")
+    assert f"| {entry['mean_share']:.1%} |" in saving and f"| {entry['active_parameters']:,} |" in saving
+    assert saving.count("not measured") == 2, "it was not timed"
+    assert len((title + load + cost + saving).splitlines()) < 50
+    assert "| budget 0.5 (this model) |" in variants and f"[{REPO}-0.75](https://huggingface.co/{REPO}-0.75)" in variants
+    assert quality.startswith("Quality") and experts.startswith("Experts by layer") and training.startswith("Training")
+    assert "dynamoe export" in limits and "SHA-256" in code
+    untimed = render_card(trained, family[2], family, local_files_only=True).text.split("## The family")[0]
+    assert untimed.count("not measured") == 6, "this budget was not evaluated"
+
+
+def test_templates_have_short_lines_and_are_shipped():
+    folder = ROOT / "dynamoe_hf" / "templates"
+    templates = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    assert {"model_card.md", "report.html", "tokens.html", "style.css", "tokens.js"} <= set(templates)
+    for name, content in templates.items():
+        assert max(map(len, content.splitlines())) <= 400, name
+    packaged = (ROOT / "setup.cfg").read_text().split("[options.package_data]")[1].split("[")[0]
+    assert "templates/*\n" in packaged, "an installed package needs them all"
+
+
+def test_card_of_evaluations_that_differ(folder):
+    """Two texts, one of them a training text by its name, and baselines that only one of them has."""
+    results = json.loads((folder / "results.json").read_text())
+    first = results["evaluations"][0]
+    assert "trained on too" not in render_card(folder, local_files_only=True).text
+    more = {**first, "text": ["a.txt", "b.txt"], "baselines": {"random": first["baselines"]["static"]}}
+    (folder / "results.json").write_text(json.dumps({"evaluations": [*results["evaluations"], more]}))
+    training = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**training, "text": ["b.txt", "c.txt"]}))
+    card = render_card(folder, local_files_only=True).text
+    assert "Texts with these names were trained on too: b.txt." in card
+    assert "| budget 0.5, a.txt, b.txt |" in card
+    ratio = f"{first['baselines']['static']['ratio_to_dense']:.3f}"
+    assert f"| {first['ratio_to_dense']:.3f} | not measured | {ratio} |" in card
+    assert f"| {first['ratio_to_dense']:.3f} | {ratio} | not measured |" in card
 
 
 def test_card_names_the_shipped_code_and_no_path_of_this_machine(trained):

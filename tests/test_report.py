@@ -14,7 +14,9 @@ from conftest import tiny_dense, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.report import draw_experts, draw_frontier, draw_tokens, report_folder, token_difficulty, tokens_page
+from dynamoe_hf.plots import draw_experts, draw_frontier, draw_tokens
+from dynamoe_hf.report import report_folder, token_difficulty, tokens_page
+from dynamoe_hf.tables import demo_table, evaluation_table, join_records, ratio_text, text_name
 
 
 NASTY = "Price: $5 and $6 <script>alert('x')</script> &amp; “naïve” 🙂👩‍👧 東京\n\n\tdef f(x):  # ok\n" + "long" * 40
@@ -136,6 +138,81 @@ def test_page_holds_the_exact_numbers():
     assert shown_text(page) == "a\n<"
     # The colour is the mean: lightest for the easiest token, the same for equal means.
     assert re.findall(r"--share:([\d.]+)", page) == ["0.000", "1.000", "1.000"]
+
+
+def test_hostile_text_is_escaped(folder, tmp_path):
+    """A token, a setting, a text's name or a folder's name can look like HTML, and none of them becomes an element."""
+    pieces = ["</script>", "<script>alert(1)</script>", '" onfocus="alert(1)', "</div>", "{{ 7 * 7 }}", "&lt;"]
+    page = tokens_page(pieces, torch.rand(2, 6), "<img src=x>")
+    assert page.count("<script>") == page.count("</script>") == page.count("</div>") - 2 == 1
+    assert "<img" not in page and "&lt;img src=x&gt;" in page
+    assert page.count("onfocus=") == page.count("&#34; onfocus=&#34;") == 1
+    assert shown_text(page) == "".join(pieces)
+    entry = evaluation(0.5, "</title><script>", setting="<b>bold</b>", baselines={"</tr>": evaluation(0.5)})
+    (folder / "results.json").write_text(json.dumps({"evaluations": [entry]}))
+    hostile = folder.rename(tmp_path / "<script>")
+    index = report_folder(hostile)[-1].read_text(encoding="utf-8")
+    assert "<script>" not in index and "<b>" not in index
+    assert "<title>&lt;script&gt;: report</title>" in index and "<td>&lt;b&gt;bold&lt;/b&gt;</td>" in index
+
+
+def test_evaluation_table():
+    """What `dynamoe evaluate` prints, character by character."""
+    plain = {"perplexity": 3.0, "mean_share": 0.5}
+    tasks = {"arc_easy": {"acc,none": 0.3141, "acc_stderr,none": 0.01, "sample_len": 100}}
+    entries = [
+        evaluation(0.5, tasks=tasks),
+        evaluation(
+            0.25, setting="expert 0", router_agreement=None, active_parameters=123_456_789, baselines={"static": plain}
+        ),
+    ]
+    del entries[1]["ratio_to_dense"]
+    assert evaluation_table(entries).splitlines() == [
+        "setting              MLP share    active           perplexity (95%)           to dense (95%) agreement",
+        "budget 0.5               50.0%     0.1 M    21.00 (18.90 to 23.10)   1.500 (1.400 to 1.600)       70%",
+        "  static                 50.0%              35.00   ratio 2.500",
+        "  random                 50.0%              28.00   ratio 2.000",
+        "  label                  50.0%              17.50   ratio 1.250",
+        "  arc_easy: acc,none 0.3141, acc_stderr,none 0.01, sample_len 100",
+        "expert 0                 25.0%   123.5 M    24.50 (22.05 to 26.95)             not measured          ",
+        "  static                 50.0%               3.00   ratio nan",
+    ]
+
+
+def test_demo_table():
+    """What `dynamoe demo` prints, character by character."""
+    more = {"tokens_per_second": 9.74, "speed_ratio": 1.234}
+    rows = [
+        {"budget": 0.5, **evaluation(0.5), **more, "baseline_ratios": {"static": 2.5, "random": 2.0}},
+        {"budget": 1.0, **evaluation(1.0), **more, "baseline_ratios": {}},
+    ]
+    assert demo_table(rows).splitlines() == [
+        "",
+        "Dense perplexity on held-out topics: 14.00 (4,088 tokens)",
+        "",
+        "| budget | mean MLP share | active parameters | perplexity | ratio to dense (95%) | static prefix | random routes "
+        "| tokens/s | to dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| 50% | 50.0% | 0.1 M | 21.00 | 1.500 (1.400 to 1.600) | 2.500 | 2.000 | 9.7 | 1.23x |",
+        "| 100% | 100.0% | 0.1 M | 14.00 | 1.000 (0.900 to 1.100) |  |  | 9.7 | 1.23x |",
+    ]
+
+
+def test_rows_join_evaluations_budgets_and_timings():
+    """A budget is found by its sensitivity, not by the name of the setting; a timing by the setting, at a batch of one."""
+    timings = [{"setting": "budget 0.75", "batch": batch, "ratio": batch} for batch in (8, 1)]
+    evaluations = [evaluation(0.75, sensitivity=0.6), evaluation(0.5, sensitivity=0.31)]
+    rows = join_records(evaluations, {"0.5": 0.3, "0.8": 0.6 * (1 + 1e-12)}, {"decode": timings})
+    assert [(row["setting"], row["budget"]) for row in rows] == [
+        ("budget 0.75", 0.8),
+        ("budget 0.5", None),
+        ("budget 0.5", 0.5),
+    ]
+    assert [row["decode"].get("ratio") for row in rows] == [1, None, None]
+    assert all(row["prefill"] == {} and row["tasks"] == {} for row in rows)
+    assert ratio_text(rows[0]) == "1.250 (1.150 to 1.350)" and ratio_text(rows[2]) == "not measured"
+    assert ratio_text({"ratio_to_dense": 1.0, "ratio_interval": [math.nan, math.nan]}) == "1.000"
+    assert text_name(["/home/a/b.txt", "c.txt"]) == "b.txt, c.txt" and text_name("./runs/base") == "base"
 
 
 def test_frontier_falls_back_to_perplexity():
