@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from .arguments import BenchArguments, resolve
 from .calibrate import check_reach, run_routers
 from .convert import dense_prefix, prove_parity
 from .data import documents_for, token_blocks
@@ -40,17 +42,7 @@ COLD_BYTES = 2**28  # of single MLPs, more than a cache holds
 
 
 @torch.no_grad()
-def bench_folder(
-    folder: str | Path,
-    budgets: Sequence[float] | None = None,
-    threads: int = 1,
-    rounds: int = 5,
-    new_tokens: int = 16,
-    shapes: Sequence[str] = ("SmolLM2-135M", "Llama-3.2-1B"),
-    compile: bool = False,
-    dtype: str = "auto",
-    shares: Sequence[float] = (),
-) -> dict:
+def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **settings: Any) -> dict:
     """
     Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes: on the CPU, also
     where there is a GPU (which `benchmarks/gpu.py` times).
@@ -60,15 +52,9 @@ def bench_folder(
 
     Args:
         folder: calibrated model folder; `benchmark.json` is written into it.
-        budgets: marks of the dial; all calibrated ones by default.
-        threads: of torch. Two threads on a busy machine can be a hundred times slower than one, so one is the default.
-        rounds: counted rounds, after one to warm up.
-        new_tokens: tokens decoded in each round; `generate` makes twice as many.
-        shapes: names in `SHAPES` of the single MLPs.
-        compile: also decode one sequence with `torch.compile` and a static cache on both sides, which takes minutes to compile.
-        dtype: of everything that is timed, for example `"bfloat16"`; by default that of the folder.
-        shares: mean shares of MLP width that decoding and prefill are timed at besides, with the dial where the timed text itself
-            takes them. Budgets are calibrated on other text, from which a short one differs by some points.
+        arguments, settings: the fields of `BenchArguments`, as one object or by name.
+            `generate` makes twice as many `new_tokens`. `shares` are of the timed text itself: budgets are calibrated on other
+            text, from which a short one differs by some points. `compile` decodes one sequence with a static cache.
 
     Returns:
         `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for.
@@ -78,15 +64,17 @@ def bench_folder(
     Raises:
         ValueError: no calibrated budgets, an unknown shape, a share out of reach, or full-width logits differ from the dense ones.
     """
+    arguments = resolve(BenchArguments, arguments, settings)
+    shapes, shares, rounds, new_tokens = arguments.shapes, arguments.shares, arguments.rounds, arguments.new_tokens
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
-    model, tokenizer = load_model(folder, device_map="cpu", dtype=dtype), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, device_map="cpu", dtype=arguments.dtype), load_tokenizer(folder)
     if shares:
         check_reach(model, shares, "share")
-    marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
+    marks = [float(b) for b in model.config.budgets] if arguments.budgets is None else list(arguments.budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
 
     def texts(count, length):
         return token_blocks(documents_for("held-out"), tokenizer, length, count * length)
@@ -97,7 +85,7 @@ def bench_folder(
         tokens = texts(1, 64)
         parity = prove_parity(dense(tokens).logits, model(tokens, **full).logits, model.dtype)
         record = {
-            "machine": {**machine(threads), "dtype": str(model.dtype).removeprefix("torch.")},
+            "machine": {**machine(arguments.threads), "dtype": str(model.dtype).removeprefix("torch.")},
             "parity": parity,
             "mlp": [row for name in shapes for row in bench_mlp(*SHAPES[name], rounds=rounds, name=name, dtype=model.dtype)],
             "decode": [
@@ -108,7 +96,7 @@ def bench_folder(
             "prefill": [row for length in PROMPTS for row in bench_prefill(model, texts(1, length), thetas, rounds, shares)],
             "generate": bench_generate(model, texts(1, 64), thetas, 2 * new_tokens, rounds),
         }
-        if compile:
+        if arguments.compile:
             record["compiled"] = bench_decode(
                 model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
             )
