@@ -213,3 +213,77 @@ class DemoArguments:
     """Mean shares of MLP width."""
     max_tokens: Count = 65_536
     """Training tokens."""
+
+
+@dataclass(kw_only=True)
+class AdaptArguments:
+    """Settings of `adapt_model`."""
+
+    text: Files | None = None
+    """Text files to train on. Without them: the training split of Python's own documentation topics."""
+    dataset: str | None = None
+    """Or a dataset, ID[:CONFIG], streamed."""
+    column: str = "text"
+    """Text column of the dataset."""
+    max_tokens: Count = 65_536
+    """Tokens to train on; shorter texts are repeated."""
+    learning_rate: float = 6e-5
+    """Learning rate of everything but the routers."""
+    resume: bool = False
+    """Go on with an interrupted run."""
+    block_size: Count = 256
+    """Tokens in one sequence."""
+    batch_size: Count = 4
+    """Sequences in one forward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes in one step."""
+    bf16: bool = False
+    """Mixed precision; for GPUs, and CPUs with AMX or AVX512_BF16."""
+    gradient_checkpointing: bool = False
+    """Less memory, a third more time."""
+    save_steps: Count = 50
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+
+
+@dataclass(kw_only=True)
+class TrainArguments(AdaptArguments):
+    """Settings of `train_model`."""
+
+    max_tokens: Count = 100_000
+    """Tokens to train on; shorter texts are repeated."""
+    learning_rate: float = 2e-4
+    """Learning rate of everything but the routers."""
+    train_parts: Literal["routers", "mlp", "layers", "all", "lora"] = "layers"
+    """What is trained: mlp is routers and MLPs, layers is all but the embeddings."""
+    route: Literal["router", "label", "random"] = "router"
+    """Expert of each token in training; routers are fitted before, and after."""
+    teacher: Literal["frozen", "self", "none"] = "frozen"
+    """Whose full width is distilled."""
+    sensitivity_range: Range | None = None
+    """Range that sequences draw their sensitivity from; 1 1 trains the full width alone. Without it: the config's."""
+    router_learning_rate: float = 1e-3
+    """Learning rate of the routers, if they have a loss."""
+    lm_loss_coef: float = 0.0
+    """Weight of the LM loss."""
+    router_loss_coef: float = 0.0
+    """Weight of the router loss while experts learn."""
+    kd_loss_coef: float = 1.0
+    """Weight of the distillation of the full width's logits."""
+    hidden_loss_coef: float = 10.0
+    """Weight of the relative error of each layer's hidden states to the full width's."""
+    logit_fraction: float = 1.0
+    """Share of positions whose logits are computed; less saves time."""
+    router_tokens: int = 65536
+    """Tokens of the fit of the routers, at most; 0: none."""
+    harm: Literal["layer", "token"] | None = None
+    """What an error costs in the fit of the routers: the same in a layer, or what its token's gradient says. Without it: by token where
+    the similarity allows."""
+    choice_share: float | None = None
+    """Share of the tokens, at the end, on which routers learn by choosing; 0: none. Without it: 0.2 where they have a profile and are
+    fitted."""
+    width_loss_coef: float = 0.9
+    """Price of width that choosing routers weigh the loss against."""
+    lora_rank: Count = 16
+    """Rank of the LoRA adapters."""
