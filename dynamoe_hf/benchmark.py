@@ -8,7 +8,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def _cpu_info():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def interleaved(runs: dict[str, Sequence[Callable[[], None]]], rounds: int, what: str = "Timing") -> dict[str, dict]:
+def interleaved(runs: Mapping[str, Sequence[Callable[[], Any]]], rounds: int, what: str = "Timing") -> dict[str, dict]:
     """
     Run all in turn, `rounds` times after one to warm up. A run is a list of steps, equally many for all, which take turns one by
     one: what disturbs the machine for longer than a step then slows every run.
@@ -213,7 +213,8 @@ def bench_mlp(
     config = LlamaConfig(
         vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=8
     )
-    model = DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config).to(dtype)).eval()
+    dense_model: Any = LlamaForCausalLM(config)  # transformers' decorator hides `to`
+    model = DynaMoEForCausalLM.from_dense(dense_model.to(dtype)).eval()
     mlps = [layer.mlp for layer in model.model.layers]
     widths = mlps[0].widths
     generator = torch.Generator().manual_seed(0)
@@ -284,7 +285,7 @@ def bench_decode(
 
         return [*timed_steps, back]
 
-    timed = {}
+    timed: dict[str, dict] = {}
     # A graph for each setting is one more whose guards every step tries in turn, so each setting is compiled alone.
     for group in [{name: theta} for name, theta in sensitivities.items()] if compile else [sensitivities]:
         if compile:
@@ -343,11 +344,13 @@ def bench_generate(
     `generate` end to end, greedy, equally many tokens on both sides, whose texts may differ: prompts (B, S). Also the memory
     that it needs beyond the weights. The limit is that of decoding the model's own text; the prompt is left out of it.
     """
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    dense = dense_prefix(model, 1.0)
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    # transformers gives `generate` a type of `self` that its own classes do not match.
+    dense: Any = dense_prefix(model, 1.0)
+    routed: Any = model
     runs = {"dense": partial(dense.generate, tokens, **options)}
     for name, theta in sensitivities.items():
-        runs[name] = partial(model.generate, tokens, sensitivity=theta, **options)
+        runs[name] = partial(routed.generate, tokens, sensitivity=theta, **options)
     timed, rows = interleaved({name: [run] for name, run in runs.items()}, rounds, "Generating"), []
     dense_peak = peak_memory(runs["dense"])
     for name, theta in sensitivities.items():

@@ -226,11 +226,13 @@ def quieten_imports() -> None:
     Drop two messages that transformers and peft cause by importing torchao, of which no reader of a stage can make anything: kernels that
     it cannot load on this machine, and torch's advice to torchao's authors.
     """
-    for logger, beginning in (
-        ("torchao", "Failed to load "),
-        ("torch.utils._pytree", "%s is an Enum subclass and is now natively"),
-    ):
-        logging.getLogger(logger).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
+    dropped = ("Failed to load ", "%s is an Enum subclass and is now natively supported")
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(dropped)
+
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(keeps)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,9 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
 
 def reorder(mlp: nn.Module, order: torch.Tensor) -> None:
     """Permute the neurons of a nested MLP in place: rows of gate and up (and their biases), columns of down."""
-    layout, width = mlp.layout, mlp.down_linear.in_features
+    layout: Any = mlp.layout
+    down: Any = mlp.down_linear
+    width = down.in_features
     with torch.no_grad():
         for name in filter(None, (layout.gate, layout.up)):
             linear = getattr(mlp, name)
@@ -194,7 +196,7 @@ def reorder(mlp: nn.Module, order: torch.Tensor) -> None:
             linear.weight.copy_(linear.weight[rows])
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias[rows])
-        mlp.down_linear.weight.copy_(mlp.down_linear.weight[:, order])
+        down.weight.copy_(down.weight[:, order])
 
 
 def _accumulate(dense, blocks, statistic, gradients=False):

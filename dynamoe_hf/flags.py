@@ -100,8 +100,9 @@ def field_helps(arguments: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, those of its bases included."""
     helps = {}
     for kind in reversed(arguments.__mro__[:-1]):
-        body = ast.parse(inspect.getsource(kind)).body[0].body
-        for field, text in pairwise(body):
+        tree = ast.parse(inspect.getsource(kind)).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in pairwise(tree.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                helps[field.target.id] = " ".join(text.value.value.split())
+                helps[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     return helps

@@ -74,7 +74,7 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
     family = plan_family(folder, repo, arguments.variants, layout)
     shared = shipped_files(folder)
     contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
-    summary = {"folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": []}
+    summary: dict[str, Any] = {"folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": []}
     for variant, own in zip(family, contents):
         sizes = {name: len(own[name]) if name in own else path.stat().st_size for name, path in shared.items()}
         sizes |= {name: len(content) for name, content in own.items()}
@@ -164,7 +164,7 @@ def own_files(folder: Path, variant: Variant, family: Sequence[Variant], base_mo
     """What a variant does not share with the folder: its config, unless it is the dial, and its card."""
     own = {"README.md": str(render_card(folder, variant, family, base_model)).encode()}
     if variant.budget is not None:
-        config = {**read_json(folder / "config.json"), "sensitivity": variant.sensitivity, "force_expert": None}
+        config = {**(read_json(folder / "config.json") or {}), "sensitivity": variant.sensitivity, "force_expert": None}
         own["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return own
 
@@ -209,7 +209,7 @@ def _commit(api, variant, operations, own, message, create_pr):
     present = api.list_repo_files(variant.repo, revision=variant.revision)
     # The trap: a `model.safetensors` of old would be loaded instead of new shards.
     stale = [name for name in present if name.endswith(WEIGHTS) and name not in operations]
-    changes = [CommitOperationDelete(name) for name in stale]
+    changes: list[CommitOperationDelete | CommitOperationAdd] = [CommitOperationDelete(name) for name in stale]
     # Copies, since an operation can be committed once; they share the hash of their file.
     changes += [copy.copy(operation) for name, operation in operations.items() if name not in own]
     changes += [CommitOperationAdd(name, content) for name, content in own.items()]
@@ -248,7 +248,7 @@ class _Hub:
                     break
                 if status is None and not isinstance(cause, HTTPError | ConnectionError | json.JSONDecodeError):
                     raise
-                said = response.headers.get("retry-after", "") if status else ""
+                said = response.headers.get("retry-after", "") if response is not None and status else ""
                 wait = float(said) if said.isdigit() else 2.0**attempt
                 trouble = f"status {status}" if status else f"{type(cause).__name__}, the connection broke"
                 refusal = ConnectionError(
