@@ -78,9 +78,9 @@ def _is_command_line() -> bool:
 
 
 # `import dynamoe_hf` registers the model with the Auto classes, so that `AutoModelForCausalLM.from_pretrained(folder)` needs no
-# `trust_remote_code`. Python runs this file before `dynamoe_hf.cli`, and torch and transformers take seconds to import: the command line
-# leaves the registration to its stages, all of which import `modeling`, and `dynamoe --help` does without. Any other program registers here;
-# the trap is a script of one's own that is called `dynamoe`, without a suffix: it must import `dynamoe_hf.modeling` itself.
+# `trust_remote_code`. Python runs this file before `dynamoe_hf.cli`, and torch and transformers take seconds to import. So the
+# command line leaves the registration to its stages, all of which import `modeling`, and `dynamoe --help` does without it.
+# The trap: a script of one's own that is called `dynamoe`, without a suffix, must import `dynamoe_hf.modeling` itself.
 if not _is_command_line():
     try:
         import_module(".modeling", __name__)
@@ -88,7 +88,7 @@ if not _is_command_line():
         if error.name != f"{__name__}.modeling":
             raise
         raise ModuleNotFoundError(
-            "`dynamoe_hf.modeling` is the top-level `modeling/` folder, mapped by `package_dir` in setup.cfg when the package is "
-            "installed. From a checkout, run `pip install -e .` first.",
+            "`dynamoe_hf.modeling` is the top-level `modeling/` folder, mapped by `package_dir` in setup.cfg when the package "
+            "is installed. From a checkout, run `pip install -e .` first.",
             name=error.name,
         ) from error

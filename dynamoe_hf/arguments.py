@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The settings of every stage: names, types, defaults and help, each written once. The stage functions, the command line and the API
-reference read them here. This file imports the standard library only, so that `dynamoe --help` answers at once.
+The settings of every stage: names, types, defaults and help, each written once. The stage functions, the command line and the
+API reference read them here. This file imports the standard library only, so that `dynamoe --help` answers at once.
 
-A stage function takes them as one object or by name: `calibrate_budgets(folder, CalibrateArguments(max_tokens=4096))` is
-`calibrate_budgets(folder, max_tokens=4096)`. A default of `None` leaves the choice to the stage; the docstring says what it takes.
+A stage function takes them as one object or by name: `calibrate_budgets(folder, CalibrateArguments(max_tokens=4096))` equals
+`calibrate_budgets(folder, max_tokens=4096)`. A default of `None` leaves the choice to the stage; the docstring says what it is.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def resolve(kind: type[T], arguments: T | None, settings: dict[str, Any]) -> T:
         raise TypeError(
             f"`arguments` must be {kind.__name__}, found {type(arguments).__name__}. Give single settings by name."
         )
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass, which no bound of a TypeVar can say
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a TypeVar cannot be bound to dataclasses
     if unknown := settings.keys() - set(names):
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}. Its settings are {', '.join(names)}.")
     return replace(arguments, **settings)  # type: ignore[type-var]
@@ -95,7 +95,7 @@ class CalibrateArguments:
 
 @dataclass(kw_only=True)
 class EvaluateArguments:
-    """Settings of `evaluate_model`. One of `budget`, `sensitivity` and `force_expert` at most; without them the config's holds."""
+    """Settings of `evaluate_model`. At most one of `budget`, `sensitivity` and `force_expert`; without them, the config's."""
 
     text: Files | None = None
     """Held-out text files. Without them: the held-out split of Python's own documentation topics."""
@@ -123,7 +123,7 @@ class EvaluateArguments:
 
 @dataclass(kw_only=True)
 class GenerateArguments:
-    """Settings of `generate_text`. One of `budget` and `sensitivity` at most; without them the config's holds."""
+    """Settings of `generate_text`. At most one of `budget` and `sensitivity`; without them, the config's."""
 
     budget: float | None = None
     """Calibrated mean share of MLP width."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-`dynamoe`: one subcommand a stage. The flags of a stage are the fields of its dataclass in `arguments`. Nothing here imports torch,
-transformers or a stage before the stage runs, so that `--help` and wrong flags are answered at once.
+`dynamoe`: one subcommand a stage. The flags of a stage are the fields of its dataclass in `arguments`. Nothing here imports
+torch, transformers or a stage before the stage runs, so that `--help` and wrong flags are answered at once.
 """
 
 import difflib
@@ -223,8 +223,8 @@ def parse(name: str, argv: Sequence[str]) -> dict[str, Any]:
 
 def quieten_imports() -> None:
     """
-    Drop two messages that transformers and peft cause by importing torchao, of which no reader of a stage can make anything: kernels that
-    it cannot load on this machine, and torch's advice to torchao's authors.
+    Drop two messages that appear when transformers or peft import torchao, and that say nothing about a stage: which of its kernels
+    cannot be loaded on this machine, and a deprecation that concerns torchao's own code.
     """
     dropped = ("Failed to load ", "%s is an Enum subclass and is now natively supported")
 

@@ -30,12 +30,7 @@ TRAINING_SHARES = (0.35, 1.0)
 # The trap: autocast keeps casts of weights. Inside of it the reordered ones would be measured, and proved, by the old ones.
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
-def convert_model(
-    base: str | Path,
-    out: str | Path,
-    arguments: ConvertArguments | None = None,
-    **settings: Any,
-) -> dict:
+def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments | None = None, **settings: Any) -> dict:
     """
     Convert a dense model into a DynaMoE model folder.
 

@@ -59,7 +59,7 @@ FORMS = {
 
 def command_type(arguments: type | None, positionals: Mapping[str, str], json: bool, exclusive: Collection[str]) -> type:
     """
-    A dataclass of all that a subcommand is told, annotated for tyro: its positionals, flags for the fields of `arguments`, `--json`.
+    A dataclass of all inputs of a subcommand, annotated for tyro: its positionals, the fields of `arguments`, and `json`.
 
     Args:
         arguments: a dataclass whose fields have a default and a docstring below them.
