@@ -38,15 +38,16 @@ test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, an
 test-gpu: install  ## tests that need an accelerator
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "gpu or triton"
 
-check: install  ## lint and format, as CI does
+check: install  ## lint, format and types, as CI does
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 style: install  ## fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove what was built
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .PHONY: help install demo test test-slow test-space test-triton test-gpu check style clean

@@ -61,9 +61,10 @@ from texts import PACKAGES, write_texts
 from tqdm.auto import tqdm
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
+from dynamoe_hf.arguments import EIGHTHS
 from dynamoe_hf.benchmark import machine
 from dynamoe_hf.calibrate import solve_budget
-from dynamoe_hf.convert import EIGHTHS, SINK_POSITIONS, convert_model, dense_prefix, load_dense
+from dynamoe_hf.convert import SINK_POSITIONS, convert_model, dense_prefix, load_dense
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll

@@ -8,15 +8,17 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from .arguments import BenchArguments, resolve
 from .calibrate import check_reach
 from .convert import dense_prefix, prove_parity
 from .data import documents_for, token_blocks
@@ -41,17 +43,7 @@ COLD_BYTES = 2**28  # of single MLPs, more than a cache holds
 
 
 @torch.no_grad()
-def bench_folder(
-    folder: str | Path,
-    budgets: Sequence[float] | None = None,
-    threads: int = 1,
-    rounds: int = 5,
-    new_tokens: int = 16,
-    shapes: Sequence[str] = ("SmolLM2-135M", "Llama-3.2-1B"),
-    compile: bool = False,
-    dtype: str = "auto",
-    shares: Sequence[float] = (),
-) -> dict:
+def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **settings: Any) -> dict:
     """
     Time a model folder against the dense model of the same shape and weights, and single MLPs of known shapes: on the CPU, also
     where there is a GPU (which `benchmarks/gpu.py` times).
@@ -61,15 +53,9 @@ def bench_folder(
 
     Args:
         folder: calibrated model folder; `benchmark.json` is written into it.
-        budgets: marks of the dial; all calibrated ones by default.
-        threads: of torch. Two threads on a busy machine can be a hundred times slower than one, so one is the default.
-        rounds: counted rounds, after one to warm up.
-        new_tokens: tokens decoded in each round; `generate` makes twice as many.
-        shapes: names in `SHAPES` of the single MLPs.
-        compile: also decode one sequence with `torch.compile` and a static cache on both sides, which takes minutes to compile.
-        dtype: of everything that is timed, for example `"bfloat16"`; by default that of the folder.
-        shares: mean shares of MLP width that decoding and prefill are timed at besides, with the dial where the timed text itself
-            takes them. Budgets are calibrated on other text, from which a short one differs by some points.
+        arguments, settings: the fields of `BenchArguments`, as one object or by name.
+            `generate` makes twice as many `new_tokens`. `shares` are of the timed text itself: budgets are calibrated on other
+            text, from which a short one differs by some points. `compile` decodes one sequence with a static cache.
 
     Returns:
         `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for.
@@ -79,15 +65,17 @@ def bench_folder(
     Raises:
         ValueError: no calibrated budgets, an unknown shape, a share out of reach, or full-width logits differ from the dense ones.
     """
+    arguments = resolve(BenchArguments, arguments, settings)
+    shapes, shares, rounds, new_tokens = arguments.shapes, arguments.shares, arguments.rounds, arguments.new_tokens
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
-    model, tokenizer = load_model(folder, device_map="cpu", dtype=dtype), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, device_map="cpu", dtype=arguments.dtype), load_tokenizer(folder)
     if shares:
         check_reach(model, shares, "share")
-    marks = [float(b) for b in model.config.budgets] if budgets is None else list(budgets)
+    marks = [float(b) for b in model.config.budgets] if arguments.budgets is None else list(arguments.budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
 
     def texts(count, length):
         return token_blocks(documents_for("held-out"), tokenizer, length, count * length)
@@ -98,7 +86,7 @@ def bench_folder(
         tokens = texts(1, 64)
         parity = prove_parity(dense(tokens).logits, model(tokens, **full).logits, model.dtype)
         record = {
-            "machine": {**machine(threads), "dtype": str(model.dtype).removeprefix("torch.")},
+            "machine": {**machine(arguments.threads), "dtype": str(model.dtype).removeprefix("torch.")},
             "parity": parity,
             "mlp": [row for name in shapes for row in bench_mlp(*SHAPES[name], rounds=rounds, name=name, dtype=model.dtype)],
             "decode": [
@@ -109,7 +97,7 @@ def bench_folder(
             "prefill": [row for length in PROMPTS for row in bench_prefill(model, texts(1, length), thetas, rounds, shares)],
             "generate": bench_generate(model, texts(1, 64), thetas, 2 * new_tokens, rounds),
         }
-        if compile:
+        if arguments.compile:
             record["compiled"] = bench_decode(
                 model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
             )
@@ -142,7 +130,7 @@ def _cpu_info():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def interleaved(runs: dict[str, Sequence[Callable[[], None]]], rounds: int, what: str = "Timing") -> dict[str, dict]:
+def interleaved(runs: Mapping[str, Sequence[Callable[[], Any]]], rounds: int, what: str = "Timing") -> dict[str, dict]:
     """
     Run all in turn, `rounds` times after one to warm up. A run is a list of steps, equally many for all, which take turns one by
     one: what disturbs the machine for longer than a step then slows every run.
@@ -226,7 +214,8 @@ def bench_mlp(
     config = LlamaConfig(
         vocab_size=8, hidden_size=hidden_size, intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=8
     )
-    model = DynaMoEForCausalLM.from_dense(LlamaForCausalLM(config).to(dtype)).eval()
+    dense_model: Any = LlamaForCausalLM(config)  # transformers' decorator hides `to`
+    model = DynaMoEForCausalLM.from_dense(dense_model.to(dtype)).eval()
     mlps = model.nested_mlps
     widths = mlps[0].widths
     generator = torch.Generator().manual_seed(0)
@@ -297,7 +286,7 @@ def bench_decode(
 
         return [*timed_steps, back]
 
-    timed = {}
+    timed: dict[str, dict] = {}
     # A graph for each setting is one more whose guards every step tries in turn, so each setting is compiled alone.
     for group in [{name: theta} for name, theta in sensitivities.items()] if compile else [sensitivities]:
         if compile:
@@ -356,11 +345,13 @@ def bench_generate(
     `generate` end to end, greedy, equally many tokens on both sides, whose texts may differ: prompts (B, S). Also the memory
     that it needs beyond the weights. The limit is that of decoding the model's own text; the prompt is left out of it.
     """
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    dense = dense_prefix(model, 1.0)
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    # transformers gives `generate` a type of `self` that its own classes do not match.
+    dense: Any = dense_prefix(model, 1.0)
+    routed: Any = model
     runs = {"dense": partial(dense.generate, tokens, **options)}
     for name, theta in sensitivities.items():
-        runs[name] = partial(model.generate, tokens, sensitivity=theta, **options)
+        runs[name] = partial(routed.generate, tokens, sensitivity=theta, **options)
     timed, rows = interleaved({name: [run] for name, run in runs.items()}, rounds, "Generating"), []
     dense_peak = peak_memory(runs["dense"])
     for name, theta in sensitivities.items():

@@ -3,10 +3,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from .arguments import CalibrateArguments, resolve
 from .data import documents_for, text_names, token_blocks
 from .folder import CALIBRATION, load_model, load_tokenizer, update_config, write_json
 from .modeling import DynaMoEForCausalLM
@@ -16,14 +18,7 @@ from .observe import bisect_rising, expert_shares, run_routers
 TOLERANCE = 0.02  # a budget is reached when the mean share is this near on the calibration text
 
 
-def calibrate_budgets(
-    folder: str | Path,
-    budgets: Sequence[float] = (0.5, 0.6, 0.75, 0.9),
-    text: str | Sequence[str] | None = None,
-    max_tokens: int = 8192,
-    block_size: int = 512,
-    batch_size: int = 4,
-) -> dict:
+def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None = None, **settings: Any) -> dict:
     """
     Find the sensitivity that reaches each budget, a mean share of MLP width over tokens and layers.
 
@@ -32,8 +27,7 @@ def calibrate_budgets(
 
     Args:
         folder: trained model folder; its config gets `budgets`, and the largest budget as default sensitivity.
-        budgets: shares in (0, 1).
-        text: text files that were not trained on; by default a split of Python's own documentation topics.
+        arguments, settings: the fields of `CalibrateArguments`, as one object or by name.
 
     Returns:
         The calibration record, also written to `calibration.json`: for each budget the sensitivity, the mean share reached and its
@@ -42,11 +36,13 @@ def calibrate_budgets(
     Raises:
         ValueError: a budget is out of reach, for example because the routers are untrained; nothing is written then.
     """
+    arguments = resolve(CalibrateArguments, arguments, settings)
+    text, batch_size = arguments.text, arguments.batch_size
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     shares = expert_shares(model)
-    budgets = sorted({float(budget) for budget in budgets}, reverse=True)
+    budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget")
-    blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, max_tokens)
+    blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)
     found, run = {}, run_routers(model, blocks, shares, 0.5, batch_size)
     for budget in tqdm(budgets, desc="Calibrating", leave=False):
         (sensitivity, share_N), run = solve_budget(model, blocks, shares, budget, run, batch_size)

@@ -2,14 +2,16 @@
 """Dense model -> DynaMoE: rank the neurons, reorder them, add routers, prove parity. And back: export one width as a dense model."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .arguments import ConvertArguments, ExportArguments, resolve
 from .data import documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
 from .label import error_weights
@@ -27,7 +29,6 @@ from .observe import (
 
 SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
 GRADIENT_BLOCKS = 6  # sequences that estimate the error weights: more do not change them
-EIGHTHS = tuple(eighth / 8 for eighth in range(1, 9))
 # Mean shares that the sensitivities drawn in training span, by the labels. Without the full width among them it drifts.
 TRAINING_SHARES = (0.35, 1.0)
 
@@ -35,20 +36,7 @@ TRAINING_SHARES = (0.35, 1.0)
 # The trap: autocast keeps casts of weights. Inside of it the reordered ones would be measured, and proved, by the old ones.
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
-def convert_model(
-    base: str | Path,
-    out: str | Path,
-    widths: Sequence[float] | Sequence[Sequence[float]] = EIGHTHS,
-    text: str | Sequence[str] | None = None,
-    importance: str = "taylor_share",
-    similarity: str = "loss_gain",
-    router_type: str = "profile",
-    router_dim: int | None = None,
-    max_tokens: int = 8192,
-    block_size: int = 512,
-    dtype: str = "auto",
-    seed: int = 0,
-) -> dict:
+def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments | None = None, **settings: Any) -> dict:
     """
     Convert a dense model into a DynaMoE model folder.
 
@@ -59,13 +47,7 @@ def convert_model(
     Args:
         base: Hub id or folder of a dense causal language model; a folder with a `.gguf` file is dequantised.
         out: folder to write.
-        widths: expert widths as rising fractions ending at 1, or one such list for each layer.
-        text: text files for calibration; by default a split of Python's own documentation topics.
-        importance: how neurons are ranked, one of `IMPORTANCES`.
-        similarity, router_type, router_dim: see `DynaMoEConfig`.
-        max_tokens, block_size: calibration tokens, and tokens of one sequence.
-        dtype: of the loaded weights; `"auto"` keeps the checkpoint's.
-        seed: of the routers' initial weights.
+        arguments, settings: the fields of `ConvertArguments`, as one object or by name.
 
     Returns:
         The conversion record, also written to `conversion.json`: parity, calibration, versions.
@@ -74,20 +56,23 @@ def convert_model(
         ValueError: the base cannot be converted, holds NaN, or full-width logits differ from the dense ones.
         FileExistsError: `out` exists.
     """
+    arguments = resolve(ConvertArguments, arguments, settings)
+    importance, text = arguments.importance, arguments.text
     refuse_existing(out)
     if importance not in IMPORTANCES:
         raise ValueError(f"The importance {importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
-    dense, tokenizer = load_dense(base, dtype)
+    dense, tokenizer = load_dense(base, arguments.dtype)
     fields = {
-        "expert_widths": [w if isinstance(w, float | int) else list(w) for w in widths],
-        "similarity": similarity, "router_type": router_type, "router_dim": router_dim,
+        "expert_widths": [w if isinstance(w, float | int) else list(w) for w in arguments.widths],
+        "similarity": arguments.similarity, "router_type": arguments.router_type, "router_dim": arguments.router_dim,
     }  # fmt: skip
     DynaMoEForCausalLM.config_for(dense, **fields)  # what cannot be converted is told before the long work
-    blocks = token_blocks(documents_for("calibration", text), tokenizer, min(block_size, _longest(dense)), max_tokens)
+    block_size = min(arguments.block_size, _longest(dense))
+    blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     expected = _logits(dense, probe)
     scores = IMPORTANCES[importance](dense, blocks)
-    torch.manual_seed(seed)
+    torch.manual_seed(arguments.seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
     for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
         mlp.layout.reorder(mlp, torch.argsort(score, descending=True))
@@ -98,7 +83,7 @@ def convert_model(
         "base": _name(base),
         "importance": importance,
         "calibration": {"text": text_names(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
-        "seed": seed,
+        "seed": arguments.seed,
         "parity": parity,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -298,17 +283,26 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     return dense.eval()
 
 
-def export_dense(folder: str | Path, out: str | Path, width: float = 1.0) -> dict:
+def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments | None = None, **settings: Any) -> dict:
     """
     Write a plain dense model whose MLPs are the first `width` of the neurons: it loads without this package, in any runtime
     that knows the base's family. It needs no routers, so every token costs, and gets, the same.
+
+    Args:
+        folder: model folder or Hub id.
+        out: folder to write.
+        arguments, settings: the fields of `ExportArguments`, as one object or by name.
+
+    Returns:
+        `mlp_width`, in neurons, and the number of `parameters`.
 
     Raises:
         ValueError: `width` is not in (0, 1], or the folder is not a DynaMoE model.
         FileExistsError: `out` exists.
     """
+    arguments = resolve(ExportArguments, arguments, settings)
     refuse_existing(out)
-    dense = dense_prefix(load_model(folder), width)
+    dense = dense_prefix(load_model(folder), arguments.width)
     with new_folder(out) as target:
         dense.save_pretrained(target)
         load_tokenizer(folder).save_pretrained(target)

@@ -26,7 +26,9 @@ def topic_documents(split: str) -> list[str]:
 
     topics = pydoc_data.topics.topics
     names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    total, splits, seen = sum(map(len, topics.values())), {}, set()
+    total = sum(map(len, topics.values()))
+    splits: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for part, share in TOPIC_SHARES.items():
         splits[part], size = [], 0
         while names and size < share * total:
@@ -123,7 +125,8 @@ def _spread_blocks(documents, tokenizer, block_size, count):
     At most `count` blocks, evenly spread over the documents, in a random order: of a long text the first block of each of as many
     windows. One of each, for a block that goes on in the next window would have an end of text where no document ends.
     """
-    text, size, blocks = "\f".join(documents), WINDOW * block_size, []
+    text, size = "\f".join(documents), WINDOW * block_size
+    blocks: list[torch.Tensor] = []
     if len(text) > count * size:
         for index in range(count):
             start = index * (len(text) - size) // max(1, count - 1)

@@ -11,7 +11,9 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
+from .arguments import DemoArguments, resolve
 from .benchmark import bench_decode
 from .calibrate import calibrate_budgets
 from .convert import convert_model
@@ -32,21 +34,19 @@ ROUTER_TOKENS = 16_384  # a quarter of what `train_model` takes by default: both
 PROMPT = "The with statement in Python is used to"
 
 
-def run_demo(
-    out: str | Path = "runs/demo", budgets: tuple[float, ...] = (0.9, 0.75, 0.6, 0.5), max_tokens: int = 65_536
-) -> list[dict]:
+def run_demo(arguments: DemoArguments | None = None, **settings: Any) -> list[dict]:
     """
     Run the whole way on SmolLM2-135M-Instruct and print one table. About 13 minutes on two cores after the download.
 
     Args:
-        out: folder for everything that is made; stages already done there are made anew.
-        budgets: mean shares of MLP width.
-        max_tokens: training tokens.
+        arguments, settings: the fields of `DemoArguments`, as one object or by name.
+            Stages already done in its `out` are made anew.
 
     Returns:
         One row for each budget, as printed.
     """
-    out, start = Path(out), time.time()
+    arguments = resolve(DemoArguments, arguments, settings)
+    out, budgets, start = Path(arguments.out), tuple(arguments.budgets), time.time()
     out.mkdir(parents=True, exist_ok=True)
     base = obtain_model(out.parent / "base")
     for name in ("converted", "trained", "trained.checkpoints"):
@@ -58,10 +58,10 @@ def run_demo(
     step("Converting: neurons ranked, MLPs nested, parity with the dense model proved")
     record = convert_model(base, out / "converted")
     print(f"Full width equals dense: largest relative difference {record['parity']['largest_relative_difference']:.1g}")
-    step(f"Training routers and experts on {max_tokens:,} tokens, distilling the full width")
-    train_model(out / "converted", out / "trained", max_tokens=max_tokens, router_tokens=ROUTER_TOKENS)
+    step(f"Training routers and experts on {arguments.max_tokens:,} tokens, distilling the full width")
+    train_model(out / "converted", out / "trained", max_tokens=arguments.max_tokens, router_tokens=ROUTER_TOKENS)
     step(f"Calibrating the dial for budgets {', '.join(f'{b:g}' for b in budgets)}")
-    calibrate_budgets(out / "trained", budgets)
+    calibrate_budgets(out / "trained", budgets=budgets)
     step("Evaluating on held-out topics, against the dense base on the same tokens")
     model, tokenizer = load_model(out / "trained", device_map="cpu"), load_tokenizer(out / "trained")
     evaluations = evaluate_model(

@@ -4,12 +4,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm.auto import tqdm
 
+from .arguments import Baseline, EvaluateArguments, resolve
 from .convert import dense_prefix, load_dense
 from .data import documents_for, text_names, token_blocks
 from .folder import (
@@ -28,35 +30,18 @@ from .observe import expert_shares, sensitivity_for, similarity_profiles, watch
 
 # The set of the literature on dynamic computation, with its numbers of examples in the prompt.
 TASKS = {"arc_easy": 0, "lambada_openai": 0, "piqa": 0, "winogrande": 0, "mmlu": 5, "hellaswag": 10}
-BASELINES = ("static", "random", "label")
+BASELINES = get_args(Baseline)
 
 
-def evaluate_model(
-    folder: str | Path,
-    text: str | Sequence[str] | None = None,
-    budget: float | Sequence[float] | None = None,
-    sensitivity: float | Sequence[float] | None = None,
-    force_expert: int | None = None,
-    base: str | Path | None = None,
-    baselines: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    task_limit: int | None = None,
-    max_tokens: int = 16384,
-    block_size: int = 512,
-    batch_size: int = 4,
-) -> list[dict]:
+def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = None, **settings: Any) -> list[dict]:
     """
     Evaluate one or more settings of the dial on the same tokens, and add the entries to the folder's `results.json`.
 
     Args:
         folder: model folder or Hub id; results are kept where it is a folder.
-        text: text files; by default the held-out split of Python's own documentation topics.
-        budget, sensitivity, force_expert: settings, at most one kind of them; by default what the config says.
-        base: the dense base (folder or id), to state ratios of perplexity; none are stated without it.
-        baselines: for each setting also, with the same weights: `"static"`, a prefix of the same share for every token;
-            `"random"`, experts drawn with the routers' own frequencies in each layer; `"label"`, the true labels (oracle).
-        tasks: lm-eval task names, paths of task files (`.yaml`), or `"literature"` for `TASKS`.
-        task_limit: examples of each task at most.
+        arguments, settings: the fields of `EvaluateArguments`, as one object or by name.
+            Of its baselines, `"static"` is a prefix of the same share for every token, `"random"` draws experts with the routers'
+            own frequencies in each layer, and `"label"` takes the true labels (an oracle); its task `"literature"` is `TASKS`.
 
     Returns:
         One entry a setting: `perplexity` with a 95% interval over blocks, `tokens`, `mean_share`, `active_parameters`,
@@ -66,14 +51,18 @@ def evaluate_model(
     Raises:
         ValueError: more than one kind of setting, an uncalibrated budget, or too little text.
     """
-    if sum(value is not None for value in (budget, sensitivity, force_expert)) > 1:
+    arguments = resolve(EvaluateArguments, arguments, settings)
+    base, baselines, text, tasks = arguments.base, arguments.baselines, arguments.text, arguments.tasks
+    block_size, batch_size = arguments.block_size, arguments.batch_size
+    dial = (arguments.budget, arguments.sensitivity, arguments.force_expert)
+    if sum(value is not None for value in dial) > 1:
         raise ValueError("More than one of budget, sensitivity and force_expert was given. Give one of them.")
     if unknown := set(baselines) - set(BASELINES):
         raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
     read_json(Path(folder) / RESULTS)  # a damaged file is told before the work whose results it should take
     tokenizer = load_tokenizer(folder)
-    settings = _settings(load_dynamoe_config(folder), budget, sensitivity, force_expert)
-    blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, max_tokens)
+    routings = _settings(load_dynamoe_config(folder), *dial)
+    blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, arguments.max_tokens)
     if len(blocks) < 2:
         raise ValueError(
             f"One block of {block_size} tokens gives no interval. Give more text or tokens, or a smaller --block-size."
@@ -87,7 +76,7 @@ def evaluate_model(
     counts, shares = count_parameters(model), expert_shares(model)
     named = "pydoc_data.topics (held-out)" if text is None else text_names(text)
     entries = []
-    for name, routing in settings:
+    for name, routing in routings:
         full = routing.get("force_expert") is not None
         nll, use, agreement = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
         share = (use * shares).sum(-1).mean().item()
@@ -102,7 +91,7 @@ def evaluate_model(
         entry["baselines"] = {kind: _baseline(model, blocks, batch_size, kind, routing, use, dense_nll) for kind in baselines}
         if tasks:
             with model.routing(**routing):
-                entry["tasks"] = run_tasks(model, tokenizer, tasks, task_limit, batch_size)
+                entry["tasks"] = run_tasks(model, tokenizer, tasks, arguments.task_limit, batch_size)
         entry["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         entries.append(entry)
     if Path(folder).is_dir():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from .modeling import DynaMoEConfig, DynaMoEForCausalLM
 
 CONVERSION, TRAINING, CALIBRATION = "conversion.json", "training.json", "calibration.json"
 RESULTS, BENCHMARK = "results.json", "benchmark.json"
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
@@ -33,13 +35,13 @@ def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
     return model if options.keys() & {"device_map", "quantization_config"} else on_gpu(model)
 
 
-def on_gpu(model: PreTrainedModel) -> PreTrainedModel:
+def on_gpu(model: Model) -> Model:
     """
     The model, moved to this process's GPU if there is one: of several that which the launcher's `LOCAL_RANK` says. An empty
     `CUDA_VISIBLE_DEVICES` keeps every stage on the CPU.
     """
     if torch.cuda.is_available() and model.device.type == "cpu":
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))  # type: ignore[arg-type]  # transformers' decorator hides `to`
     return model
 
 
@@ -162,7 +164,7 @@ def update_config(folder: str | Path, **fields) -> None:
     for name, value in fields.items():
         setattr(config, name, value)
     config.check()
-    content = read_json(Path(folder) / "config.json")
+    content = read_json(Path(folder) / "config.json") or {}
     write_json(Path(folder) / "config.json", {**content, **fields})
 
 

@@ -2,44 +2,38 @@
 """Text from a model folder at a setting of the dial."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .arguments import GenerateArguments, resolve
 from .folder import load_model, load_tokenizer
 
 
-def generate_text(
-    folder: str | Path,
-    prompt: str,
-    budget: float | None = None,
-    sensitivity: float | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    chat: bool = False,
-    seed: int = 0,
-) -> str:
+def generate_text(folder: str | Path, prompt: str, arguments: GenerateArguments | None = None, **settings: Any) -> str:
     """
     The continuation of a prompt, or with `chat=True` the answer to it through the tokenizer's chat template.
 
     Args:
         folder: model folder or Hub id.
-        budget, sensitivity: setting of the dial, one at most; by default what the config says.
-        temperature: 0 is greedy.
+        prompt: text to continue, or the question.
+        arguments, settings: the fields of `GenerateArguments`, as one object or by name.
 
     Raises:
         ValueError: an empty prompt, both settings, or a budget that is not calibrated.
     """
+    arguments = resolve(GenerateArguments, arguments, settings)
     if not prompt.strip():
         raise ValueError("The prompt is empty. Give some words to continue.")
-    if budget is not None and sensitivity is not None:
+    if arguments.budget is not None and arguments.sensitivity is not None:
         raise ValueError("Both a budget and a sensitivity were given. Give one of them.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    if budget is not None:
-        model.set_budget(budget)
-    elif sensitivity is not None:
-        model.set_sensitivity(sensitivity)
-    torch.manual_seed(seed)
-    return continue_text(model, tokenizer, prompt, max_new_tokens, temperature, chat)
+    if arguments.budget is not None:
+        model.set_budget(arguments.budget)
+    elif arguments.sensitivity is not None:
+        model.set_sensitivity(arguments.sensitivity)
+    torch.manual_seed(arguments.seed)
+    return continue_text(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature, arguments.chat)
 
 
 def continue_text(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, chat=False) -> str:

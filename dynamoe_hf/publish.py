@@ -8,17 +8,19 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from .arguments import Layout, PublishArguments, resolve
 from .card import Variant, render_card
 from .folder import load_dynamoe_config, new_folder, read_json
 
 
-LAYOUTS = ("repos", "revisions")
+LAYOUTS = get_args(Layout)
 # What travels. A folder can hold more, such as an optimizer's state or somebody's notes, and none of that is published.
 SHIPPED = (
     "*.safetensors",
@@ -37,18 +39,7 @@ TRIES = 4
 LONGEST_WAIT = 300.0  # seconds; who asks for more is left in peace
 
 
-def publish_model(
-    folder: str | Path,
-    repo: str,
-    variants: Sequence[float] | None = None,
-    layout: str = "repos",
-    dry_run: bool = False,
-    out: str | Path | None = None,
-    private: bool = False,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    base_model: str | None = None,
-) -> dict:
+def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | None = None, **settings: Any) -> dict:
     """
     Publish a model folder: the dial itself, and a variant for each budget whose default sensitivity reaches it.
 
@@ -59,15 +50,10 @@ def publish_model(
     Args:
         folder: model folder, on disk; it is not changed.
         repo: `user/NAME` or `organisation/NAME`.
-        variants: calibrated budgets; by default all of them.
-        layout: `"repos"`: `repo` is the dial, `repo-0.75` the variant of budget 0.75, and a Collection holds them all.
-            `"revisions"`: `repo` is the dial, its branch `budget-0.75` the variant, which shares the weights.
-        dry_run: send nothing; write what would be sent below `out`, weights as hard links.
-        out: folder of a dry run, `FOLDER.publish` by default; must not exist.
-        private: create private repositories.
-        create_pr: open pull requests instead of committing.
-        commit_message: by default it names the variant.
-        base_model: Hub id of the dense base, for the card, if the folder was converted from a local copy.
+        arguments, settings: the fields of `PublishArguments`, as one object or by name.
+            Layout `"repos"`: `repo` is the dial, `repo-0.75` the variant of budget 0.75, and a Collection holds them all.
+            Layout `"revisions"`: `repo` is the dial, its branch `budget-0.75` the variant, which shares the weights.
+            A dry run writes weights as hard links.
 
     Returns:
         What was, or would be, published: for each variant its repository, revision, budget, sensitivity, files, their `bytes`
@@ -78,15 +64,17 @@ def publish_model(
         PermissionError: no token, or one that may not write there.
         ConnectionError: the Hub could not be reached, or was overloaded, several times in a row.
     """
+    arguments = resolve(PublishArguments, arguments, settings)
+    layout, dry_run, out, private = arguments.layout, arguments.dry_run, arguments.out, arguments.private
     folder = Path(folder)
     if layout not in LAYOUTS:
         raise ValueError(f"The layout {layout!r} is unknown. Choose one of {', '.join(LAYOUTS)}.")
     if out is not None and not dry_run:
         raise ValueError(f"out={out} is where a dry run writes, and this is none. Add `--dry-run`, or leave `--out` away.")
-    family = plan_family(folder, repo, variants, layout)
+    family = plan_family(folder, repo, arguments.variants, layout)
     shared = shipped_files(folder)
-    contents = [own_files(folder, variant, family, base_model) for variant in family]
-    summary = {"folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": []}
+    contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
+    summary: dict[str, Any] = {"folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": []}
     for variant, own in zip(family, contents):
         sizes = {name: len(own[name]) if name in own else path.stat().st_size for name, path in shared.items()}
         sizes |= {name: len(content) for name, content in own.items()}
@@ -115,9 +103,11 @@ def publish_model(
     operations = {name: CommitOperationAdd(name, path) for name, path in shared.items()}
     for variant, own, entry in zip(family, contents, summary["variants"]):
         _prepare(hub, variant, private)
-        message = commit_message or ("The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}")
+        message = arguments.commit_message or (
+            "The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}"
+        )
         what = f"committing to {variant.repo}"
-        commit = hub.ask(what, _commit, hub.api, variant, operations, own, message, create_pr)
+        commit = hub.ask(what, _commit, hub.api, variant, operations, own, message, arguments.create_pr)
         entry["url"] = commit.pr_url or commit.commit_url
     if summary["collection"]:
         summary["collection"] = _collect(hub, title, family, private)
@@ -174,7 +164,7 @@ def own_files(folder: Path, variant: Variant, family: Sequence[Variant], base_mo
     """What a variant does not share with the folder: its config, unless it is the dial, and its card."""
     own = {"README.md": str(render_card(folder, variant, family, base_model)).encode()}
     if variant.budget is not None:
-        config = {**read_json(folder / "config.json"), "sensitivity": variant.sensitivity, "force_expert": None}
+        config = {**(read_json(folder / "config.json") or {}), "sensitivity": variant.sensitivity, "force_expert": None}
         own["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return own
 
@@ -219,7 +209,7 @@ def _commit(api, variant, operations, own, message, create_pr):
     present = api.list_repo_files(variant.repo, revision=variant.revision)
     # The trap: a `model.safetensors` of old would be loaded instead of new shards.
     stale = [name for name in present if name.endswith(WEIGHTS) and name not in operations]
-    changes = [CommitOperationDelete(name) for name in stale]
+    changes: list[CommitOperationDelete | CommitOperationAdd] = [CommitOperationDelete(name) for name in stale]
     # Copies, since an operation can be committed once; they share the hash of their file.
     changes += [copy.copy(operation) for name, operation in operations.items() if name not in own]
     changes += [CommitOperationAdd(name, content) for name, content in own.items()]
@@ -258,7 +248,7 @@ class _Hub:
                     break
                 if status is None and not isinstance(cause, HTTPError | ConnectionError | json.JSONDecodeError):
                     raise
-                said = response.headers.get("retry-after", "") if status else ""
+                said = response.headers.get("retry-after", "") if response is not None and status else ""
                 wait = float(said) if said.isdigit() else 2.0**attempt
                 trouble = f"status {status}" if status else f"{type(cause).__name__}, the connection broke"
                 refusal = ConnectionError(

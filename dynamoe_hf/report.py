@@ -6,10 +6,12 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .arguments import ReportArguments, resolve
 from .data import documents_for
 from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, read_json
 from .modeling import DynaMoEForCausalLM
@@ -21,18 +23,13 @@ from .tables import by_text, render_template, setting_label
 DEFAULT_LENGTH, LONGEST = 1200, 6000  # characters shown of the default text, and at most of a text file
 
 
-def report_folder(
-    folder: str | Path, out: str | Path | None = None, text: str | Path | None = None, budget: float | None = None
-) -> list[Path]:
+def report_folder(folder: str | Path, arguments: ReportArguments | None = None, **settings: Any) -> list[Path]:
     """
     Draw what `results.json` of a model folder holds, and a text coloured by difficulty. An earlier report is replaced.
 
     Args:
         folder: model folder that has been evaluated.
-        out: folder to write into; `report` in the model folder by default.
-        text: text file to colour, its first 6000 characters; by default a held-out topic of Python's own documentation.
-        budget: share of MLP width to colour it at; by default what the config says, and where that is the full width,
-            the lowest calibrated budget.
+        arguments, settings: the fields of `ReportArguments`, as one object or by name.
 
     Returns:
         The files written: `frontier.png`, `experts.png`, `tokens.png`, `tokens.html` and `index.html`, which shows them all.
@@ -40,15 +37,17 @@ def report_folder(
     Raises:
         ValueError: the folder has no results, the budget is not calibrated, or matplotlib is missing.
     """
+    arguments = resolve(ReportArguments, arguments, settings)
+    text = arguments.text
     evaluations = (read_json(Path(folder) / RESULTS) or {}).get("evaluations")
     if not evaluations:
         raise ValueError(f"{folder} has nothing to draw: no evaluations in {RESULTS}. Run `dynamoe evaluate {folder}` first.")
     new_figure(1, 1)  # fails before the model is loaded if matplotlib is missing
     passage = _passage(text)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    sensitivity, dial = _dial(model.config, budget)
+    sensitivity, dial = _dial(model.config, arguments.budget)
     pieces, shares_LT = _whole_characters(*token_difficulty(model, tokenizer, passage, sensitivity))
-    out = Path(folder) / "report" if out is None else Path(out)
+    out = Path(folder) / "report" if arguments.out is None else Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     figures = {
         "frontier.png": draw_frontier(evaluations),

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .arguments import AdaptArguments, TrainArguments, resolve
 from .card import render_card
 from .data import documents_for, iterate_blocks, text_names, token_blocks
 from .folder import (
@@ -888,10 +890,30 @@ def adapt_model(
     For text that the base does not know: experts trained with an LM loss of their own would pull the full width away from
     everything else. Without this stage the full width stays what the base says. Arguments, result and errors are those of `train_model`.
     """
-    return train_model(
+    return _train_model(
         folder, out, text, dataset, column, max_tokens, resume=resume, block_size=block_size, batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, save_steps=save_steps, seed=seed,
         sensitivity_range=(1, 1), teacher="none", lm_loss_coef=1.0, kd_loss_coef=0.0, hidden_loss_coef=0.0, router_tokens=0,
         choice_share=0.0,
     )  # fmt: skip
+
+
+# Stand-in until the stages of this file take their arguments themselves; dropped at the merge.
+_train_model, _adapt_model = train_model, adapt_model
+
+
+def _by_name(kind, arguments, settings):
+    settings = {{"train": "train_parts"}.get(name, name): value for name, value in settings.items()}
+    return vars(resolve(kind, arguments, settings))
+
+
+def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments | None = None, **settings: Any) -> dict:
+    """`_train_model` with its settings as one object or by name."""
+    values = dict(_by_name(TrainArguments, arguments, settings))
+    return _train_model(folder, out, train=values.pop("train_parts"), **values)
+
+
+def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments | None = None, **settings: Any) -> dict:
+    """`_adapt_model` with its settings as one object or by name."""
+    return _adapt_model(folder, out, **_by_name(AdaptArguments, arguments, settings))

@@ -74,7 +74,7 @@ def main():
     merged.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     # Experts and routers have changed, and so has the text: the marks on the dial must be found anew.
-    calibrate_budgets(args.out, budgets[:-1], text=calibration, max_tokens=2048, block_size=256)
+    calibrate_budgets(args.out, budgets=budgets[:-1], text=calibration, max_tokens=2048, block_size=256)
 
     tuned = AutoModelForCausalLM.from_pretrained(args.out)
     with torch.no_grad():

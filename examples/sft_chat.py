@@ -84,7 +84,7 @@ def main():
     # Experts and routers have changed, so the marks on the dial must be found anew, on text like that they are meant for.
     text = Path(args.out) / "calibration.txt"
     text.write_text("\f".join(rendered(calibration, tokenizer)), encoding="utf-8")
-    found = calibrate_budgets(args.out, budgets[:-1], text=text, max_tokens=2048, block_size=256)["budgets"]
+    found = calibrate_budgets(args.out, budgets=budgets[:-1], text=text, max_tokens=2048, block_size=256)["budgets"]
     model.config.budgets = {budget: entry["sensitivity"] for budget, entry in found.items()}
     print(f"Answers to {len(held_out)} questions about other modules:")
     print("| budget | loss before | at share | after | at share |\n|---|---|---|---|---|")

@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 def test_budgets_are_reached_on_other_text(folder):
     budgets = (0.5, 0.6, 0.75, 0.9)
-    record = calibrate_budgets(folder, budgets, **FAST)
+    record = calibrate_budgets(folder, budgets=budgets, **FAST)
     assert list(record["budgets"]) == ["0.5", "0.6", "0.75", "0.9"]
     for entry in record["budgets"].values():
         low, high = entry["interval"]
@@ -48,12 +48,12 @@ def test_budgets_are_reached_on_other_text(folder):
 
 def test_the_interval_is_that_of_the_blocks(folder):
     """Against the definition, each block run alone; one block has none."""
-    entry = calibrate_budgets(folder, (0.6,), max_tokens=256, block_size=64)["budgets"]["0.6"]
+    entry = calibrate_budgets(folder, budgets=(0.6,), max_tokens=256, block_size=64)["budgets"]["0.6"]
     model, blocks = load_model(folder), token_blocks(documents_for("calibration"), load_tokenizer(folder), 64, 256)
     shares = [evaluate_share(model, block[None], entry["sensitivity"]) for block in blocks]
     half = 1.96 * statistics.stdev(shares) / 2
     assert entry["interval"] == pytest.approx([statistics.mean(shares) - half, statistics.mean(shares) + half], abs=2e-4)
-    assert calibrate_budgets(folder, (0.6,), max_tokens=64, block_size=64)["budgets"]["0.6"]["interval"] is None
+    assert calibrate_budgets(folder, budgets=(0.6,), max_tokens=64, block_size=64)["budgets"]["0.6"]["interval"] is None
 
 
 def evaluate_share(model, ids, sensitivity):
@@ -65,14 +65,14 @@ def evaluate_share(model, ids, sensitivity):
 
 def test_weights_are_not_touched(folder):
     before = (folder / "model.safetensors").read_bytes()
-    calibrate_budgets(folder, (0.6,), **FAST)
+    calibrate_budgets(folder, budgets=(0.6,), **FAST)
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_calibrating_again_replaces_the_budgets(folder):
-    calibrate_budgets(folder, (0.6, 0.8), **FAST)
+    calibrate_budgets(folder, budgets=(0.6, 0.8), **FAST)
     first = load_model(folder).config.budgets
-    calibrate_budgets(folder, (0.6,), **FAST)
+    calibrate_budgets(folder, budgets=(0.6,), **FAST)
     second = load_model(folder).config.budgets
     assert list(second) == ["0.6"]
     assert second["0.6"] == pytest.approx(first["0.6"], abs=0.02)
@@ -82,7 +82,7 @@ def test_failures_write_nothing(folder):
     before = (folder / "config.json").read_text()
     for budgets, message in (((0.2,), "out of reach"), ((1.0,), "out of reach"), ((0.6, 0.25), "out of reach")):
         with pytest.raises(ValueError, match=message):
-            calibrate_budgets(folder, budgets, **FAST)
+            calibrate_budgets(folder, budgets=budgets, **FAST)
     model = load_model(folder)
     for layer in model.model.layers:
         layer.mlp.router.reset()
@@ -90,7 +90,7 @@ def test_failures_write_nothing(folder):
     model.save_pretrained(untrained)
     tiny_tokenizer().save_pretrained(untrained)
     with pytest.raises(ValueError, match=r"cannot be reached.*dynamoe train"):
-        calibrate_budgets(untrained, (0.6,), **FAST)
+        calibrate_budgets(untrained, budgets=(0.6,), **FAST)
     assert (folder / "config.json").read_text() == before
     assert not (folder / "calibration.json").exists()
     assert json.loads((untrained / "config.json").read_text())["budgets"] == {}

@@ -1,18 +1,24 @@
 """The command line: every stage from a shell, folder in, folder out; `--help` teaches; errors are one line."""
 
+import dataclasses
+import importlib
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from dynamoe_hf import cli
+from dynamoe_hf import arguments, benchmark, cli, convert, evaluate, publish
 from dynamoe_hf.card import render_card
+from dynamoe_hf.flags import field_helps
+from dynamoe_hf.modeling import configuration_dynamoe
 
 
 STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export",
@@ -123,20 +129,98 @@ def test_help_teaches_by_example(stage, capsys):
     assert f"dynamoe {stage}" in text.split("example:")[1]
 
 
-def test_options_are_the_functions_parameters():
-    """The command line cannot drift from the functions: same names, same defaults."""
-    parser = cli.make_parser()
-    commands = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
-    assert tuple(commands) == STAGES
-    for name, command in commands.items():
-        parameters = signature(command.get_default("stage")).parameters
-        options = {action.dest: action for action in command._actions if action.dest not in ("help", "json")}
-        assert set(options) == set(parameters), name
-        for option, action in options.items():
-            if action.required:
-                assert parameters[option].default is parameters[option].empty
-            else:
-                assert action.default == parameters[option].default, f"{name} {option}"
+@pytest.mark.parametrize("name", STAGES)
+def test_options_are_the_functions_parameters(name, capsys):
+    """The command line, the dataclass of a stage and its function cannot drift apart: same names, same defaults."""
+    assert tuple(cli.STAGES) == STAGES
+    stage = cli.STAGES[name]
+    function = getattr(importlib.import_module(f"dynamoe_hf.{stage.module}"), stage.function)
+    parameters = signature(function).parameters
+    told = cli.parse(name, [f"a {positional}" for positional in stage.positionals])
+    for positional in stage.positionals:
+        assert parameters[positional].default is parameters[positional].empty
+        assert told.pop(positional) == f"a {positional}"
+    assert told.pop("json", False) is False
+    if stage.arguments is None:
+        assert list(parameters) == list(stage.positionals) and told == {}
+        return
+    assert list(parameters) == [*stage.positionals, "arguments", "settings"]
+    assert parameters["arguments"].annotation == stage.arguments | None
+    assert parameters["arguments"].default is None
+    assert told == dataclasses.asdict(stage.arguments()), "the flags' defaults"
+    fields = [field.name for field in dataclasses.fields(stage.arguments)]
+    assert set(stage.exclusive) <= set(fields)
+    assert all(field_helps(stage.arguments)[field] for field in fields), "a field without help"
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    screen = capsys.readouterr().out
+    for field in fields:
+        assert f"--{ {'train_parts': 'train'}.get(field, field).replace('_', '-') } " in screen
+
+
+def test_choices_are_those_of_the_code():
+    assert set(get_args(arguments.Importance)) == set(convert.IMPORTANCES)
+    assert set(get_args(arguments.Similarity)) == set(configuration_dynamoe.SIMILARITIES)
+    assert set(get_args(arguments.RouterType)) == set(configuration_dynamoe.ROUTER_TYPES)
+    assert get_args(arguments.Baseline) == evaluate.BASELINES and get_args(arguments.Layout) == publish.LAYOUTS
+    assert all(name in field_helps(arguments.BenchArguments)["shapes"] for name in benchmark.SHAPES)
+
+
+def test_settings_by_name_or_as_one_object():
+    given = arguments.CalibrateArguments(max_tokens=64)
+    assert arguments.resolve(arguments.CalibrateArguments, given, {"batch_size": 2}) == arguments.CalibrateArguments(
+        max_tokens=64, batch_size=2
+    )
+    assert given.batch_size == arguments.CalibrateArguments.batch_size, "what the caller gave was changed"
+    with pytest.raises(TypeError, match=r"must be CalibrateArguments, found tuple.*by name"):
+        arguments.resolve(arguments.CalibrateArguments, (0.5,), {})
+    with pytest.raises(TypeError, match=r"has no budget\. Its settings are budgets, text"):
+        arguments.resolve(arguments.CalibrateArguments, None, {"budget": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("calibrate F --budgets 0.5,0.75", {"budgets": (0.5, 0.75)}),
+        ("evaluate F --budget=0.5 --baselines static label", {"budget": (0.5,), "baselines": ["static", "label"]}),
+        ("evaluate --text a.txt b.txt --json F", {"text": ["a.txt", "b.txt"], "json": True, "folder": "F"}),
+        ("train F G --text a.txt b.txt", {"text": ["a.txt", "b.txt"]}),
+        ("train F G --sensitivity-range 0.2 1", {"sensitivity_range": (0.2, 1.0)}),
+        ("train F G --train lora --bf16 --harm token", {"train_parts": "lora", "bf16": True, "harm": "token"}),
+        ("train F G --dataset a/b:c --router-tokens 0", {"dataset": "a/b:c", "router_tokens": 0}),
+        ("convert B F --widths 0,0.5,1 --router-dim 8", {"widths": (0.0, 0.5, 1.0), "router_dim": 8}),
+        ("generate F words --budget 0.5 --chat", {"budget": 0.5, "chat": True, "prompt": "words"}),
+        ("publish F a/b --variants 0.5,0.6 --dry-run", {"variants": (0.5, 0.6), "dry_run": True}),
+    ],
+)
+def test_forms_of_values(words, expected):
+    name, *rest = words.split()
+    told = cli.parse(name, rest)
+    assert {field: told[field] for field in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluate F --budget 0.5 --force-expert 1", "--budget and --force-expert are not allowed together"),
+        ("generate F words --budget 0.5 --sensitivity 0.5", "--budget and --sensitivity are not allowed together"),
+        ("evaluate F --budget half", "expected numbers divided by commas, such as 0.5,0.75, found 'half'"),
+        ("calibrate F --budgets 0.5,", "expected numbers divided by commas, such as 0.5,0.75, found '0.5,'"),
+        ("train F G --text", "expected one file or more, found none"),
+        ("train F G --harm none", "--harm"),
+        ("train F G --no-bf16", "--no-bf16"),
+        ("train F", "OUT"),
+        ("trian F G", "There is no stage 'trian'. Did you mean 'train'?"),
+        ("", "A stage is missing."),
+    ],
+)
+def test_usage_errors(words, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # tyro wraps its boxes
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(cli.main(words.split()))
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
 
 
 @pytest.mark.parametrize(
@@ -161,7 +245,8 @@ def test_errors_are_one_line(arguments, message, capsys):
     "option",
     ["bench F --threads", "bench F --rounds", "convert B F --router-dim", "train F G --batch-size", "evaluate F --max-tokens"],
 )
-def test_counts_are_whole_and_at_least_one(option, wrong, capsys):
+def test_counts_are_whole_and_at_least_one(option, wrong, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # tyro wraps its boxes
     with pytest.raises(SystemExit) as stop:
         cli.main([*option.split()[:-1], f"{option.split()[-1]}={wrong}"])
     assert stop.value.code == 2
@@ -172,7 +257,7 @@ def test_too_little_memory_on_a_gpu(monkeypatch, capsys):
     def stage(folder):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB")
 
-    monkeypatch.setattr(cli, "inspect_folder", stage)
+    monkeypatch.setattr("dynamoe_hf.folder.inspect_folder", stage)
     assert cli.main(["inspect", "folder"]) == 1
     message = capsys.readouterr().err
     assert "does not suffice: CUDA out of memory" in message and "CUDA_VISIBLE_DEVICES= dynamoe" in message
@@ -181,3 +266,59 @@ def test_too_little_memory_on_a_gpu(monkeypatch, capsys):
 def test_installed_command():
     result = subprocess.run([sys.executable, "-m", "dynamoe_hf.cli", "--version"], capture_output=True, text=True)
     assert result.stdout.startswith("dynamoe 0.")
+
+
+@pytest.fixture(scope="module")
+def console_script(tmp_path_factory):
+    """What pip writes for the entry point of setup.cfg."""
+    script = tmp_path_factory.mktemp("bin") / "dynamoe"
+    script.write_text("import sys\nfrom dynamoe_hf.cli import main\nsys.exit(main())\n")
+    return [sys.executable, str(script)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("--help", 0), ("train --help", 0), ("--version", 0), ("train F G --batch-size 0", 2), ("trian", 2)]
+)
+@pytest.mark.parametrize("start", ["script", "module"])
+def test_help_and_usage_errors_answer_at_once(words, code, start, console_script):
+    command = console_script if start == "script" else [sys.executable, "-m", "dynamoe_hf.cli"]
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        result = subprocess.run([*command, *words.split()], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert result.returncode == code
+        told, silent = (result.stderr, result.stdout) if code else (result.stdout, result.stderr)
+        assert told and not silent, result
+        assert "torch" not in told and "Warning" not in told
+    assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize("words", ["--help", "evaluate --help", "--version"])
+def test_help_imports_neither_torch_nor_transformers(words):
+    program = (
+        "import sys\nsys.argv[0] = 'dynamoe'\nfrom dynamoe_hf.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'peft', 'numpy'} & set(sys.modules)\n    assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *words.split()], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_stages_begin_without_the_noise_of_their_imports(folders, console_script):
+    result = subprocess.run([*console_script, "inspect", str(folders / "trained")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "layers" in result.stdout and result.stderr == ""
+
+
+def test_other_messages_of_the_quietened_loggers_are_heard(caplog):
+    import logging
+
+    cli.quieten_imports()
+    logging.getLogger("torchao").warning("Failed to load kernels.so: no such file")
+    logging.getLogger("torch.utils._pytree").warning(
+        "%s is an Enum subclass and is now natively supported by torch.compile", int
+    )
+    logging.getLogger("torchao").warning("Something else")
+    logging.getLogger("torch.utils._pytree").warning("Something else of %s", int)
+    assert [record.getMessage() for record in caplog.records] == ["Something else", "Something else of <class 'int'>"]

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     tokenizer.save_pretrained(root / "dense")
     convert_model(root / "dense", root / "converted", block_size=64, max_tokens=2048)
     train_model(root / "converted", root / "trained", train="routers", block_size=64, max_tokens=4096)
-    calibrate_budgets(root / "trained", BUDGETS, block_size=64, max_tokens=4096)
+    calibrate_budgets(root / "trained", budgets=BUDGETS, block_size=64, max_tokens=4096)
     return root / "trained"
 
 

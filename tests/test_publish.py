@@ -76,7 +76,7 @@ PUBLISH = """
 import json, sys, torch
 torch.set_num_threads(1)
 from dynamoe_hf.publish import publish_model
-publish_model(*sys.argv[1:3], [0.5], layout=sys.argv[3])
+publish_model(*sys.argv[1:3], variants=[0.5], layout=sys.argv[3])
 """
 
 PUSH = """
@@ -104,7 +104,7 @@ def trained(base_folder, tmp_path_factory):
     small = {"block_size": 64, "max_tokens": 2048}
     convert_model(base_folder, root / "converted", **small)
     train_model(root / "converted", root / "trained", router_tokens=2048, **small)
-    calibrate_budgets(root / "trained", BUDGETS, block_size=64, max_tokens=4096)
+    calibrate_budgets(root / "trained", budgets=BUDGETS, block_size=64, max_tokens=4096)
     evaluate_model(root / "trained", budget=(0.5, 0.75), base=base_folder, baselines=("static",), **small)
     (root / "trained" / "model.safetensors").unlink()
     load_model(root / "converted").save_pretrained(root / "shards", max_shard_size="1MB")
@@ -180,7 +180,7 @@ def dry_runs(trained, tmp_path_factory):
     """{layout: folder} of what a dry run writes for one variant."""
     folders = {layout: tmp_path_factory.mktemp("dry") / "out" for layout in ("repos", "revisions")}
     for layout, out in folders.items():
-        publish_model(trained, REPO, [0.5], layout=layout, dry_run=True, out=out)
+        publish_model(trained, REPO, variants=[0.5], layout=layout, dry_run=True, out=out)
     return folders
 
 
@@ -212,11 +212,11 @@ def load_elsewhere(hub, places, tmp_path):
 
 def test_published_variants_load_where_the_package_is_not(trained, hub, tmp_path):
     """Both layouts, three variants each: the logits of this machine, default budgets that differ, the dial that turns."""
-    variants = publish_model(trained, REPO, BUDGETS)["variants"]
+    variants = publish_model(trained, REPO, variants=BUDGETS)["variants"]
     assert [v["repo"] for v in variants] == [REPO, *(f"{REPO}-{b:g}" for b in BUDGETS)]
     (collection,) = hub.collections.values()
     assert [item["id"] for item in collection["items"]] == [v["repo"] for v in variants]
-    branches = publish_model(trained, "user/branches", BUDGETS, layout="revisions")["variants"]
+    branches = publish_model(trained, "user/branches", variants=BUDGETS, layout="revisions")["variants"]
     assert [v["revision"] for v in branches] == ["main", *(f"budget-{b:g}" for b in BUDGETS)]
     assert len(hub.collections) == 1
     assert not {"optimizer.pt", "notes.txt"} & set(hub.files(REPO))
@@ -239,7 +239,7 @@ def test_revisions_share_the_weights(trained, hub):
     assert weights > 2e6
     before = 0
     for count in (1, 2, 3):
-        publish_model(trained, REPO, BUDGETS[:count], layout="revisions")
+        publish_model(trained, REPO, variants=BUDGETS[:count], layout="revisions")
         sent, before = hub.all_received() - before, hub.all_received()
         assert sent > weights if count == 1 else sent < 1e6, f"variant {count} sent {sent} bytes"
     assert set(hub.repos[REPO].branches) == {"main", *(f"budget-{b:g}" for b in BUDGETS)}
@@ -266,7 +266,7 @@ def test_new_weights_replace_the_old_ones_at_once(folder, hub):
 
 
 def test_dry_run_writes_all_and_sends_nothing(trained, hub, tmp_path):
-    summary = publish_model(trained, REPO, [0.5], dry_run=True, out=tmp_path / "out")
+    summary = publish_model(trained, REPO, variants=[0.5], dry_run=True, out=tmp_path / "out")
     assert hub.requests == []
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tiny-DynaMoE", "tiny-DynaMoE-0.5"}
     variant = tmp_path / "out" / "tiny-DynaMoE-0.5"
@@ -280,11 +280,11 @@ def test_dry_run_writes_all_and_sends_nothing(trained, hub, tmp_path):
 
 
 def test_organisation_private_and_pull_request(trained, hub):
-    publish_model(trained, "org/tiny", [0.5], private=True, commit_message="Hello")
+    publish_model(trained, "org/tiny", variants=[0.5], private=True, commit_message="Hello")
     assert all(repo.private for repo in hub.repos.values())
     assert set(hub.repos) == {"org/tiny", "org/tiny-0.5"}
     before = hub.files("org/tiny")
-    summary = publish_model(trained, "org/tiny", [], create_pr=True, base_model="org/base")
+    summary = publish_model(trained, "org/tiny", variants=[], create_pr=True, base_model="org/base")
     assert summary["variants"][0]["url"].endswith("/discussions/1")
     assert hub.files("org/tiny") == before
     assert b"base_model: org/base" in hub.files("org/tiny", "refs/pr/1")["README.md"]
@@ -485,7 +485,7 @@ def refused(folder, hub, capsys, caplog, error, message):
     """Publishing fails with this error, which tells nobody the token, and leaves nothing that is not whole."""
     caplog.set_level(logging.INFO)  # below it, the HTTP library prints every header, as it is asked to
     with pytest.raises(error, match=message) as caught:
-        publish_model(folder, REPO, [0.5])
+        publish_model(folder, REPO, variants=[0.5])
     output = capsys.readouterr()
     told = "".join(traceback.format_exception(caught.value)) + caplog.text + output.out + output.err
     assert TOKEN not in told
@@ -516,7 +516,7 @@ def test_faults_are_told_clearly_and_the_next_run_completes(
     hub.faults.append(fault)
     refused(trained, hub, capsys, caplog, error, message)
     hub.faults.clear()
-    publish_model(trained, REPO, [0.5])
+    publish_model(trained, REPO, variants=[0.5])
     assert_complete(hub, dry_runs["repos"])
 
 
@@ -537,7 +537,7 @@ def test_faults_are_told_clearly_and_the_next_run_completes(
 def test_passing_faults_are_waited_for(fault, waited, trained, dry_runs, hub, waits):
     layout = "revisions" if "branch" in fault.path else "repos"
     hub.faults.append(fault)
-    publish_model(trained, REPO, [0.5], layout=layout)
+    publish_model(trained, REPO, variants=[0.5], layout=layout)
     assert not hub.faults
     assert waited in waits
     assert max(waits) <= LONGEST_WAIT
@@ -590,7 +590,7 @@ def test_folder_that_could_not_be_loaded_is_not_published(folder, base_folder, h
 @pytest.mark.parametrize("layout", ["repos", pytest.param("revisions", marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_run_again(layout, trained, dry_runs, hub, monkeypatch, tmp_path):
     """SIGKILL while any request is half sent: what is there is whole, and the next run sends only what had not arrived."""
-    publish_model(trained, REPO, [0.5], layout=layout)
+    publish_model(trained, REPO, variants=[0.5], layout=layout)
     moments = random.sample(range(len(hub.requests)), 3)
     with ExitStack() as stack:
         servers, processes = [stack.enter_context(HubServer()) for _ in moments], []
@@ -615,5 +615,5 @@ def test_killed_at_random_moments_and_run_again(layout, trained, dry_runs, hub, 
             time.sleep(0.2)  # what had come whole is still being answered
             assert_whole(server)
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-            publish_model(trained, REPO, [0.5], layout=layout)
+            publish_model(trained, REPO, variants=[0.5], layout=layout)
             assert_complete(server, dry_runs[layout])

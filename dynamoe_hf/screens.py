@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line prints of a stage's result: one function for each kind of record."""
+
+import json
+
+
+def show_json(result):
+    print(json.dumps(result, indent=2))
+
+
+def show_record(record):
+    for name, value in record.items():
+        print(f"{name.replace('_', ' '):12} {value}")
+
+
+def show_training(record):
+    last = record["history"][-1] if record["history"] else {}
+    print(f"Trained on {record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s")
+    for name in ("loss", "lm_loss", "kd_loss", "hidden_loss", "router_loss", "width_loss", "mean_width", "router_accuracy"):
+        if last.get(name):  # 0 is a loss that this training does not have
+            print(f"  {name:16} {last[name]:.4f}")
+    print("Next: `dynamoe calibrate` puts marks on the dial.")
+
+
+def show_calibration(record):
+    print("budget  sensitivity  mean share reached (95%)")
+    for budget, entry in record["budgets"].items():
+        interval = "" if entry["interval"] is None else " ({:.1%} to {:.1%})".format(*entry["interval"])
+        print(f"{float(budget):6.0%}  {entry['sensitivity']:11.4f}  {entry['mean_share']:.1%}{interval}")
+    largest = max(record["budgets"], key=float)
+    print(f"Without further settings the model now uses budget {float(largest):.0%}.")
+
+
+def show_evaluation(entries):
+    print(f"{'setting':20} {'MLP share':>9} {'active':>9} {'perplexity (95%)':>26} {'to dense (95%)':>24} {'agreement':>9}")
+    for entry in entries:
+        low, high = entry["perplexity_interval"]
+        ratio = "not measured"
+        if "ratio_to_dense" in entry:
+            ratio = "{:.3f} ({:.3f} to {:.3f})".format(entry["ratio_to_dense"], *entry["ratio_interval"])
+        agreement = "" if entry["router_agreement"] is None else f"{entry['router_agreement']:.0%}"
+        print(
+            f"{entry['setting']:20} {entry['mean_share']:9.1%} {entry['active_parameters'] / 1e6:7.1f} M "
+            f"{entry['perplexity']:8.2f} ({low:.2f} to {high:.2f}) {ratio:>24} {agreement:>9}"
+        )
+        for kind, row in entry["baselines"].items():
+            print(
+                f"  {kind:18} {row['mean_share']:9.1%} {'':9} {row['perplexity']:8.2f}   ratio {row.get('ratio_to_dense', float('nan')):.3f}"
+            )
+        for task, metrics in entry.get("tasks", {}).items():
+            print(f"  {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def show_benchmark(record):
+    machine = record["machine"]
+    print(
+        f"{machine['processor']}, {machine['threads']} thread(s), {machine['dtype']}, torch {machine['torch']}, {machine['date']}"
+    )
+    print(f"Parity at full width: largest relative difference {record['parity']['largest_relative_difference']:.1g}\n")
+    print(f"{'what':44} {'share':>6} {'time to dense (range)':>24} {'limit':>7} {'reached':>8}")
+    for row in record["mlp"]:
+        show_time(f"MLP {row['shape']}, {row['tokens']} tokens, {row['case']}", row)
+    for row in record["decode"]:
+        show_time(f"decode, batch {row['batch']}, {row['setting']}", row)
+    for row in record["prefill"]:
+        show_time(f"prefill {row['tokens']}, {row['setting']}", row)
+    for row in record["generate"]:
+        show_time(f"generate, {row['setting']}", row)
+    for row in record.get("compiled", []):
+        show_time(f"decode, compiled, {row['setting']}", row)
+
+
+def show_time(what, row):
+    low, high = row["range"]
+    spread = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+    print(f"{what:44} {row['share']:6.1%} {spread:>24} {row['limit']:7.3f} {row['reached']:8.2f}")
+
+
+def show_inspection(facts):
+    counts, widths = facts["parameters"], facts["expert_widths"]
+    print(f"{facts['folder']}: DynaMoE of {facts['base'] or 'an unknown base'} ({facts['family']})")
+    print(f"  layers        {facts['layers']}, hidden size {facts['hidden_size']}, MLP width {facts['mlp_width']}")
+    print(f"  experts       {widths if not isinstance(widths[0], list) else 'a ladder for each layer'} neurons")
+    print(
+        f"  parameters    {counts['total'] / 1e6:.1f} M, of which MLPs {counts['mlp'] / 1e6:.1f} M, routers {counts['router'] / 1e6:.2f} M"
+    )
+    print(f"  router        {facts['router_type']}, predicts {facts['similarity']} similarity")
+    dial = (
+        "forced to expert {}".format(facts["force_expert"])
+        if facts["force_expert"] is not None
+        else f"sensitivity {facts['sensitivity']:.4g}"
+    )
+    print(
+        f"  dial          {dial}"
+        + (" (the dense model)" if facts["sensitivity"] == 1 and facts["force_expert"] is None else "")
+    )
+    budgets = ", ".join(f"{float(b):.0%} at {s:.4f}" for b, s in facts["budgets"].items())
+    print(f"  budgets       {budgets or 'none: run `dynamoe calibrate`'}")
+    if facts["training"]:
+        print(f"  trained       {facts['training']['tokens']:,} tokens, {facts['training']['settings']['train']}")
+    else:
+        print("  trained       no: run `dynamoe train`")
+    for entry in (facts["results"] or {"evaluations": []})["evaluations"]:
+        ratio = f", {entry['ratio_to_dense']:.3f} of dense" if "ratio_to_dense" in entry else ""
+        print(
+            f"  evaluated     {entry['setting']}: share {entry['mean_share']:.1%}, perplexity {entry['perplexity']:.2f}{ratio}"
+        )
+    if not facts["results"]:
+        print("  evaluated     no: run `dynamoe evaluate`")
+
+
+def show_publication(summary):
+    for variant in summary["variants"]:
+        budget = "the dial" if variant["budget"] is None else f"budget {variant['budget']:g}"
+        sent = f"{variant['new_bytes'] / 1e6:.2f} MB new of {variant['bytes'] / 1e6:.2f}"
+        print(f"{variant['repo']}@{variant['revision']}: {budget}, sensitivity {variant['sensitivity']:.4f}, {sent}")
+    if summary["dry_run"]:
+        print(f"Nothing was sent. What would be is in {summary['out']}")
+    elif summary["collection"]:
+        print(f"Collection: {summary['collection']}")
+
+
+def show_paths(paths):
+    for path in paths:
+        print(path)
