@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FAMILIES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -67,3 +68,8 @@ def test_the_page_names_what_exists():
     tests = "\n".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", PAGE):
         assert f"def {name}(" in tests, f"{name} is no test of the suite"
+
+
+def test_the_page_lists_the_families_that_are_tested():
+    listed = re.search(r"against their\s+dense base: (.*?)\.\s", PAGE, flags=re.S)[1]
+    assert listed.replace("\n", " ").split(", ") == list(FAMILIES)
