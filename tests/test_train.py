@@ -311,7 +311,9 @@ def test_routers_get_the_gradient_of_what_their_gates_let_through(family, checkp
     def by_hand(mlp, args, output):
         x, (rows, length) = args[0], args[0].shape[:2]
         found = mlp.router.gates(mlp.router(x), torch.full((rows,), 0.5), ROUTER_TEMPERATURE)
-        factor = torch.cat([found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(block_sizes(mlp.widths))], -1)
+        factor = torch.cat(
+            [found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(block_sizes(mlp.widths))], -1
+        )
         widths.append(factor.mean(-1))
         return mlp.down_linear(mlp.hidden(x) * factor)
 
