@@ -76,8 +76,9 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
     entries = [_variant_entry(variant, shared, own) for variant, own in zip(family, contents)]
     title = repo.split("/")[-1]
     collection = title if layout == "repos" and len(family) > 1 else None
-    summary: dict[str, Any] = {"folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private}
-    summary |= {"variants": entries, "collection": collection}
+    summary: dict[str, Any] = {
+        "folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": entries, "collection": collection,
+    }  # fmt: skip
     if dry_run:
         summary["out"] = str(out or f"{folder}.publish")
         with new_folder(summary["out"]) as staging:
@@ -94,8 +95,9 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
         _prepare(hub, variant, private)
         named = "The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}"
         message = arguments.commit_message or named
-        what = f"committing to {variant.repo}"
-        commit = hub.ask(what, _commit, hub.api, variant, operations, own, message, arguments.create_pr)
+        commit = hub.ask(
+            f"committing to {variant.repo}", _commit, hub.api, variant, operations, own, message, arguments.create_pr
+        )
         entry["url"] = commit.pr_url or commit.commit_url
     if summary["collection"]:
         summary["collection"] = _collect(hub, title, family, private)
