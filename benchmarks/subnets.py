@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from dynamoe_hf.convert import SINK_POSITIONS
 from dynamoe_hf.modeling.modeling_dynamoe import TokenRouter
 from dynamoe_hf.modeling.nested_mlp import best_gain, label_of
-from dynamoe_hf.train import fit_router
+from dynamoe_hf.router_fit import fit_router
 
 
 STEPS = 16  # widths of each MLP that the search chooses from

@@ -1,25 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """DynaMoE: a dense language model that spends less compute on easy tokens."""
 
-try:
-    from .modeling import DynaMoEConfig, DynaMoEForCausalLM
-except ModuleNotFoundError as error:
-    if error.name != f"{__name__}.modeling":
-        raise
-    raise ModuleNotFoundError(
-        "`dynamoe_hf.modeling` is the top-level `modeling/` folder, mapped by `package_dir` in setup.cfg when the package is "
-        "installed. From a checkout, run `pip install -e .` first.",
-        name=error.name,
-    ) from error
+from importlib import import_module
 
 from ._version import __version__
-from .calibrate import calibrate_budgets
-from .convert import convert_model, export_dense
-from .evaluate import evaluate_model
-from .label import difficulty_labels
-from .publish import publish_model
-from .report import report_folder
-from .train import DynaMoETrainer, DynaMoETrainingArguments, adapt_model, fit_routers, lora_config, train_model
+
+
+# Public name -> its module, imported at first use: `dynamoe --help` and `dynamoe_hf.arguments` must not wait for torch.
+_MODULES = {
+    "DynaMoEConfig": "modeling",
+    "DynaMoEForCausalLM": "modeling",
+    "DynaMoETrainer": "trainer",
+    "DynaMoETrainingArguments": "trainer",
+    "adapt_model": "train",
+    "calibrate_budgets": "calibrate",
+    "convert_model": "convert",
+    "difficulty_labels": "label",
+    "evaluate_model": "evaluate",
+    "export_dense": "convert",
+    "fit_routers": "router_fit",
+    "lora_config": "trainer",
+    "publish_model": "publish",
+    "report_folder": "report",
+    "train_model": "train",
+}
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f".{_MODULES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.modeling":
+            raise
+        raise ModuleNotFoundError(
+            "`dynamoe_hf.modeling` is the top-level `modeling/` folder, mapped by `package_dir` in setup.cfg when the package is "
+            "installed. From a checkout, run `pip install -e .` first.",
+            name=error.name,
+        ) from error
+    return globals().setdefault(name, getattr(module, name))
 
 
 __all__ = [

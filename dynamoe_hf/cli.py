@@ -4,10 +4,12 @@
 import argparse
 import json
 import sys
+from typing import get_args
 
 import torch
 
 from ._version import __version__
+from .arguments import Harm, TrainedParts
 from .benchmark import SHAPES, bench_folder
 from .calibrate import calibrate_budgets
 from .convert import EIGHTHS, convert_model, export_dense
@@ -17,7 +19,7 @@ from .folder import inspect_folder
 from .generate import generate_text
 from .publish import publish_model
 from .report import report_folder
-from .train import HARMS, TRAINED_PARTS, adapt_model, train_model
+from .train import adapt_model, train_model
 
 
 DESCRIPTION = """\
@@ -130,8 +132,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_training(c, 100_000, 2e-4)
     c.add_argument(
         "--train",
+        dest="train_parts",
         default="layers",
-        choices=TRAINED_PARTS,
+        choices=get_args(TrainedParts),
         help="what is trained (layers: all but the embeddings); mlp: routers and MLPs",
     )
     c.add_argument(
@@ -168,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--harm",
-        choices=HARMS,
+        choices=get_args(Harm),
         help="what routers are fitted to: an error costs the same in a layer (layer), or what its token's gradient says (token; "
         "default where the similarity allows)",
     )
