@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages `train_model` and `adapt_model`: a recipe is a list of phases, and one loop runs them and can resume them."""
 
+import json
 import os
 import shutil
 import time
@@ -19,7 +20,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from .arguments import AdaptArguments, Route, TrainArguments, nested_settings
 from .card import render_card
 from .data import documents_for, iterate_blocks, text_names, token_blocks
-from .folder import TRAINING, carry_records, load_model, load_tokenizer, new_folder, read_json, refuse_existing, write_json
+from .folder import (
+    TRAINING,
+    carry_records,
+    load_dynamoe_config,
+    load_model,
+    load_tokenizer,
+    new_folder,
+    read_json,
+    refuse_existing,
+    write_json,
+)
 from .router_fit import checked_harm, fit_routers
 from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar, lora_config
 
@@ -112,27 +123,214 @@ def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments |
 def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainArguments, int], list[Phase]]) -> dict:
     """Run the phases of a recipe that are not done yet, write the model folder and return its record."""
     refuse_existing(out)
-    run = Run.begin(folder, out, arguments)
-    model, tokenizer = run.load_model(), load_tokenizer(folder)
-    arguments = _settled(arguments, model.config)
-    text = Text(arguments, tokenizer)
-    phases = recipe(arguments, max(1, arguments.max_tokens // text.step_tokens))
-    for phase in phases[run.phase :]:
-        model = _run_phase(phase, model, text, run)
-        run.phase, run.fitted = run.phase + 1, False
-        if run.phase < len(phases):
+    run = Run(folder, out, arguments)
+    model, state = run.load_model(), run.state
+    phases = recipe(run.arguments, max(1, run.arguments.max_tokens // run.step_tokens))
+    for phase in phases[state.phase :]:
+        model = _run_phase(phase, model, run)
+        state.phase, state.fitted = state.phase + 1, False
+        if state.phase < len(phases):
             run.save(model)
-    chooses = phases[-1].steps if phases[-1].name == "choose" else 0
-    record = _record(arguments, text, run, chooses > 0)
+    record = _record(run, chooses=any(phase.name == "choose" and phase.steps for phase in phases))
     if is_main_process():
         with new_folder(out) as target:
             model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
+            run.tokenizer.save_pretrained(target)
             carry_records(folder, target)
             write_json(target / TRAINING, record)
             render_card(target, local_files_only=True, name=Path(out).name).save(target / "README.md")
         shutil.rmtree(run.work, ignore_errors=True)
     return record
+
+
+def _run_phase(phase: Phase, model, run: "Run"):
+    """Fit the routers and train, from where an interrupted run stopped; keep the state of `run`, and return the model."""
+    arguments, state, folder = run.arguments, run.state, run.work / f"{run.state.phase}-{phase.name}"
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if phase.fit and not state.fitted:
+        shared = ("seed", "harm", "sensitivity_range", "bf16")
+        settings = {name: getattr(arguments, name) for name in shared}
+        state.fit = fit_routers(model, run.blocks(arguments.router_tokens), route=phase.fit, **settings)
+        state.fitted = True
+        if phase.steps:
+            run.save(model)
+    if phase.steps == 0:
+        return model
+    lora = phase.settings["train_parts"] == "lora"
+    if lora:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora_config(arguments.lora_rank, 2 * arguments.lora_rank))
+    trainer = DynaMoETrainer(
+        model=model,
+        args=_trainer_arguments(arguments, phase, folder),
+        train_dataset=run.training_blocks(state.steps, phase.steps),
+        processing_class=run.tokenizer,
+        # Blocks are of one length, so nothing is padded: many tokenizers have no padding token.
+        data_collator=default_data_collator,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar)
+    trainer.add_callback(WriteRun(run))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    state.history += [{**entry, "step": state.steps + entry["step"]} for entry in logged]
+    state.steps += trainer.state.global_step  # fewer than `phase.steps` where a streamed dataset has ended
+    return (model.merge_and_unload() if lora else model).requires_grad_(True)
+
+
+def _trainer_arguments(arguments: TrainArguments, phase: Phase, folder: Path) -> DynaMoETrainingArguments:
+    """The arguments of a phase's Trainer: AdamW, and a cosine schedule to a twentieth of the learning rate."""
+    passed_on = ("gradient_accumulation_steps", "learning_rate", "bf16", "save_steps", "seed")
+    settings = {name: getattr(arguments, name) for name in passed_on} | phase.settings
+    if arguments.gradient_checkpointing:
+        settings["gradient_checkpointing"] = True  # where it is not wanted, newer versions would warn of the name
+    return DynaMoETrainingArguments(
+        output_dir=str(folder),
+        max_steps=phase.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        adam_beta2=0.95,
+        warmup_steps=min(10, phase.steps // 10),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        use_cpu=not torch.accelerator.is_available(),
+        save_total_limit=2,
+        logging_steps=max(1, min(10, phase.steps // 10)),
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False},
+        **settings,
+    )
+
+
+def _record(run: "Run", chooses: bool) -> dict:
+    """What `training.json` says."""
+    names = ("route", "teacher", "sensitivity_range", "block_size", "batch_size", "gradient_accumulation_steps",
+             "learning_rate", "router_learning_rate", "lm_loss_coef", "kd_loss_coef", "hidden_loss_coef", "router_loss_coef",
+             "logit_fraction", "router_tokens", "harm", "choice_share", "width_loss_coef", "lora_rank", "bf16", "seed")  # fmt: skip
+    arguments, state = run.arguments, run.state
+    settings = {"train": arguments.train_parts, **{name: getattr(arguments, name) for name in names}}
+    settings["width_loss_coef"] = arguments.width_loss_coef if chooses else None
+    settings["lora_rank"] = arguments.lora_rank if arguments.train_parts == "lora" else None
+    before = read_json(run.folder / TRAINING)
+    earlier = [] if before is None else [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "history"}]
+    return {
+        "from": run.folder.name,
+        "text": arguments.dataset or text_names(arguments.text),
+        "tokens": state.steps * run.step_tokens,
+        "distinct_tokens": None if run.distinct is None else run.distinct.numel(),
+        "steps": state.steps,
+        "router_fit": state.fit,
+        "seconds": round(run.seconds(), 1),
+        "settings": settings,
+        "earlier": earlier,
+        "history": state.history,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+@dataclass
+class State:
+    """How far a run has come: what `OUT.checkpoints/run.json` holds."""
+
+    settings: dict
+    """The arguments, all but those that a resumed run may change."""
+    phase: int = 0
+    """Index of the current phase."""
+    fitted: bool = False
+    """Whether the routers were fitted for it."""
+    model: str | None = None
+    """Folder in OUT.checkpoints of the model that the current phase, or the training after its fit, starts from."""
+    steps: int = 0
+    """Steps of the phases that are done."""
+    history: list[dict] = field(default_factory=list)
+    """What these phases have logged."""
+    fit: dict | None = None
+    """Record of the last fit of the routers."""
+    seconds: float = 0.0
+    """Time that the run has taken, over all its parts."""
+
+
+class Run:
+    """A run of a stage: its arguments, its text, and its state, kept in `OUT.checkpoints` until the end."""
+
+    def __init__(self, folder: str | Path, out: str | Path, arguments: TrainArguments):
+        self.folder, self.work = Path(folder), Path(f"{out}.checkpoints")
+        self.state, resumed = State(_comparable(arguments)), read_json(self.work / "run.json")
+        if resumed is None and (self.work / "clock.json").exists():
+            raise ValueError(
+                f"{self.work} holds an unfinished run of an older version, which this one cannot resume: found clock.json. Finish "
+                "it with the version that began it, or delete it to begin anew."
+            )
+        if resumed and not arguments.resume:
+            raise ValueError(f"{self.work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
+        if arguments.resume and not resumed:
+            raise ValueError(f"There is nothing to resume: {self.work} holds no checkpoint. Leave out `--resume`.")
+        if resumed:
+            changed = [name for name, value in self.state.settings.items() if value != resumed["settings"].get(name)]
+            if changed:
+                raise ValueError(
+                    f"{self.work} holds a run with other settings: found another {', '.join(changed)}. Resume it with the settings "
+                    "that it began with, or delete it to begin anew."
+                )
+            self.state = State(**resumed)
+        elif self.work.is_dir() and is_main_process():
+            shutil.rmtree(self.work)  # left by a run that ended before its first checkpoint was complete
+        self.started = time.monotonic() - self.state.seconds
+        self.arguments, self.tokenizer = _settled(arguments, load_dynamoe_config(folder)), load_tokenizer(folder)
+        self.step_blocks = arguments.batch_size * arguments.gradient_accumulation_steps
+        self.step_tokens = self.step_blocks * self.arguments.block_size
+        self.distinct = None if arguments.dataset is not None else self.blocks(arguments.max_tokens)
+
+    def documents(self):
+        """The documents of the text, from the first one on."""
+        return documents_for("training", self.arguments.text, self.arguments.dataset, self.arguments.column)
+
+    def blocks(self, tokens: int) -> torch.Tensor:
+        """At most so many tokens of the text, (N, S)."""
+        return token_blocks(self.documents(), self.tokenizer, self.arguments.block_size, tokens)
+
+    def training_blocks(self, first_step: int, steps: int) -> Dataset:
+        """What the Trainer reads in `steps` steps from `first_step` on."""
+        start = first_step * self.step_blocks
+        if self.distinct is not None:
+            return RepeatedBlocks(self.distinct, start, steps * self.step_blocks)
+        return StreamedBlocks(self.documents, self.tokenizer, self.arguments.block_size, start)
+
+    def seconds(self) -> float:
+        """Time that the run has taken, over all its parts."""
+        return time.monotonic() - self.started
+
+    def load_model(self):
+        """The model that the current phase, or the training after its fit, starts from, with the random state of then."""
+        if self.state.model is None:
+            return load_model(self.folder)
+        folder = self.work / self.state.model
+        random = torch.load(folder / "rng_state.pth")
+        model = load_model(folder)
+        torch.set_rng_state(random["cpu"])
+        torch.cuda.set_rng_state_all(random["cuda"])
+        return model
+
+    def save(self, model) -> None:
+        """Keep the model that the current phase, or the training after its fit, starts from."""
+        if not is_main_process():
+            return
+        before, self.state.model = self.state.model, f"model-{self.state.phase}{'-fitted' * self.state.fitted}"
+        shutil.rmtree(self.work / self.state.model, ignore_errors=True)
+        with new_folder(self.work / self.state.model) as target:
+            model.save_pretrained(target)
+            carry_records(self.folder, target)
+            torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, target / "rng_state.pth")
+        self.write()
+        if before:
+            shutil.rmtree(self.work / before)
+
+    def write(self) -> None:
+        """Write `run.json`."""
+        self.state.seconds = self.seconds()
+        write_json(self.work / "run.json", asdict(self.state))
 
 
 def _settled(arguments: TrainArguments, config) -> TrainArguments:
@@ -156,175 +354,14 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
     )
 
 
-def _run_phase(phase: Phase, model, text: "Text", run: "Run"):
-    """Fit the routers and train, from where an interrupted run stopped; update `run`, and return the model."""
-    arguments = text.arguments
-    folder = run.work / f"{run.phase}-{phase.name}"
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-    if phase.fit and not run.fitted:
-        options = {"seed": arguments.seed, "harm": arguments.harm, "bf16": arguments.bf16}
-        options["sensitivity_range"] = arguments.sensitivity_range
-        run.fit = fit_routers(model, text.blocks(arguments.router_tokens), route=phase.fit, **options)
-        run.fitted = True
-        if phase.steps:
-            run.save(model)
-    if phase.steps == 0:
-        return model
-    lora = phase.settings["train_parts"] == "lora"
-    if lora:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora_config(arguments.lora_rank, 2 * arguments.lora_rank))
-    trainer = DynaMoETrainer(
-        model=model,
-        args=_trainer_arguments(arguments, phase, folder),
-        train_dataset=text.training_blocks(run.steps, phase.steps),
-        processing_class=text.tokenizer,
-        # Blocks are of one length, so nothing is padded: many tokenizers have no padding token.
-        data_collator=default_data_collator,
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar)
-    trainer.add_callback(WriteRun(run))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    run.history += [{**entry, "step": run.steps + entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
-    run.steps += trainer.state.global_step  # fewer than `phase.steps` where a streamed dataset has ended
-    return (model.merge_and_unload() if lora else model).requires_grad_(True)
-
-
-def _trainer_arguments(arguments: TrainArguments, phase: Phase, folder: Path) -> DynaMoETrainingArguments:
-    """The arguments of a phase's Trainer: AdamW with a cosine schedule to a twentieth of the learning rate."""
-    # Named only where it is wanted: a model whose family has no checkpointing refuses a False too.
-    checkpointing = {"gradient_checkpointing": True} if arguments.gradient_checkpointing else {}
-    return DynaMoETrainingArguments(
-        output_dir=str(folder),
-        max_steps=phase.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=arguments.learning_rate,
-        adam_beta2=0.95,
-        warmup_steps=min(10, phase.steps // 10),
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.05},
-        bf16=arguments.bf16,
-        use_cpu=not torch.accelerator.is_available(),
-        save_steps=arguments.save_steps,
-        save_total_limit=2,
-        logging_steps=max(1, min(10, phase.steps // 10)),
-        report_to="none",
-        seed=arguments.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"dispatch_batches": False},
-        **checkpointing,
-        **phase.settings,
-    )
-
-
-def _record(arguments: TrainArguments, text: "Text", run: "Run", chooses: bool) -> dict:
-    """What `training.json` says."""
-    names = ("route", "teacher", "sensitivity_range", "block_size", "batch_size", "gradient_accumulation_steps",
-             "learning_rate", "router_learning_rate", "lm_loss_coef", "kd_loss_coef", "hidden_loss_coef", "router_loss_coef",
-             "logit_fraction", "router_tokens", "harm", "choice_share", "width_loss_coef", "lora_rank", "bf16", "seed")  # fmt: skip
-    settings = {"train": arguments.train_parts, **{name: getattr(arguments, name) for name in names}}
-    span = arguments.sensitivity_range
-    settings["sensitivity_range"] = None if span is None else list(span)
-    settings["width_loss_coef"] = arguments.width_loss_coef if chooses else None
-    settings["lora_rank"] = arguments.lora_rank if arguments.train_parts == "lora" else None
-    before = read_json(run.folder / TRAINING)
-    earlier = [] if before is None else [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "history"}]
-    return {
-        "from": run.folder.name,
-        "text": arguments.dataset or text_names(arguments.text),
-        "tokens": run.steps * text.step_tokens,
-        "distinct_tokens": None if text.distinct is None else text.distinct.numel(),
-        "steps": run.steps,
-        "router_fit": run.fit,
-        "seconds": round(run.seconds, 1),
-        "settings": settings,
-        "earlier": earlier,
-        "history": run.history,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-class Run:
-    """
-    What a run has done, and where: `OUT.checkpoints/run.json`, written with every checkpoint, and beside it the model that the
-    current phase started from.
-    """
-
-    FIELDS = ("settings", "phase", "fitted", "model", "steps", "history", "fit", "seconds")
-
-    def __init__(self, folder, work, settings, state=None):
-        self.folder, self.work, self.settings = Path(folder), work, settings
-        self.phase, self.fitted, self.model = 0, False, None  # index of the current phase; its fit is done; its first model
-        self.steps, self.history, self.fit = 0, [], None  # of the phases that are done
-        vars(self).update(state or {})
-        self.started = time.monotonic() - (state or {"seconds": 0.0})["seconds"]
-
-    @classmethod
-    def begin(cls, folder, out, arguments: TrainArguments) -> "Run":
-        """The run that `OUT.checkpoints` holds, or a new one. Raises `ValueError` where `resume` says otherwise."""
-        work = Path(f"{out}.checkpoints")
-        state = read_json(work / "run.json")
-        if state is None and work.is_dir() and any(work.glob("clock.json")):
-            raise ValueError(
-                f"{work} holds an unfinished run of an older version, which this one cannot resume: found clock.json. Finish it with "
-                "the version that began it, or delete it to begin anew."
-            )
-        if state and not arguments.resume:
-            raise ValueError(f"{work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
-        if state is None and arguments.resume:
-            raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
-        settings = {name: value for name, value in asdict(arguments).items() if name not in ("text", "resume", "save_steps")}
-        settings["text"] = text_names(arguments.text)
-        for name, value in settings.items() if state else ():
-            if state["settings"].get(name) != (list(value) if isinstance(value, tuple) else value):
-                raise ValueError(
-                    f"{work} holds a run with another `{name}`: found {state['settings'].get(name)!r}, now {value!r}. Resume it "
-                    "with its own settings, or delete it to begin anew."
-                )
-        if state is None and is_main_process():
-            shutil.rmtree(work, ignore_errors=True)  # of a run that ended before its first checkpoint was complete
-        return cls(folder, work, settings, state)
-
-    @property
-    def seconds(self) -> float:
-        """Time that all parts of the run have taken."""
-        return time.monotonic() - self.started
-
-    def load_model(self):
-        """The model that the current phase starts from, with the random state that it had then."""
-        if self.model is None:
-            return load_model(self.folder)
-        model = load_model(self.work / self.model)
-        states = torch.load(self.work / self.model / "rng_state.pth")
-        torch.set_rng_state(states["cpu"])
-        torch.cuda.set_rng_state_all(states["cuda"])
-        return model
-
-    def save(self, model) -> None:
-        """Keep the model that the current phase, or what follows its fit, starts from."""
-        if not is_main_process():
-            return
-        before, self.model = self.model, f"model-{self.phase}{'-fitted' if self.fitted else ''}"
-        shutil.rmtree(self.work / self.model, ignore_errors=True)
-        with new_folder(self.work / self.model) as target:
-            model.save_pretrained(target)
-            carry_records(self.folder, target)
-            torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, target / "rng_state.pth")
-        self.write()
-        if before:
-            shutil.rmtree(self.work / before, ignore_errors=True)
-
-    def write(self) -> None:
-        """Write `run.json`."""
-        write_json(self.work / "run.json", {name: getattr(self, name) for name in self.FIELDS})
+def _comparable(arguments: TrainArguments) -> dict:
+    """What must not change when a run is resumed, as JSON holds it."""
+    kept = {name: value for name, value in asdict(arguments).items() if name not in ("resume", "save_steps")}
+    return json.loads(json.dumps({**kept, "text": text_names(arguments.text)}))
 
 
 class WriteRun(TrainerCallback):
-    """Writes `run.json` with every checkpoint, so that the run can be resumed from it and knows how long it has taken."""
+    """Writes `run.json` with every checkpoint."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -337,31 +374,6 @@ class WriteRun(TrainerCallback):
 def is_main_process() -> bool:
     """Whether this process writes files: under a launcher only the first one does."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-class Text:
-    """The text of a stage as token blocks: `distinct` (N, S) holds all of it, or is None where a dataset is streamed."""
-
-    def __init__(self, arguments: TrainArguments, tokenizer):
-        self.arguments, self.tokenizer = arguments, tokenizer
-        self.step_blocks = arguments.batch_size * arguments.gradient_accumulation_steps
-        self.step_tokens = self.step_blocks * arguments.block_size
-        self.distinct = None if arguments.dataset is not None else self.blocks(arguments.max_tokens)
-
-    def documents(self):
-        """The documents, from the first one on."""
-        return documents_for("training", self.arguments.text, self.arguments.dataset, self.arguments.column)
-
-    def blocks(self, tokens: int) -> torch.Tensor:
-        """At most so many tokens, (N, S)."""
-        return token_blocks(self.documents(), self.tokenizer, self.arguments.block_size, tokens)
-
-    def training_blocks(self, first_step: int, steps: int) -> Dataset:
-        """What the Trainer reads in `steps` steps from `first_step` on."""
-        start = first_step * self.step_blocks
-        if self.distinct is not None:
-            return RepeatedBlocks(self.distinct, start, steps * self.step_blocks)
-        return StreamedBlocks(self.documents, self.tokenizer, self.arguments.block_size, start)
 
 
 class RepeatedBlocks(Dataset):
