@@ -10,7 +10,6 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Literal, get_args
 
 
@@ -127,8 +126,8 @@ class NestedTrainingArguments:
 class StageArguments:
     """The text, the steps and the checkpoints of a training stage."""
 
-    text: Sequence[str | Path] | str | Path | None = None
-    """Text files, one or more; by default the training split of Python's documentation topics."""
+    text: Sequence[str] | None = None
+    """Text files, a path or several; by default the training split of Python's documentation topics."""
     dataset: str | None = None
     """Instead of text: ID or ID:CONFIG of a dataset on the Hub, or its folder, streamed."""
     column: str = "text"

@@ -2,7 +2,6 @@
 """Fit routers to the difficulty of tokens, on cached inputs. (A module named `fit_routers` would hide the function.)"""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,21 +123,17 @@ def checked_harm(config, harm: Harm | None) -> Harm:
     return harm
 
 
-class RouterInputs(NamedTuple):
-    """What routers are fitted on: lists with one tensor a layer, T tokens each."""
+def router_inputs(
+    model: DynaMoEForCausalLM, layers: range, blocks: torch.Tensor, fit: RouterFit
+) -> tuple[list, list, list, torch.Tensor]:
+    """
+    What the routers of `layers` are fitted on, of token ids (N, S) with T tokens; `fit` with `harm` and `sensitivity_range` given.
 
-    inputs: list[torch.Tensor]
-    """(T, D) bfloat16: what each router reads."""
-    profiles: list[torch.Tensor]
-    """(T, E): similarity of each expert to the full width."""
-    weights: list[torch.Tensor | None]
-    """(T,) of mean 1 with harm="token": squared gradient of the loss at the MLP's output. None with harm="layer"."""
-    thetas: torch.Tensor
-    """(T,): sensitivity of each token, the same in all layers."""
-
-
-def router_inputs(model: DynaMoEForCausalLM, layers: range, blocks: torch.Tensor, fit: RouterFit) -> RouterInputs:
-    """Collect what the routers of `layers` are fitted on; `fit` with `harm` and `sensitivity_range` given. Token ids (N, S)."""
+    Returns:
+        Three lists with an entry for each layer: inputs (T, D) bfloat16; profiles (T, E), the similarity of each expert to the full
+        width; weights (T,) of mean 1, the squared gradient of the loss at the MLP's output, or None with harm="layer". And the
+        sensitivity of each token (T,).
+    """
     inputs, profiles, squares = ({index: [] for index in layers} for _ in range(3))
     thetas = []
     hooks = [
@@ -176,7 +171,7 @@ def router_inputs(model: DynaMoEForCausalLM, layers: range, blocks: torch.Tensor
     weights = [torch.cat(kept) if kept else None for kept in squares.values()]
     weights = [None if weight is None else weight / weight.mean() for weight in weights]
     inputs, profiles = ([torch.cat(kept) for kept in each.values()] for each in (inputs, profiles))
-    return RouterInputs(inputs, profiles, weights, torch.cat(thetas))
+    return inputs, profiles, weights, torch.cat(thetas)
 
 
 def fit_router(

@@ -45,14 +45,10 @@ ADAPTATION = {"sensitivity_range": [1, 1], "teacher": "none", "lm_loss_coef": 1.
 class Phase:
     """One part of a recipe: routers are fitted, where `fit` says so, and then `steps` are trained."""
 
-    name: str
-    """Name of the folder of its checkpoints."""
-    steps: int
-    """Optimizer steps; 0 if it is a fit alone."""
-    fit: Route | None = None
-    """Route of the tokens while the inputs of the routers are collected; None if routers are not fitted before."""
-    settings: dict = field(default_factory=dict)
-    """What is trained and by which losses: fields of `NestedTrainingArguments`."""
+    name: str  # of the folder of its checkpoints
+    steps: int  # optimizer steps; 0 if the phase is a fit alone
+    fit: Route | None  # route of the tokens while the inputs of the routers are collected; None leaves routers as they are
+    settings: dict  # what is trained and by which losses: fields of `NestedTrainingArguments`
 
 
 def train_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
@@ -70,7 +66,7 @@ def train_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
     fit = ("router" if follows_routers and phases else "label") if fits else None
     choose = {"train_parts": "routers", "route": "router", "teacher": "frozen", "lm_loss_coef": 0.0, "router_loss_coef": 0.0,
               "kd_loss_coef": 1.0, "hidden_loss_coef": 0.0}  # fmt: skip
-    phases.append(Phase("choose", choice_steps, fit, {**nested, **choose}))
+    phases.append(Phase("routers", choice_steps, fit, {**nested, **choose}))
     return [phase for phase in phases if phase.steps or phase.fit]
 
 
@@ -87,7 +83,7 @@ def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments |
     with `train_parts="lora"` an adapter. An interrupted run continues with `resume=True`. LoRA adapters are merged into the weights
     that are written.
 
-    The defaults are the recipe of docs/results.md, three phases: routers are fitted, and the layers learn on their routes to give the
+    The defaults are the recipe of docs/results.md, three parts: routers are fitted, and the layers learn on their routes to give the
     logits and hidden states of the full width as it was; routers are fitted anew; and at the end routers alone learn from the
     effect of their choices on the logits, against the price of width.
 
@@ -131,7 +127,7 @@ def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainAr
         state.phase, state.fitted = state.phase + 1, False
         if state.phase < len(phases):
             run.save(model)
-    record = _record(run, chooses=any(phase.name == "choose" and phase.steps for phase in phases))
+    record = _record(run, chooses=any(phase.name == "routers" and phase.steps for phase in phases))
     if is_main_process():
         with new_folder(out) as target:
             model.save_pretrained(target)
@@ -234,22 +230,14 @@ def _record(run: "Run", chooses: bool) -> dict:
 class State:
     """How far a run has come: what `OUT.checkpoints/run.json` holds."""
 
-    settings: dict
-    """The arguments, all but those that a resumed run may change."""
-    phase: int = 0
-    """Index of the current phase."""
-    fitted: bool = False
-    """Whether the routers were fitted for it."""
-    model: str | None = None
-    """Folder in OUT.checkpoints of the model that the current phase, or the training after its fit, starts from."""
-    steps: int = 0
-    """Steps of the phases that are done."""
-    history: list[dict] = field(default_factory=list)
-    """What these phases have logged."""
-    fit: dict | None = None
-    """Record of the last fit of the routers."""
-    seconds: float = 0.0
-    """Time that the run has taken, over all its parts."""
+    settings: dict  # arguments that must not change when a run is resumed
+    phase: int = 0  # index of the current phase
+    fitted: bool = False  # whether the routers were fitted for it
+    model: str | None = None  # folder beside run.json of the model that the phase, or the training after its fit, starts from
+    steps: int = 0  # of the phases that are done
+    history: list[dict] = field(default_factory=list)  # what these phases have logged
+    fit: dict | None = None  # record of the last fit of the routers
+    seconds: float = 0.0  # that the run has taken, over all its parts
 
 
 class Run:
@@ -257,29 +245,11 @@ class Run:
 
     def __init__(self, folder: str | Path, out: str | Path, arguments: TrainArguments):
         self.folder, self.work = Path(folder), Path(f"{out}.checkpoints")
-        self.state, resumed = State(_comparable(arguments)), read_json(self.work / "run.json")
-        if resumed is None and (self.work / "clock.json").exists():
-            raise ValueError(
-                f"{self.work} holds an unfinished run of an older version, which this one cannot resume: found clock.json. Finish "
-                "it with the version that began it, or delete it to begin anew."
-            )
-        if resumed and not arguments.resume:
-            raise ValueError(f"{self.work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
-        if arguments.resume and not resumed:
-            raise ValueError(f"There is nothing to resume: {self.work} holds no checkpoint. Leave out `--resume`.")
-        if resumed:
-            changed = [name for name, value in self.state.settings.items() if value != resumed["settings"].get(name)]
-            if changed:
-                raise ValueError(
-                    f"{self.work} holds a run with other settings: found another {', '.join(changed)}. Resume it with the settings "
-                    "that it began with, or delete it to begin anew."
-                )
-            self.state = State(**resumed)
-        elif self.work.is_dir() and is_main_process():
-            shutil.rmtree(self.work)  # left by a run that ended before its first checkpoint was complete
+        self.state = _resumed(self.work, arguments)
         self.started = time.monotonic() - self.state.seconds
         self.arguments, self.tokenizer = _settled(arguments, load_dynamoe_config(folder)), load_tokenizer(folder)
-        self.step_blocks = arguments.batch_size * arguments.gradient_accumulation_steps
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        self.step_blocks = processes * arguments.batch_size * arguments.gradient_accumulation_steps
         self.step_tokens = self.step_blocks * self.arguments.block_size
         self.distinct = None if arguments.dataset is not None else self.blocks(arguments.max_tokens)
 
@@ -343,6 +313,11 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
             f"`choice_share` needs profile routers, found router_type={config.router_type!r}. Leave it at 0, or convert with "
             'router_type="profile".'
         )
+    if choice_share and not arguments.width_loss_coef:
+        raise ValueError(
+            f"Routers that learn by choosing need a price of width, found width_loss_coef=0 and choice_share={choice_share:g}. Give it a "
+            "weight, such as 0.9, or set choice_share to 0."
+        )
     routers_alone = arguments.train_parts == "routers"
     longest = getattr(config, "max_position_embeddings", None)
     return replace(
@@ -354,10 +329,32 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
     )
 
 
-def _comparable(arguments: TrainArguments) -> dict:
-    """What must not change when a run is resumed, as JSON holds it."""
-    kept = {name: value for name, value in asdict(arguments).items() if name not in ("resume", "save_steps")}
-    return json.loads(json.dumps({**kept, "text": text_names(arguments.text)}))
+def _resumed(work: Path, arguments: TrainArguments) -> State:
+    """The state in `work`, or that of a new run. Raises `ValueError` where it is not what `arguments` say."""
+    kept = {name: v for name, v in asdict(arguments).items() if name not in ("resume", "save_steps", "gradient_checkpointing")}
+    settings = json.loads(json.dumps({**kept, "text": text_names(arguments.text)}))
+    found = read_json(work / "run.json")
+    older = [path.name for pattern in ("checkpoint-*", "choice") for path in work.glob(pattern)]
+    if older and not found:
+        raise ValueError(
+            f"{work} holds an unfinished run of an older version, which this one cannot resume: found {older[0]}. Finish it with the "
+            "version that began it, or delete it to begin anew."
+        )
+    if found and not arguments.resume:
+        raise ValueError(f"{work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
+    if arguments.resume and not found:
+        raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
+    if not found:
+        if work.is_dir() and is_main_process():
+            shutil.rmtree(work)  # left by a run that ended before its first checkpoint was complete
+        return State(settings)
+    changed = [name for name, value in settings.items() if value != found["settings"].get(name)]
+    if changed:
+        raise ValueError(
+            f"{work} holds a run with other settings: found another {', '.join(changed)}. Resume it with the settings that it began "
+            "with, or delete it to begin anew."
+        )
+    return State(**found)
 
 
 class WriteRun(TrainerCallback):

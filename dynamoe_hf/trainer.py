@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from .arguments import NestedTrainingArguments, TrainedParts, check_choice
+from .arguments import NestedTrainingArguments, TrainedParts
 from .card import render_card
 from .folder import CONVERSION
 from .label import expert_shares
@@ -286,8 +286,7 @@ def router_parameters(model) -> list[torch.nn.Parameter]:
 
 
 def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
-    """Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them. Raises `ValueError` for unknown parts."""
-    check_choice("train_parts", parts, TrainedParts)
+    """Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them."""
     if parts == "lora":
         return
     outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}

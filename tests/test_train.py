@@ -3,7 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -256,6 +259,8 @@ def test_lora_is_merged(converted, text_file, tmp_path):
 def test_bad_settings(converted, tmp_path):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], found 2"):
         train_model(converted, tmp_path / "out", choice_share=2)
+    with pytest.raises(ValueError, match="need a price of width, found width_loss_coef=0 and choice_share=0.2"):
+        train_model(converted, tmp_path / "out", width_loss_coef=0)
     with pytest.raises(ValueError, match="nothing to resume"):
         train_model(converted, tmp_path / "out", resume=True)
     with pytest.raises(FileExistsError):
@@ -264,12 +269,12 @@ def test_bad_settings(converted, tmp_path):
 
 
 RECIPES = {
-    "recipe": ({}, [("layers", 8, "label"), ("choose", 2, "router")]),
+    "recipe": ({}, [("layers", 8, "label"), ("routers", 2, "router")]),
     "experts alone": ({"choice_share": 0.0, "router_tokens": 0}, [("layers", 10, None)]),
-    "a fit at the end": ({"choice_share": 0.0}, [("layers", 10, "label"), ("choose", 0, "router")]),
-    "labels": ({"route": "label", "train_parts": "mlp"}, [("mlp", 8, None), ("choose", 2, "label")]),
-    "routers": ({"train_parts": "routers"}, [("choose", 2, "label")]),
-    "choosing alone": ({"choice_share": 1.0}, [("choose", 10, "label")]),
+    "a fit at the end": ({"choice_share": 0.0}, [("layers", 10, "label"), ("routers", 0, "router")]),
+    "labels": ({"route": "label", "train_parts": "mlp"}, [("mlp", 8, None), ("routers", 2, "label")]),
+    "routers": ({"train_parts": "routers"}, [("routers", 2, "label")]),
+    "choosing alone": ({"choice_share": 1.0}, [("routers", 10, "label")]),
 }
 
 
@@ -278,8 +283,8 @@ def test_phases_of_the_recipe(name):
     settings, expected = RECIPES[name]
     phases = train_recipe(TrainArguments(**{"choice_share": 0.2, **settings}), 10)
     assert [(phase.name, phase.steps, phase.fit) for phase in phases] == expected
-    assert all(phase.settings["width_loss_coef"] == (0.9 if phase.name == "choose" else 0) for phase in phases)
-    assert all((phase.settings["train_parts"] == "routers") == (phase.name == "choose") for phase in phases)
+    assert all(phase.settings["width_loss_coef"] == (0.9 if phase.name == "routers" else 0) for phase in phases)
+    assert all((phase.settings["train_parts"] == "routers") == (phase.name == "routers") for phase in phases)
 
 
 class Stopped(Exception):
@@ -391,12 +396,32 @@ def test_what_is_not_resumed(converted, text_file, tmp_path, monkeypatch):
         train_model(converted, tmp_path / "out", resume=True, **changed)
     old = tmp_path / "old.checkpoints"
     (old / "checkpoint-8").mkdir(parents=True)
-    (old / "clock.json").write_text('{"seconds": 3}')
     for resume in (False, True):
-        with pytest.raises(ValueError, match="of an older version, which this one cannot resume"):
+        with pytest.raises(ValueError, match="of an older version, which this one cannot resume: found checkpoint-8"):
             train_model(converted, tmp_path / "old", resume=resume, **settings)
     assert (old / "checkpoint-8").is_dir()
     (tmp_path / "new.checkpoints" / "0-adapt" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(ValueError, match="nothing to resume"):
         adapt_model(converted, tmp_path / "new", resume=True, **settings)
     assert adapt_model(converted, tmp_path / "new", **settings)["steps"] == 6
+
+
+SEVERAL_PROCESSES = """
+import sys
+from dynamoe_hf import train_model
+folder, out, text = sys.argv[1:]
+train_model(folder, out, text=text, max_tokens=960, block_size=16, batch_size=2, save_steps=4, choice_share=1 / 3)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_train_one_model(converted, text_file, tmp_path):
+    """Each on its part of every batch, and one of them writes."""
+    (tmp_path / "script.py").write_text(SEVERAL_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    script = [str(path) for path in (tmp_path / "script.py", converted, tmp_path / "two", text_file)]
+    subprocess.run([*launch, *script], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert two["steps"] == 15 and two["tokens"] == 960
+    assert not (tmp_path / "two.checkpoints").exists()
+    assert load_model(tmp_path / "two")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
