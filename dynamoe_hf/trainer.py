@@ -76,7 +76,7 @@ class DynaMoETrainer(Trainer):
         self.teacher = None
         if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
             self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
-        self._metrics: dict[str, list[torch.Tensor]] = {}
+        self._parts: dict[str, list[torch.Tensor]] = {}  # losses and metrics since the last log; `_metrics` is a name of TRL
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:  # here, because the base class sets it to 1 for a model that is spread over several devices
             raise ValueError(
@@ -231,7 +231,7 @@ class DynaMoETrainer(Trainer):
             metrics["router_accuracy"] = agreement / tokens
         metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used_LE.sum(0))}
         for name, value in metrics.items():
-            self._metrics.setdefault(name, []).append(value.detach())
+            self._parts.setdefault(name, []).append(value.detach())
 
     def _save_checkpoint(self, model, trial):
         """As the base class, with the conversion record and a model card, so that a checkpoint can be published."""
@@ -245,12 +245,12 @@ class DynaMoETrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
-        if "loss" in logs and self._metrics:
+        if "loss" in logs and self._parts:
             steps = self.args.gradient_accumulation_steps
-            for name, values in self._metrics.items():
+            for name, values in self._parts.items():
                 mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
                 logs[name] = round(mean * steps if name.endswith("_loss") else mean, 6)
-            self._metrics.clear()
+            self._parts.clear()
         super().log(logs, start_time)
 
 

@@ -129,7 +129,10 @@ def test_options_are_the_functions_parameters():
     commands = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
     assert tuple(commands) == STAGES
     for name, command in commands.items():
-        parameters = signature(command.get_default("stage")).parameters
+        parameters = dict(signature(command.get_default("stage")).parameters)
+        if "settings" in parameters:  # fields of a dataclass
+            arguments, _ = parameters.pop("arguments"), parameters.pop("settings")
+            parameters |= signature(arguments.annotation.__args__[0]).parameters
         options = {action.dest: action for action in command._actions if action.dest not in ("help", "json")}
         assert set(options) == set(parameters), name
         for option, action in options.items():
