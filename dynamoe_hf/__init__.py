@@ -1,12 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """DynaMoE: a dense language model that spends less compute on easy tokens."""
 
+import sys
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 
 
-# Public name -> its module, imported at first use: `dynamoe --help` and `dynamoe_hf.arguments` must not wait for torch.
+if TYPE_CHECKING:
+    from .calibrate import calibrate_budgets
+    from .convert import convert_model, export_dense
+    from .evaluate import evaluate_model
+    from .label import difficulty_labels
+    from .modeling import DynaMoEConfig, DynaMoEForCausalLM
+    from .publish import publish_model
+    from .report import report_folder
+    from .router_fit import fit_routers
+    from .train import adapt_model, train_model
+    from .trainer import DynaMoETrainer, DynaMoETrainingArguments, lora_config
+
+
+# Public name -> the module that it is imported from when it is first used: a stage's dependencies load with the stage.
 _MODULES = {
     "DynaMoEConfig": "modeling",
     "DynaMoEForCausalLM": "modeling",
@@ -24,23 +40,6 @@ _MODULES = {
     "report_folder": "report",
     "train_model": "train",
 }
-
-
-def __getattr__(name):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = import_module(f".{_MODULES[name]}", __name__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.modeling":
-            raise
-        raise ModuleNotFoundError(
-            "`dynamoe_hf.modeling` is the top-level `modeling/` folder, mapped by `package_dir` in setup.cfg when the package is "
-            "installed. From a checkout, run `pip install -e .` first.",
-            name=error.name,
-        ) from error
-    return globals().setdefault(name, getattr(module, name))
-
 
 __all__ = [
     "DynaMoEConfig",
@@ -60,3 +59,38 @@ __all__ = [
     "report_folder",
     "train_model",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_command_line() -> bool:
+    """Whether the program that is starting is the console script `dynamoe`, or `python -m dynamoe_hf.cli`."""
+    options = sys.orig_argv[1:]
+    return Path(sys.argv[0]).name in ("dynamoe", "dynamoe.exe") or ("-m", "dynamoe_hf.cli") in zip(options, options[1:])
+
+
+# `import dynamoe_hf` registers the model with the Auto classes, so that `AutoModelForCausalLM.from_pretrained(folder)` needs no
+# `trust_remote_code`. Python runs this file before `dynamoe_hf.cli`, and torch and transformers take seconds to import. So the
+# command line leaves the registration to its stages, all of which import `modeling`, and `dynamoe --help` does without it.
+# The trap: a script of one's own that is called `dynamoe`, without a suffix, must import `dynamoe_hf.modeling` itself.
+if not _is_command_line():
+    try:
+        import_module(".modeling", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.modeling":
+            raise
+        raise ModuleNotFoundError(
+            "`dynamoe_hf.modeling` is the top-level `modeling/` folder, mapped by `package_dir` in setup.cfg when the package "
+            "is installed. From a checkout, run `pip install -e .` first.",
+            name=error.name,
+        ) from error

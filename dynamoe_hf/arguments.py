@@ -9,14 +9,41 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
+
+# The strings name the form in which the command line reads a value.
+Count = Annotated[int, "count"]
+Files = Annotated[str | Path | Sequence[str | Path], "files"]
+Range = Annotated[list[float], "range"]  # a list, because `HfArgumentParser` knows no other sequence
 
 TrainedParts = Literal["routers", "mlp", "layers", "all", "lora"]
 Teacher = Literal["frozen", "self", "none"]
 Route = Literal["router", "label", "random"]
 Harm = Literal["layer", "token"]
+
+T = TypeVar("T")
+
+
+def resolve(kind: type[T], arguments: T | None, settings: dict[str, Any]) -> T:
+    """
+    The arguments of a stage: `arguments`, or the defaults of `kind`, with the fields that `settings` names replaced.
+
+    Raises:
+        TypeError: `arguments` is something else, or a setting is no field of `kind`.
+    """
+    if arguments is None:
+        arguments = kind()
+    if not isinstance(arguments, kind):
+        raise TypeError(
+            f"`arguments` must be {kind.__name__}, found {type(arguments).__name__}. Give single settings by name."
+        )
+    names = [field.name for field in fields(kind)]
+    if unknown := settings.keys() - set(names):
+        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}. Its settings are {', '.join(names)}.")
+    return replace(arguments, **settings)
 
 
 def with_help(cls):
@@ -55,7 +82,7 @@ def check_range(sensitivity_range: Sequence[float] | None) -> None:
 
 
 @with_help
-@dataclass
+@dataclass(kw_only=True)
 class NestedTrainingArguments:
     """
     How nested experts are trained. The loss of a batch is
@@ -83,7 +110,7 @@ class NestedTrainingArguments:
     """Which expert each token takes in training: the router's choice, its label (the smallest expert that is similar
     enough), or a random one.
     """
-    sensitivity_range: list[float] | None = None
+    sensitivity_range: Range | None = None
     """Lowest and highest sensitivity that sequences draw; by default `train_sensitivity` of the model's config. 1 1
     trains the full width alone.
     """
@@ -122,51 +149,51 @@ class NestedTrainingArguments:
 
 
 @with_help
-@dataclass
+@dataclass(kw_only=True)
 class StageArguments:
     """The text, the steps and the checkpoints of a training stage."""
 
-    text: Sequence[str] | None = None
+    text: Files | None = None
     """Text files, a path or several; by default the training split of Python's documentation topics."""
     dataset: str | None = None
     """Instead of text: ID or ID:CONFIG of a dataset on the Hub, or its folder, streamed."""
     column: str = "text"
     """Text column of the dataset."""
-    max_tokens: int = 100_000
+    max_tokens: Count = 100_000
     """Tokens to train on; a shorter text is repeated."""
     learning_rate: float = 2e-4
     """Learning rate of all but the routers."""
     resume: bool = False
     """Continue an interrupted run from its last checkpoint."""
-    block_size: int = 256
+    block_size: Count = 256
     """Tokens in one sequence."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Sequences in one batch."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Batches in one step."""
     bf16: bool = False
     """Compute under bfloat16 autocast, for GPUs and for CPUs with AMX or AVX512_BF16; weights keep their type."""
     gradient_checkpointing: bool = False
     """Compute activations twice: less memory, a third more time."""
-    save_steps: int = 50
+    save_steps: Count = 50
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of everything random in the stage."""
 
 
 @with_help
-@dataclass
+@dataclass(kw_only=True)
 class AdaptArguments(StageArguments):
     """What `adapt_model` takes."""
 
-    max_tokens: int = 65_536
+    max_tokens: Count = 65_536
     """Tokens to train on; a shorter text is repeated."""
     learning_rate: float = 6e-5
     """Learning rate, lower than in training: the full width is to keep what it knows."""
 
 
 @with_help
-@dataclass
+@dataclass(kw_only=True)
 class TrainArguments(NestedTrainingArguments, StageArguments):
     """What `train_model` takes. The defaults are the recipe of docs/results.md."""
 
@@ -187,7 +214,7 @@ class TrainArguments(NestedTrainingArguments, StageArguments):
     """Share of max_tokens, at the end, on which routers alone learn by choosing: from KL(full width || chosen experts)
     and the price of width. By default 0.2 where routers have a profile and are fitted, else 0.
     """
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the adapters, with train_parts=lora."""
 
     def check(self) -> None:

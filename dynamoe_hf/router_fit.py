@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .arguments import Harm, Route, check_choice, check_range
+from .arguments import Harm, Range, Route, check_choice, check_range, resolve
 from .label import mlp_gradients
 from .modeling.modeling_dynamoe import DynaMoEForCausalLM, TokenRouter
 from .modeling.nested_mlp import label_of
@@ -17,7 +17,7 @@ from .modeling.nested_mlp import label_of
 LARGEST_WEIGHT, SMALLEST_HARM = 30.0, 1e-3
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RouterFit:
     """How `fit_routers` fits."""
 
@@ -43,7 +43,7 @@ class RouterFit:
     """Which experts tokens take while inputs are collected: narrow experts in early layers change what later routers
     read.
     """
-    sensitivity_range: list[float] | None = None
+    sensitivity_range: Range | None = None
     """Each sequence draws its sensitivity from this range; by default from `config.train_sensitivity`."""
     bf16: bool = False
     """Collect inputs under bfloat16 autocast."""
@@ -69,7 +69,7 @@ def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> 
     Raises:
         ValueError: an unknown setting, or a `harm` that the model's similarity or router type does not have.
     """
-    fit = RouterFit(**settings)
+    fit = resolve(RouterFit, None, settings)
     fit = replace(
         fit,
         harm=checked_harm(model.config, fit.harm),

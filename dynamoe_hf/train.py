@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from transformers import default_data_collator
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .arguments import AdaptArguments, Route, TrainArguments, nested_settings
+from .arguments import AdaptArguments, Route, TrainArguments, nested_settings, resolve
 from .card import render_card
 from .data import documents_for, iterate_blocks, text_names, token_blocks
 from .folder import (
@@ -75,7 +76,7 @@ def adapt_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
     return [Phase("adapt", steps, None, {**nested_settings(arguments), "width_loss_coef": 0.0})]
 
 
-def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments | None = None, **settings) -> dict:
+def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments | None = None, **settings: Any) -> dict:
     """
     Train a DynaMoE folder and write the result as another one.
 
@@ -101,10 +102,10 @@ def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments |
         TypeError: a setting that is no field of `TrainArguments`.
         FileExistsError: `out` exists.
     """
-    return _run_stage(folder, out, replace(arguments or TrainArguments(), **settings), train_recipe)
+    return _run_stage(folder, out, resolve(TrainArguments, arguments, settings), train_recipe)
 
 
-def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments | None = None, **settings) -> dict:
+def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments | None = None, **settings: Any) -> dict:
     """
     Train the full width on a text as a dense model, gently, before `train_model` teaches it to the narrower experts.
 
@@ -112,7 +113,7 @@ def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments |
     without either the full width stays what the base is. `settings` are fields of `AdaptArguments`; result and errors are those of
     `train_model`.
     """
-    arguments = replace(arguments or AdaptArguments(), **settings)
+    arguments = resolve(AdaptArguments, arguments, settings)
     return _run_stage(folder, out, TrainArguments(**vars(arguments), **ADAPTATION), adapt_recipe)
 
 
