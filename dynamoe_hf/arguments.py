@@ -40,10 +40,10 @@ def resolve(kind: type[T], arguments: T | None, settings: dict[str, Any]) -> T:
         raise TypeError(
             f"`arguments` must be {kind.__name__}, found {type(arguments).__name__}. Give single settings by name."
         )
-    names = [field.name for field in fields(kind)]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a TypeVar cannot be bound to dataclasses
     if unknown := settings.keys() - set(names):
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}. Its settings are {', '.join(names)}.")
-    return replace(arguments, **settings)
+    return replace(arguments, **settings)  # type: ignore[type-var]
 
 
 def with_help(cls):
@@ -52,14 +52,15 @@ def with_help(cls):
     source code (a frozen application) the fields stay without help.
     """
     try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))))
     except (OSError, TypeError):
         return cls
-    for statement, following in zip(body, body[1:]):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            text = " ".join(following.value.value.split())
-            # argparse formats its help with `%`.
-            cls.__dataclass_fields__[statement.target.id].metadata = {"help": text.replace("%", "%%")}
+    body = next(node for node in nodes if isinstance(node, ast.ClassDef)).body
+    for pair in zip(body, body[1:]):
+        match pair:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                # argparse formats its help with `%`.
+                cls.__dataclass_fields__[name].metadata = {"help": " ".join(text.split()).replace("%", "%%")}
     return cls
 
 

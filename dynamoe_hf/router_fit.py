@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fit routers to the difficulty of tokens, on cached inputs. (A module named `fit_routers` would hide the function.)"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +70,7 @@ def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> 
         ValueError: an unknown setting, or a `harm` that the model's similarity or router type does not have.
     """
     fit = resolve(RouterFit, None, settings)
-    fit = replace(
-        fit,
-        harm=checked_harm(model.config, fit.harm),
-        sensitivity_range=fit.sensitivity_range or model.config.train_sensitivity,
-    )
+    fit.harm = checked_harm(model.config, fit.harm)
     torch.manual_seed(fit.seed)
     model.eval()
     layers = model.model.layers
@@ -127,22 +123,22 @@ def router_inputs(
     model: DynaMoEForCausalLM, layers: range, blocks: torch.Tensor, fit: RouterFit
 ) -> tuple[list, list, list, torch.Tensor]:
     """
-    What the routers of `layers` are fitted on, of token ids (N, S) with T tokens; `fit` with `harm` and `sensitivity_range` given.
+    What the routers of `layers` are fitted on, of token ids (N, S) with T tokens.
 
     Returns:
         Three lists with an entry for each layer: inputs (T, D) bfloat16; profiles (T, E), the similarity of each expert to the full
         width; weights (T,) of mean 1, the squared gradient of the loss at the MLP's output, or None with harm="layer". And the
         sensitivity of each token (T,).
     """
-    inputs, profiles, squares = ({index: [] for index in layers} for _ in range(3))
-    thetas = []
+    kept: list[dict[int, list[torch.Tensor]]] = [{index: [] for index in layers} for _ in range(3)]
+    (inputs, profiles, squares), thetas = kept, []
     hooks = [
         model.model.layers[index].mlp.router.register_forward_pre_hook(
             lambda module, args, kept=inputs[index]: kept.append(args[0].detach().flatten(0, 1).to(torch.bfloat16))
         )
         for index in layers
     ]
-    low, high = fit.sensitivity_range
+    low, high = fit.sensitivity_range or model.config.train_sensitivity
 
     def keep_square(index, gradient):
         if index in squares:
@@ -168,10 +164,13 @@ def router_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    weights = [torch.cat(kept) if kept else None for kept in squares.values()]
-    weights = [None if weight is None else weight / weight.mean() for weight in weights]
-    inputs, profiles = ([torch.cat(kept) for kept in each.values()] for each in (inputs, profiles))
-    return inputs, profiles, weights, torch.cat(thetas)
+    weights = [torch.cat(each) if each else None for each in squares.values()]
+    return (
+        [torch.cat(each) for each in inputs.values()],
+        [torch.cat(each) for each in profiles.values()],
+        [None if weight is None else weight / weight.mean() for weight in weights],
+        torch.cat(thetas),
+    )
 
 
 def fit_router(

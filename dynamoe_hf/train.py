@@ -38,7 +38,7 @@ from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar, lora_con
 
 CHOICE_SHARE = 0.2  # of the steps, at the end, on which routers learn by choosing
 # What an adaptation has instead of the recipe: the LM loss at full width alone.
-ADAPTATION = {"sensitivity_range": [1, 1], "teacher": "none", "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "hidden_loss_coef": 0.0,
+ADAPTATION: dict[str, Any] = {"sensitivity_range": [1, 1], "teacher": "none", "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "hidden_loss_coef": 0.0,
               "router_tokens": 0, "choice_share": 0.0}  # fmt: skip
 
 
@@ -57,17 +57,17 @@ def train_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
     Train experts on the routes of fitted routers, fit the routers anew to what the experts have become, then let the routers alone
     learn by choosing. `arguments` as `_settled` gives them.
     """
-    nested, choice_steps = nested_settings(arguments), round(arguments.choice_share * steps)
+    nested, choice_steps = nested_settings(arguments), round((arguments.choice_share or 0.0) * steps)
     expert_steps = 0 if arguments.train_parts == "routers" else steps - choice_steps
     follows_routers = arguments.route == "router"
     fits, phases = arguments.router_tokens > 0, []
     if expert_steps:
-        fit = "label" if follows_routers and fits else None
-        phases.append(Phase(arguments.train_parts, expert_steps, fit, {**nested, "width_loss_coef": 0.0}))
-    fit = ("router" if follows_routers and phases else "label") if fits else None
+        before: Route | None = "label" if follows_routers and fits else None
+        phases.append(Phase(arguments.train_parts, expert_steps, before, {**nested, "width_loss_coef": 0.0}))
+    anew: Route = "router" if follows_routers and phases else "label"
     choose = {"train_parts": "routers", "route": "router", "teacher": "frozen", "lm_loss_coef": 0.0, "router_loss_coef": 0.0,
               "kd_loss_coef": 1.0, "hidden_loss_coef": 0.0}  # fmt: skip
-    phases.append(Phase("routers", choice_steps, fit, {**nested, **choose}))
+    phases.append(Phase("routers", choice_steps, anew if fits else None, {**nested, **choose}))
     return [phase for phase in phases if phase.steps or phase.fit]
 
 
@@ -399,5 +399,5 @@ class StreamedBlocks(IterableDataset):
 
     def __iter__(self):
         for block in islice(iterate_blocks(self.documents(), self.tokenizer, self.block_size), self.start, None):
-            block = torch.tensor(block)
-            yield {"input_ids": block, "labels": block}
+            ids = torch.tensor(block)
+            yield {"input_ids": ids, "labels": ids}

@@ -64,6 +64,8 @@ class DynaMoETrainer(Trainer):
             tokens would follow routers that know nothing and do not learn; several GPUs without a launcher.
     """
 
+    args: DynaMoETrainingArguments
+
     def __init__(self, model=None, args=None, **kwargs):
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_model(core, args, adapted=core is not model)
@@ -89,19 +91,20 @@ class DynaMoETrainer(Trainer):
 
     def create_optimizer(self, model=None):
         """As the base class, with the routers in a group of their own, at `router_learning_rate`."""
-        if self.optimizer is None:
-            super().create_optimizer(*([] if model is None else [model]))
-            routers = {id(parameter) for parameter in router_parameters(self.model)}
-            for group in list(self.optimizer.param_groups):
-                moved = [p for p in group["params"] if id(p) in routers]
-                group["params"] = [p for p in group["params"] if id(p) not in routers]
-                if moved:
-                    own = {**group, "params": moved, "lr": self.args.router_learning_rate}
-                    own.pop("initial_lr", None)
-                    self.optimizer.add_param_group(own)
-            # Some schedulers and checkpoint formats fail on an empty group.
-            self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
-        return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        routers = {id(parameter) for parameter in router_parameters(self.model)}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in routers]
+            group["params"] = [p for p in group["params"] if id(p) not in routers]
+            if moved:
+                own = {**group, "params": moved, "lr": self.args.router_learning_rate}
+                own.pop("initial_lr", None)
+                optimizer.add_param_group(own)
+        # Some schedulers and checkpoint formats fail on an empty group.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
