@@ -55,16 +55,16 @@ class RouterFit:
 
 def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> dict:
     """
-    Fit every router from new initial weights to the difficulty of tokens, layer by layer. The rest of the model runs once, to collect
-    the inputs of the routers, so hundreds of steps cost less than a few of full training.
+    Fit every router from new initial weights to the difficulty of tokens, layer by layer. The rest of the model runs
+    once, to collect the inputs of the routers, so hundreds of steps cost less than a few of full training.
 
     Args:
         blocks: token ids (N, S) int64; the last tenth of the tokens is held out, to measure the agreement.
         settings: fields of `RouterFit`.
 
     Returns:
-        `tokens`, the `harm` that was used, `router_agreement` with the labels on the tokens held out, and `label_frequency`, the share of
-        the commonest label among them.
+        `tokens`, the `harm` that was used, `router_agreement` with the labels on the tokens held out, and
+        `label_frequency`, the share of the commonest label among them.
 
     Raises:
         ValueError: an unknown setting, or a `harm` that the model's similarity or router type does not have.
@@ -106,7 +106,10 @@ def _labels_and_choices(router, x, profile, thetas):
 
 
 def checked_harm(config, harm: Harm | None) -> Harm:
-    """The `harm` that routers of a model with this config are fitted to (`RouterFit`). Raises `ValueError` where they cannot be."""
+    """
+    The `harm` that routers of a model with this config are fitted to (`RouterFit`). Raises `ValueError` where they
+    cannot be.
+    """
     knows_tokens = config.router_type == "profile" and config.similarity.startswith("loss_")
     if harm is None:
         return "token" if knows_tokens else "layer"
@@ -126,9 +129,9 @@ def router_inputs(
     What the routers of `layers` are fitted on, of token ids (N, S) with T tokens.
 
     Returns:
-        Three lists with an entry for each layer: inputs (T, D) bfloat16; profiles (T, E), the similarity of each expert to the full
-        width; weights (T,) of mean 1, the squared gradient of the loss at the MLP's output, or None with harm="layer". And the
-        sensitivity of each token (T,).
+        Three lists with an entry for each layer: inputs (T, D) bfloat16; profiles (T, E), the similarity of each expert
+        to the full width; weights (T,) of mean 1, the squared gradient of the loss at the MLP's output, or None with
+        harm="layer". And the sensitivity of each token (T,).
     """
     kept: list[dict[int, list[torch.Tensor]]] = [{index: [] for index in layers} for _ in range(3)]
     (inputs, profiles, squares), thetas = kept, []
@@ -184,12 +187,13 @@ def fit_router(
     weights: torch.Tensor | None = None,
 ) -> None:
     """
-    Train one router from new initial weights, its first layer scaled to the size of its input, on inputs (T, D), profiles (T, E) and
-    sensitivities (T,).
+    Train one router from new initial weights, its first layer scaled to the size of its input, on inputs (T, D), profiles
+    (T, E) and sensitivities (T,).
 
-    With `weights` (T,), how much an error costs each token relative to the mean of its layer, the router learns to predict the mean
-    of the harm, weight * (1 / similarity - 1), as exp(-logit). The loss is the negative log-likelihood of a gamma distribution
-    of fixed shape: harm varies over orders of magnitude, and a budget of width should be spent by its mean.
+    With `weights` (T,), how much an error costs each token relative to the mean of its layer, the router learns to
+    predict the mean of the harm, weight * (1 / similarity - 1), as exp(-logit). The loss is the negative log-likelihood
+    of a gamma distribution of fixed shape: harm varies over orders of magnitude, and a budget of width should be spent by
+    its mean.
     """
     dtype = router.input.weight.dtype
     router.float().requires_grad_()

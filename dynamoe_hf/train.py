@@ -38,8 +38,15 @@ from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar, lora_con
 
 CHOICE_SHARE = 0.2  # of the steps, at the end, on which routers learn by choosing
 # What an adaptation has instead of the recipe: the LM loss at full width alone.
-ADAPTATION: dict[str, Any] = {"sensitivity_range": [1, 1], "teacher": "none", "lm_loss_coef": 1.0, "kd_loss_coef": 0.0, "hidden_loss_coef": 0.0,
-              "router_tokens": 0, "choice_share": 0.0}  # fmt: skip
+ADAPTATION: dict[str, Any] = {
+    "sensitivity_range": [1, 1],
+    "teacher": "none",
+    "lm_loss_coef": 1.0,
+    "kd_loss_coef": 0.0,
+    "hidden_loss_coef": 0.0,
+    "router_tokens": 0,
+    "choice_share": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Phase:
 
 def train_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
     """
-    Train experts on the routes of fitted routers, fit the routers anew to what the experts have become, then let the routers alone
-    learn by choosing. `arguments` as `_settled` gives them.
+    Train experts on the routes of fitted routers, fit the routers anew to what the experts have become, then let the
+    routers alone learn by choosing. `arguments` as `_settled` gives them.
     """
     nested, choice_steps = nested_settings(arguments), round((arguments.choice_share or 0.0) * steps)
     expert_steps = 0 if arguments.train_parts == "routers" else steps - choice_steps
@@ -80,13 +87,13 @@ def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments |
     """
     Train a DynaMoE folder and write the result as another one.
 
-    Checkpoints lie in `OUT.checkpoints` while training goes on, each phase's in a folder of its own; each checkpoint is a model folder,
-    with `train_parts="lora"` an adapter. An interrupted run continues with `resume=True`. LoRA adapters are merged into the weights
-    that are written.
+    Checkpoints lie in `OUT.checkpoints` while training goes on, each phase's in a folder of its own; each checkpoint is a
+    model folder, with `train_parts="lora"` an adapter. An interrupted run continues with `resume=True`. LoRA adapters are
+    merged into the weights that are written.
 
-    The defaults are the recipe of docs/results.md, three parts: routers are fitted, and the layers learn on their routes to give the
-    logits and hidden states of the full width as it was; routers are fitted anew; and at the end routers alone learn from the
-    effect of their choices on the logits, against the price of width.
+    The defaults are the recipe of docs/results.md, three parts: routers are fitted, and the layers learn on their routes
+    to give the logits and hidden states of the full width as it was; routers are fitted anew; and at the end routers
+    alone learn from the effect of their choices on the logits, against the price of width.
 
     Args:
         folder, out: model folder to read, and to write.
@@ -94,8 +101,8 @@ def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments |
         settings: fields of `TrainArguments`, in place of those of `arguments`.
 
     Returns:
-        The training record, also written to `training.json`: settings, tokens, the logged history, and, without their histories, the
-        records of the `earlier` trainings of `folder`. `seconds` are those of all parts of a resumed run.
+        The training record, also written to `training.json`: settings, tokens, the logged history, and, without their
+        histories, the records of the `earlier` trainings of `folder`. `seconds` are those of all parts of a resumed run.
 
     Raises:
         ValueError: no DynaMoE folder, a wrong value, too little text, or an unfinished run without `resume`.
@@ -109,9 +116,9 @@ def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments |
     """
     Train the full width on a text as a dense model, gently, before `train_model` teaches it to the narrower experts.
 
-    For text that the base does not know. An LM loss in `train_model` instead would pull the full width away from everything else, and
-    without either the full width stays what the base is. `settings` are fields of `AdaptArguments`; result and errors are those of
-    `train_model`.
+    For text that the base does not know. An LM loss in `train_model` instead would pull the full width away from
+    everything else, and without either the full width stays what the base is. `settings` are fields of `AdaptArguments`;
+    result and errors are those of `train_model`.
     """
     arguments = resolve(AdaptArguments, arguments, settings)
     return _run_stage(folder, out, TrainArguments(**vars(arguments), **ADAPTATION), adapt_recipe)
@@ -204,8 +211,9 @@ def _trainer_arguments(arguments: TrainArguments, phase: Phase, folder: Path) ->
 def _record(run: "Run", chooses: bool) -> dict:
     """What `training.json` says."""
     names = ("route", "teacher", "sensitivity_range", "block_size", "batch_size", "gradient_accumulation_steps",
-             "learning_rate", "router_learning_rate", "lm_loss_coef", "kd_loss_coef", "hidden_loss_coef", "router_loss_coef",
-             "logit_fraction", "router_tokens", "harm", "choice_share", "width_loss_coef", "lora_rank", "bf16", "seed")  # fmt: skip
+             "learning_rate", "router_learning_rate", "lm_loss_coef", "kd_loss_coef", "hidden_loss_coef",
+             "router_loss_coef", "logit_fraction", "router_tokens", "harm", "choice_share", "width_loss_coef", "lora_rank",
+             "bf16", "seed")  # fmt: skip
     arguments, state = run.arguments, run.state
     settings = {"train": arguments.train_parts, **{name: getattr(arguments, name) for name in names}}
     settings["width_loss_coef"] = arguments.width_loss_coef if chooses else None
@@ -234,7 +242,7 @@ class State:
     settings: dict  # arguments that must not change when a run is resumed
     phase: int = 0  # index of the current phase
     fitted: bool = False  # whether the routers were fitted for it
-    model: str | None = None  # folder beside run.json of the model that the phase, or the training after its fit, starts from
+    model: str | None = None  # folder beside run.json of the model that the phase, or its training after the fit, starts from
     steps: int = 0  # of the phases that are done
     history: list[dict] = field(default_factory=list)  # what these phases have logged
     fit: dict | None = None  # record of the last fit of the routers
@@ -305,7 +313,10 @@ class Run:
 
 
 def _settled(arguments: TrainArguments, config) -> TrainArguments:
-    """The arguments with every default that depends on the model filled in. Raises `ValueError` where the model cannot have one."""
+    """
+    The arguments with every default that depends on the model filled in. Raises `ValueError` where the model cannot
+    have one.
+    """
     choice_share = arguments.choice_share
     if choice_share is None:
         choice_share = CHOICE_SHARE if config.router_type == "profile" and arguments.router_tokens else 0.0
@@ -316,8 +327,8 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
         )
     if choice_share and not arguments.width_loss_coef:
         raise ValueError(
-            f"Routers that learn by choosing need a price of width, found width_loss_coef=0 and choice_share={choice_share:g}. Give it a "
-            "weight, such as 0.9, or set choice_share to 0."
+            f"Routers that learn by choosing need a price of width, found width_loss_coef=0 and choice_share={choice_share:g}. "
+            "Give it a weight, such as 0.9, or set choice_share to 0."
         )
     routers_alone = arguments.train_parts == "routers"
     longest = getattr(config, "max_position_embeddings", None)
@@ -332,14 +343,15 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
 
 def _resumed(work: Path, arguments: TrainArguments) -> State:
     """The state in `work`, or that of a new run. Raises `ValueError` where it is not what `arguments` say."""
-    kept = {name: v for name, v in asdict(arguments).items() if name not in ("resume", "save_steps", "gradient_checkpointing")}
-    settings = json.loads(json.dumps({**kept, "text": text_names(arguments.text)}))
+    may_change = ("resume", "save_steps", "gradient_checkpointing")
+    settings = {name: value for name, value in asdict(arguments).items() if name not in may_change}
+    settings = json.loads(json.dumps({**settings, "text": text_names(arguments.text)}))
     found = read_json(work / "run.json")
     older = [path.name for pattern in ("checkpoint-*", "choice") for path in work.glob(pattern)]
     if older and not found:
         raise ValueError(
-            f"{work} holds an unfinished run of an older version, which this one cannot resume: found {older[0]}. Finish it with the "
-            "version that began it, or delete it to begin anew."
+            f"{work} holds an unfinished run of an older version, which this one cannot resume: found {older[0]}. Finish it "
+            "with the version that began it, or delete it to begin anew."
         )
     if found and not arguments.resume:
         raise ValueError(f"{work} holds an unfinished run. Go on with it (`--resume`), or delete it to begin anew.")
@@ -352,8 +364,8 @@ def _resumed(work: Path, arguments: TrainArguments) -> State:
     changed = [name for name, value in settings.items() if value != found["settings"].get(name)]
     if changed:
         raise ValueError(
-            f"{work} holds a run with other settings: found another {', '.join(changed)}. Resume it with the settings that it began "
-            "with, or delete it to begin anew."
+            f"{work} holds a run with other settings: found another {', '.join(changed)}. Resume it with the settings that "
+            "it began with, or delete it to begin anew."
         )
     return State(**found)
 

@@ -28,8 +28,8 @@ ROUTER_TEMPERATURE = 0.5
 @dataclass
 class DynaMoETrainingArguments(NestedTrainingArguments, TrainingArguments):
     """
-    `TrainingArguments` with the fields of `NestedTrainingArguments`. The defaults are those of `train_model`, in the phase that trains
-    experts. The whole recipe with Trainers of one's own, after which routers know nothing at first:
+    `TrainingArguments` with the fields of `NestedTrainingArguments`. The defaults are those of `train_model`, in the
+    phase that trains experts. The whole recipe, with Trainers of one's own:
 
         fit_routers(model, blocks)
         DynaMoETrainer(model, DynaMoETrainingArguments(OUT), train_dataset=...).train()
@@ -55,13 +55,14 @@ class DynaMoETrainingArguments(NestedTrainingArguments, TrainingArguments):
 
 class DynaMoETrainer(Trainer):
     """
-    `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`, `kd_loss`,
-    `hidden_loss`, `width_loss`, `mean_width` (share of the MLPs' width that tokens took), `router_accuracy` (agreement of the
-    routers with the labels, where the route or the router loss needs labels) and `share_expert_0` ... (share of the tokens).
+    `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
+    `kd_loss`, `hidden_loss`, `width_loss`, `mean_width` (share of the MLPs' width that tokens took), `router_accuracy`
+    (agreement of the routers with the labels, where the route or the router loss needs labels) and `share_expert_0` ...
+    (share of the tokens).
 
     Raises:
-        ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss for them;
-            tokens would follow routers that know nothing and do not learn; several GPUs without a launcher.
+        ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss
+            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher.
     """
 
     args: DynaMoETrainingArguments
@@ -82,8 +83,8 @@ class DynaMoETrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:  # here, because the base class sets it to 1 for a model that is spread over several devices
             raise ValueError(
-                f"Training on {self.args.n_gpu} GPUs needs one process for each: start it with `accelerate launch` or torchrun, "
-                "or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
+                f"Training on {self.args.n_gpu} GPUs needs one process for each: start it with `accelerate launch` or "
+                "torchrun, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
         self.expert_shares = expert_shares(core).to(self.args.device)
         if self.teacher is not None:
@@ -108,8 +109,8 @@ class DynaMoETrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        The loss of `NestedTrainingArguments` in training, that of the base class in evaluation. `num_items_in_batch`: tokens with
-        a label in the whole accumulated batch; without any, the loss and its gradient are 0.
+        The loss of `NestedTrainingArguments` in training, that of the base class in evaluation. `num_items_in_batch`:
+        tokens with a label in the whole accumulated batch; without any, the loss and its gradient are 0.
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -157,7 +158,10 @@ class DynaMoETrainer(Trainer):
         return bool(reached and (args.kd_loss_coef or args.hidden_loss_coef)) and args.teacher != "none"
 
     def _draw_sensitivities(self, labels):
-        """(B,): one from each of B equal parts of the range, so that a batch of a few sequences has narrow and wide experts alike."""
+        """
+        (B,): one from each of B equal parts of the range, so that a batch of a few sequences has narrow and wide
+        experts alike.
+        """
         low, high = self.args.sensitivity_range or self.core.config.train_sensitivity
         count, device = labels.shape[0], labels.device
         return low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
@@ -196,8 +200,9 @@ class DynaMoETrainer(Trainer):
 
     def _losses_at(self, hidden, targets, target_hidden, scale):
         """
-        The LM loss and KL(full width || chosen experts), each summed over positions and multiplied by `scale`: their weighted sum,
-        which has a gradient, and both of them. (B, P, D), (B, P), (B, P, D) or None, a scalar -> three scalars.
+        The LM loss and KL(full width || chosen experts), each summed over positions and multiplied by `scale`: their
+        weighted sum, which has a gradient, and both of them. (B, P, D), (B, P), (B, P, D) or None, a scalar -> three
+        scalars.
         """
         core, teacher = self.core, self.core if self.teacher is None else self.teacher
 
@@ -220,7 +225,10 @@ class DynaMoETrainer(Trainer):
 
     @torch.no_grad()
     def _keep_metrics(self, records, sensitivity, mask, **losses):
-        """Keep the losses and the use of experts as device tensors until `log`: reading them here would wait for the device."""
+        """
+        Keep the losses and the use of experts as device tensors until `log`: reading them here would wait for the
+        device.
+        """
         mask = mask.to(torch.float32)
         expert_LBS = torch.stack([record.expert.to(mask.device) for record in records])
         used_LE = (F.one_hot(expert_LBS, self.expert_shares.shape[1]) * mask[..., None]).sum((1, 2))
@@ -265,7 +273,8 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
         raise ValueError('`train_parts="lora"` needs adapters: wrap the model with `get_peft_model(model, lora_config())`.')
     if args.train_parts == "routers" and not (args.router_loss_coef or args.width_loss_coef):
         raise ValueError(
-            '`train_parts="routers"` needs a router loss, found router_loss_coef=0 and width_loss_coef=0. Give one a weight, such as 1.'
+            '`train_parts="routers"` needs a router loss, found router_loss_coef=0 and width_loss_coef=0. Give one a weight, '
+            "such as 1."
         )
     if args.width_loss_coef and core.config.router_type != "profile":
         raise ValueError(
@@ -278,8 +287,8 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
     outputs = [p for name, p in core.named_parameters() if ".router." in name and name.endswith("output.weight")]
     if any(weight.numel() and not weight.any() for weight in outputs):
         raise ValueError(
-            'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and no loss '
-            'that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
+            'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
+            'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
         )
 
 

@@ -30,10 +30,11 @@ def rows(count=8, length=16, seed=0, ignored=True):
 
 def train(model, folder, trainer_class=DynaMoETrainer, examples=None, **settings):
     """The trainer after its run: with `DynaMoETrainer` as `LABELS` say, but for `settings`."""
-    settings = {"max_steps": 1, "per_device_train_batch_size": 8, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-                "learning_rate": 1e-3, "disable_tqdm": True, "use_cpu": True, **(LABELS if trainer_class is DynaMoETrainer else {}), **settings}  # fmt: skip
-    arguments = DynaMoETrainingArguments if trainer_class is DynaMoETrainer else TrainingArguments
-    args = arguments(output_dir=str(folder), **settings)
+    ours = trainer_class is DynaMoETrainer
+    defaults = {"max_steps": 1, "per_device_train_batch_size": 8, "report_to": "none", "save_strategy": "no",
+                "logging_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True, "use_cpu": True}  # fmt: skip
+    settings = {**defaults, **(LABELS if ours else {}), **settings}
+    args = (DynaMoETrainingArguments if ours else TrainingArguments)(output_dir=str(folder), **settings)
     trainer = trainer_class(model=model, args=args, train_dataset=examples or rows())
     trainer.train()
     return trainer
