@@ -41,3 +41,10 @@ def on_page_markdown(markdown, page, config, files):
         return markdown
     markdown = re.sub(r"\]\(\.\./((?:\.\./)*)benchmarks/results/", r"](\1benchmarks/results/", markdown)
     return re.sub(r"\]\(\.\./((?:\.\./)*)benchmarks/results\)", r"](\1benchmarks/results/index.md)", markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Types in docstrings of the Hugging Face kind, such as `int`, *optional*, are shown in code: without their marks."""
+    if page.file.src_uri != "api.md":
+        return html
+    return re.sub(r"<code>(`[^<]+)</code>", lambda match: f"<code>{re.sub('[`*]', '', match[1])}</code>", html)

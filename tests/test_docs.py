@@ -24,7 +24,6 @@ NOT_RUN = {
     "docs/index.md": ["installs the package"],
     "docs/tutorial.md": ["installs the package", "downloads from the Hub"],
 }
-SLOW = {"docs/howto/trl.md"}  # importing TRL takes longer than all other pages
 CHAT = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -122,16 +121,8 @@ def run_page(page, run_commands=False):
     return ran
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=name_of(page), marks=pytest.mark.slow if name_of(page) in SLOW else ())
-        for page in RUNNABLE
-        if page.name != "tutorial.md"
-    ],
-)
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if page.name != "tutorial.md"], ids=name_of)
 def test_python_blocks_run(page, reader):
-    pytest.importorskip("matplotlib")
     for module in ("torchao", "trl", "peft"):
         if f"from {module}" in page.read_text(encoding="utf-8"):
             pytest.importorskip(module)
