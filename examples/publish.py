@@ -37,7 +37,7 @@ def main():
     # A variant is a model folder like any other, set to its budget, and its card says how it was measured.
     folder = Path(summary["out"]) / summary["variants"][1]["repo"].split("/")[-1]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     inputs = tokenizer("The with statement", return_tensors="pt")
     text = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     print(f"{folder.name} at sensitivity {model.config.sensitivity:.3f}: {tokenizer.decode(text[0])!r}")

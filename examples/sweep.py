@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynamoe_hf import evaluate_model
 from dynamoe_hf.benchmark import bench_decode
 from dynamoe_hf.data import documents_for, token_blocks
-from dynamoe_hf.report import draw_frontier
+from dynamoe_hf.plots import draw_frontier
 
 
 def main():
@@ -32,7 +32,7 @@ def main():
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.folder)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False)
     smallest = min(map(float, model.config.budgets))
     budgets = [round(budget, 3) for budget in torch.linspace(smallest, 1.0, args.steps).tolist()]
 

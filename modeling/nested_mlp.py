@@ -11,10 +11,11 @@ from torch import nn
 
 from .dense_base import Projections, layout_of
 from .difficulty import label_of, similarity_profile
+from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
 from .nested_mlp_triton import runs_triton, triton_is_faster
 from .quantized_slices import QuantizedSlices
-from .routing import ROUTERS, LayerRecord, Routing, RoutingSlot, default_router_dim, is_plain_linear, is_quantized_linear
+from .routing import ROUTERS, LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
 
 
 class NestedMLP(nn.Module):
@@ -34,6 +35,7 @@ class NestedMLP(nn.Module):
         # A compiled graph cannot hold the activation module, but its name.
         self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
+        self.projections = self.layout.projections
         self.quantized_slices = QuantizedSlices()
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
@@ -55,6 +57,8 @@ class NestedMLP(nn.Module):
 
     def forward(self, x):
         routing = self.slot.current or self.slot.requested.with_defaults(self.config)
+        if (y := run_few_tokens(self, x, routing)) is not None:
+            return y
         weights = self.weights(x)
         decision = self.decide(x, routing, weights)
         if routing.records is not None:
@@ -110,17 +114,18 @@ class NestedMLP(nn.Module):
         """This MLP as `run_experts` takes it, for an input like `x`."""
         tensors = self.tensors(x)
         triton = tensors is not None and self._uses_triton(x, tensors)
-        return Weights(self.hidden, self.down_linear, tensors, self.widths, self.act_name, self.training, triton)
+        return Weights(self.hidden, self._modules[self.layout.down], tensors, self.widths, self.act_name, self.training, triton)
 
     def tensors(self, x: torch.Tensor) -> Projections | None:
         """
         The weights as plain tensors that can be cut, or `None` where a projection must be called as a module: wrapped (LoRA),
         hooked, offloaded, elsewhere than `x`, or quantised into something that does not slice.
         """
-        linears = [getattr(self, name) for name in self.layout.projections]
-        if all(is_plain_linear(linear, x.device) for linear in linears):
+        modules, device = self._modules, x.device
+        linears = [modules[name] for name in self.projections]
+        if plain_parameters(linears, device) is not None:
             return self.layout.tensors(self)
-        if all(is_plain_linear(linear, x.device) or is_quantized_linear(linear) for linear in linears):
+        if all(isinstance(linear, nn.Linear) and not has_hooks(linear) for linear in linears):
             return self.quantized_slices.tensors(self, self.layout, self.widths, x)
         return None
 

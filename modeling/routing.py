@@ -7,7 +7,7 @@ Shapes: B batch, S sequence, D hidden size, E experts, R router size.
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
@@ -115,7 +115,7 @@ class TokenRouter(nn.Module):
     """
     Predicts from what an MLP reads how difficult each token is for it: (..., D) -> (..., outputs) logits.
 
-    A rule for routing is one subclass: what the logits mean (`forward`), the expert that they name (`choose`), and how they
+    A rule for routing is one subclass: what the logits mean (`logits_of`), the expert that they name (`choose`), and how they
     are trained (`loss`, and `gates` where they can learn from what their choices do).
     """
 
@@ -140,7 +140,12 @@ class TokenRouter(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output(F.silu(self.input(x.to(self.input.weight.dtype))))
+        first = self.input
+        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
+
+    def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""
+        return outputs
 
     def is_off(self, sensitivity: float | torch.Tensor) -> bool:
         """Whether every token takes the full width at this sensitivity, so that there is nothing to predict."""
@@ -171,11 +176,11 @@ class ProfileRouter(TokenRouter):
     def outputs(experts):
         return experts - 1
 
-    def forward(self, x):
-        steps = super().forward(x)
-        if steps.shape[-1] < 2:
-            return steps
-        return torch.cat([steps[..., :1], F.softplus(steps[..., 1:])], -1).cumsum(-1)
+    def logits_of(self, outputs):
+        if outputs.shape[-1] < 2:
+            return outputs
+        # Each logit adds a positive step to the one before, so the profile rises.
+        return torch.cat([outputs[..., :1], F.softplus(outputs[..., 1:])], -1).cumsum(-1)
 
     def is_off(self, sensitivity):
         return not isinstance(sensitivity, torch.Tensor) and sensitivity >= 1
@@ -186,7 +191,7 @@ class ProfileRouter(TokenRouter):
 
     def choose_fused(self, x, sensitivity):
         first, second = self.input, self.output
-        if not (is_plain_linear(first, x.device) and is_plain_linear(second, x.device)) or second.out_features == 0:
+        if plain_parameters([first, second], x.device) is None or second.out_features == 0:
             return None
         threshold = logit_of(sensitivity, x.device)
         if isinstance(threshold, torch.Tensor):
@@ -250,22 +255,23 @@ def logit_of(sensitivity: float | torch.Tensor, device) -> float | torch.Tensor:
     return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
 
 
-def is_plain_linear(linear: nn.Module, device) -> bool:
+def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] | None:
     """
-    Whether the weight of a linear layer may be read instead of calling the layer: a bare `nn.Linear` on `device`, neither
-    wrapped (LoRA), nor offloaded, nor quantised, and without hooks, which a call fires.
+    The parameters of linear layers whose weights may be read instead of calling the layers: bare `nn.Linear` on `device`,
+    neither wrapped (LoRA), nor offloaded, nor quantised, and without hooks, which a call fires. `None` if one is not like that.
     """
-    if type(linear) is not nn.Linear or has_hooks(linear):
-        return False
-    weight = linear.weight
-    return type(weight) is nn.Parameter and weight.device == device
-
-
-def is_quantized_linear(linear: nn.Module) -> bool:
-    """Whether a linear layer without hooks holds a weight of another class than `nn.Parameter`, as quantisers' are."""
-    return (
-        isinstance(linear, nn.Linear) and not has_hooks(linear) and type(getattr(linear, "weight", None)) is not nn.Parameter
-    )
+    found = []
+    for linear in linears:
+        # `has_hooks` written out: in decoding this runs once a layer and token.
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+            return None
+        if linear._backward_pre_hooks or "forward" in linear.__dict__ and has_hooks(linear):
+            return None
+        weight = linear._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.device != device:
+            return None
+        found.append(linear._parameters)
+    return None if nn.modules.module._has_any_global_hook() else found
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -274,7 +280,7 @@ def has_hooks(module: nn.Module) -> bool:
         return True
     # accelerate replaces `forward` to move inputs between devices; a weight that is on the input's device needs no such move.
     patched = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    return patched or nn.modules.module._has_any_global_hook()
+    return patched or bool(nn.modules.module._has_any_global_hook())
 
 
 def default_router_dim(mlp_width: int) -> int:

@@ -279,32 +279,46 @@ def test_a_chat_goes_through_the_template():
     assert asked == ["[user] Hello [end]"] * 2 + ["Hello"] * 2
 
 
-def test_visitors_do_not_mix():
+def test_two_visitors_at_once_get_what_each_gets_alone():
+    """Both are inside one forward pass of one model, at two sensitivities."""
     engine, inside, most = engine_of(), [], []
-    forward = engine.model.forward
 
-    def slow(*args, **options):
+    def enter(*_):
         inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.002)
-        outputs = forward(*args, **options)
-        inside.pop()
-        return outputs
 
-    engine.model.forward = slow
-    alone = {theta: list(engine.write("Hello", theta, 8, False))[-1] for theta in (0.1, 0.9)}
-    together = {}
-    threads = [
-        threading.Thread(target=lambda theta=theta: together.update({theta: list(engine.write("Hello", theta, 8, False))[-1]}))
-        for theta in alone
-    ]
+    def wait(*_):
+        most.append(len(inside))
+        time.sleep(0.002)  # between two layers, so that the other visitor's pass goes on in the midst of this one
+
+    def leave(*_):
+        inside.pop()
+
+    engine.model.model.register_forward_pre_hook(enter)
+    engine.model.nested_mlps[1].register_forward_pre_hook(wait)
+    engine.model.model.register_forward_hook(leave)
+
+    def visit(theta):
+        page, _, reading = engine.read(TEXT, theta, 0)
+        *_, table = engine.measure(reading)
+        *_, written = engine.write("Hello", theta, 8, False)
+        return spans_of(page), cells(table)[:2], spans_of(written)
+
+    alone = {theta: visit(theta) for theta in (0.1, 0.9)}
+    assert max(most) == 1
+    together, start = {}, threading.Barrier(2)
+
+    def visit_together(theta):
+        start.wait()
+        together[theta] = visit(theta)
+
+    threads = [threading.Thread(target=visit_together, args=(theta,)) for theta in alone]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert max(most) == 1, "two forward passes ran at once"
-    assert {theta: spans_of(page) for theta, page in together.items()} == {k: spans_of(page) for k, page in alone.items()}
-    assert spans_of(alone[0.1]) != spans_of(alone[0.9])
+    assert max(most) == 2, "the two visitors' passes did not overlap, so this test told nothing"
+    assert together == alone
+    assert alone[0.1][0] != alone[0.9][0] and alone[0.1][2] != alone[0.9][2]
 
 
 # The app

@@ -11,7 +11,6 @@ import html
 import os
 import statistics
 import sys
-import threading
 import time
 from itertools import takewhile, zip_longest
 from pathlib import Path
@@ -106,48 +105,35 @@ class Reading(NamedTuple):
 
 
 class Engine:
-    """The model, for all visitors. How it routes is state of the model, so one forward pass runs at a time."""
+    """The model, for all visitors. How it routes is said with each call, so calls in several threads do not mix."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.lock, self.taken = model, tokenizer, threading.Lock(), {}
-        layers = model.model.layers
-        self.shares_LE = torch.tensor([[width / layer.mlp.widths[-1] for width in layer.mlp.widths] for layer in layers])
+        self.model, self.tokenizer = model, tokenizer
+        self.shares_LE = torch.tensor([mlp.shares for mlp in model.nested_mlps])
         self.floor = self.shares_LE.min().item()
         self.limit = min(LIMIT, model.config.max_position_embeddings // 2)
         self.begin = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
         ends = model.generation_config.eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        # Forced, not sensitivity 1: the dense kernels then run whichever router the model has.
+        # Forced, not sensitivity 1: the dense kernels then run whichever router the model has, and no router does.
         self.dense = {"force_expert": self.shares_LE.shape[1] - 1}
-        for index, layer in enumerate(layers):
-            self._listen(index, layer.mlp.router)
-
-    def _listen(self, index, router):
-        # `output_router_logits` tells the experts too, but leaves the fast path for few tokens: the clock would charge the
-        # dynamic side a tenth for its colours.
-        choose = router.choose_one
-
-        def keep(row, sensitivity):
-            self.taken[index] = choose(row, sensitivity)  # of a few tokens the last one stays
-            return self.taken[index]
-
-        router.choose_one = keep
 
     @torch.no_grad()
     def run(self, ids, score=False, **options):
-        """One forward pass: its outputs, the perplexity of `ids` or the next token, share of a single token, seconds."""
-        with self.lock:
-            self.taken.clear()
-            begun = time.perf_counter()
-            outputs = self.model(ids, logits_to_keep=0 if score else 1, **options)
-            if score:
-                value = F.cross_entropy(outputs.logits[0, :-1].float(), ids[0, 1:]).exp().item()
-            else:
-                value = outputs.logits[0, -1].argmax().item()
-            seconds = time.perf_counter() - begun
-            taken = list(self.taken.values())  # in the order of the layers
-            share_L = self.shares_LE[range(len(taken)), taken] if taken else torch.ones(len(self.shares_LE))
-            return outputs, value, share_L, seconds
+        """One forward pass: its outputs, the perplexity of `ids` or the next token, seconds."""
+        begun = time.perf_counter()
+        outputs = self.model(ids, logits_to_keep=0 if score else 1, **options)
+        if score:
+            value = F.cross_entropy(outputs.logits[0, :-1].float(), ids[0, 1:]).exp().item()
+        else:
+            value = outputs.logits[0, -1].argmax().item()
+        return outputs, value, time.perf_counter() - begun
+
+    def shares(self, outputs):
+        """The share of the MLP that each token of a pass took in each layer, (L, S); all of it where no experts are told."""
+        if outputs.expert_indices is None:
+            return torch.ones(len(self.shares_LE), outputs.logits.shape[1])
+        return self.shares_LE.gather(1, torch.cat(outputs.expert_indices))
 
     def tokens_of(self, text, keep_end=False):
         """At most `limit` token ids of a text, and a note where there are more."""
@@ -164,8 +150,8 @@ class Engine:
         tokens, note = self.tokens_of(text)
         ids = torch.tensor([self.begin + tokens])
         options = {"sensitivity": sensitivity, "use_cache": False, "output_router_logits": True}
-        outputs, perplexity, _, _ = self.run(ids, score=True, **options)
-        shares_LT = self.shares_LE.gather(1, torch.cat(outputs.expert_indices))[:, len(self.begin) :]
+        outputs, perplexity, _ = self.run(ids, score=True, **options)
+        shares_LT = self.shares(outputs)[:, len(self.begin) :]
         pieces = Pieces()
         for index, token in enumerate(tokens):
             pieces.add(self.tokenizer.decode, token, shares_LT[:, index], last=index == len(tokens) - 1)
@@ -177,8 +163,8 @@ class Engine:
         yield gr.skip()
         begun, times = time.perf_counter(), []
         while reading and (len(times) < FEWEST or (len(times) < MOST and time.perf_counter() - begun < SECONDS)):
-            _, dense, _, dense_time = self.run(reading.ids, score=True, use_cache=False, **self.dense)
-            _, _, _, own_time = self.run(reading.ids, score=True, use_cache=False, sensitivity=reading.sensitivity)
+            _, dense, dense_time = self.run(reading.ids, score=True, use_cache=False, **self.dense)
+            _, _, own_time = self.run(reading.ids, score=True, use_cache=False, sensitivity=reading.sensitivity)
             times.append((dense_time, own_time))
             yield comparison(reading, dense, times)
 
@@ -205,7 +191,8 @@ class Engine:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
             ids = self.begin + ids
-        settings = {"Dense": self.dense, f"Dynamic at {sensitivity:g}": {"sensitivity": sensitivity}}
+        dynamic = {"sensitivity": sensitivity, "output_router_logits": True}
+        settings = {"Dense": self.dense, f"Dynamic at {sensitivity:g}": dynamic}
         sides = {name: Pieces() for name in settings}
         yield note + self.page(sides)
         for steps in zip_longest(*(self.decode(ids, int(count), setting) for setting in settings.values())):
@@ -218,12 +205,12 @@ class Engine:
 
     def decode(self, ids, count, setting):
         """Greedy decoding: what `Pieces.add` takes, for each new token once it has been read as well."""
-        outputs, token, _, _ = self.run(torch.tensor([ids]), use_cache=True, **setting)
+        outputs, token, _ = self.run(torch.tensor([ids]), use_cache=True, **setting)
         while count and token not in self.ends:
             count -= 1
             step = torch.tensor([[token]])
-            outputs, following, share_L, seconds = self.run(step, past_key_values=outputs.past_key_values, **setting)
-            yield token, share_L, count == 0 or following in self.ends, seconds
+            outputs, following, seconds = self.run(step, past_key_values=outputs.past_key_values, **setting)
+            yield token, self.shares(outputs)[:, 0], count == 0 or following in self.ends, seconds
             token = following
 
     def page(self, sides):
@@ -289,7 +276,7 @@ def dial(config):
     """The slider, and a mark for each calibrated budget."""
     budgets = sorted((float(share), round(theta, 2)) for share, theta in config.budgets.items())
     start = budgets[len(budgets) // 2][1] if budgets else config.sensitivity
-    with gr.Column(visible=config.router_type == "profile"):
+    with gr.Column(visible=config.has_dial):
         info = "1 is the dense model, less lets more tokens stop early. The marks are mean shares of the MLP width."
         slider = gr.Slider(0.01, 1, start, step=0.01, label="Sensitivity", info=info)
         with gr.Row():
@@ -313,7 +300,7 @@ def build(engine, name):
             with gr.Column(min_width=320, scale=2):
                 layer = gr.Slider(0, layers, 0, step=1, label="Layer", info="0: mean of all, 1: model.layers[0]")
                 painted, _, first = engine.read(EXAMPLE, read_dial.value, 0)
-                _, dense, _, _ = engine.run(first.ids, score=True, use_cache=False, **engine.dense)
+                _, dense, _ = engine.run(first.ids, score=True, use_cache=False, **engine.dense)
                 table = comparison(first, dense, note="Press Read to time both sides.")
                 tokens, table, reading = gr.HTML(painted), gr.HTML(table), gr.State(first)
         with gr.Tab("Write") as write_tab, gr.Row():
@@ -328,6 +315,7 @@ def build(engine, name):
                 pair = gr.HTML(engine.legend() + "<p>Both sides write greedily and take turns, token by token.</p>")
 
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last"}
+        # Visitors' calls may run at once. They take turns because times are shown, and two texts at once slow each other down.
         queue = {"concurrency_id": "model", "concurrency_limit": 1}
         asks = [button.click, text.submit, read_dial.change]
         read = gr.on(asks, engine.read, [text, read_dial, layer], [tokens, table, reading], **quiet, **queue)
@@ -351,7 +339,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
     if model.config.model_type != "dynamoe":
         raise SystemExit(f"{name} is not a DynaMoE model: found {model.config.model_type}. Run `dynamoe convert` on it first.")
-    engine = Engine(model, AutoTokenizer.from_pretrained(name, trust_remote_code=True))
+    engine = Engine(model, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     demo = build(engine, Path(name).name if os.path.isdir(name) else name)
     # The trap: Gradio's semibold of this font lacks most letters, and its subdued grey is hard to read.
     theme = gr.themes.Default(primary_hue="blue", font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "sans-serif"])
