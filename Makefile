@@ -50,7 +50,7 @@ style: install  ## fix what can be fixed
 docs: install  ## the documentation as a site in site/, every warning an error
 	$(PIP) -e '.[docs]'
 	$(BIN)/python docs/make_cli.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -178,14 +178,32 @@ def test_drawings_are_legible_without_the_network(picture):
     assert min(int(size) for size in re.findall(r"font: (\d+)px", text)) >= 12
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
+def build_site(folder, out):
+    """`make docs` without its installation. The trap: `--quiet` would count no warnings, and `--strict` pass everything."""
     pytest.importorskip("mkdocs", reason="needs the site's generator: `make docs`, or pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    assert " ".join(command[2:5]) in (ROOT / "Makefile").read_text() and "--quiet" not in command
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_network(tmp_path):
+    result = build_site(ROOT, tmp_path / "site")
     assert result.returncode == 0, result.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
         loaded = re.findall(r"<(?:script|img|link)[^>]+(?:src|href)=\"(https?://[^\"]+)", page.read_text(encoding="utf-8"))
         assert not loaded, f"{page.name} loads from the network"
+
+
+@pytest.mark.slow
+def test_a_wrong_link_or_anchor_fails_the_build(tmp_path):
+    for name in ("docs", "dynamoe_hf", "modeling", "benchmarks/results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with open(tmp_path / "docs" / "index.md", "a") as page:
+        page.write("\n[one](concepts.md#nowhere) [two](missing.md) [three](../benchmarks/results/missing.json)\n")
+    result = build_site(tmp_path, tmp_path / "site")
+    assert result.returncode != 0
+    assert all(target in result.stderr for target in ("#nowhere", "missing.md", "benchmarks/results/missing.json"))
