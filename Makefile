@@ -47,7 +47,12 @@ style: install  ## fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what was built
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+docs: install  ## the documentation as a site in site/, every warning an error
+	$(PIP) -e '.[docs]'
+	$(BIN)/python docs/make_cli.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-.PHONY: help install demo test test-slow test-space test-triton test-gpu check style clean
+clean:  ## remove what was built
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+.PHONY: help install demo test test-slow test-space test-triton test-gpu check style docs clean
