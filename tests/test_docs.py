@@ -1,5 +1,6 @@
 """The documentation does what it says: code blocks run, commands parse, the page of the command line is that of the parsers."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 from conftest import tiny_dense, tiny_tokenizer
 
+import dynamoe_hf
 from dynamoe_hf import calibrate_budgets, cli, convert_model, evaluate_model, train_model
 
 
@@ -167,6 +169,24 @@ def test_the_page_of_the_command_line_is_that_of_the_parsers():
     specification.loader.exec_module(make_cli)
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == make_cli.page(), "run `python docs/make_cli.py`"
     assert all(f"## dynamoe {name}\n" in make_cli.page() for name in cli.STAGES)
+
+
+def test_the_reference_has_every_public_name_and_the_arguments_of_every_stage():
+    named = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.M))
+    public = {f"dynamoe_hf.{name}" for name in dynamoe_hf.__all__ if name != "__version__"}
+    stages = [stage.arguments for stage in cli.STAGES.values() if stage.arguments is not None]
+    assert public | {f"{kind.__module__}.{kind.__name__}" for kind in stages} <= named
+    for name in named:
+        target = dynamoe_hf
+        for part in name.split(".")[1:]:
+            target = getattr(target, part) if hasattr(target, part) else importlib.import_module(f"{target.__name__}.{part}")
+        assert target.__doc__, f"{name} has no docstring"
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nnot_in_nav:")[0]
+    listed = set(re.findall(r"[\w/-]+\.md", navigation))
+    assert listed == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
 
 
 @pytest.mark.parametrize("picture", sorted((DOCS / "pictures").glob("*.svg")), ids=lambda path: path.name)
