@@ -78,8 +78,9 @@ from dynamoe_hf.folder import (
     update_config,
     write_json,
 )
+from dynamoe_hf.losses import LossesInChunks, layer_outputs, relative_error
 from dynamoe_hf.observe import expert_shares, run_routers, sensitivity_for, shares_taken, similarity_profiles, watch
-from dynamoe_hf.train import LossesInChunks, adapt_model, layer_outputs, relative_error, train_model
+from dynamoe_hf.train import adapt_model, train_model
 
 
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4)
@@ -94,7 +95,7 @@ ADAPT_SHARE = 0.4
 LONGER = 2  # times the tokens of the others that `ours-long` learns from; its teacher is that of `ours`
 OURS = {
     **SCHEDULE,
-    "train": "layers",
+    "train_parts": "layers",
     "route": "router",
     "harm": "token",
     "lm_loss_coef": 0.0,
@@ -107,7 +108,7 @@ OURS = {
 }
 ROUTER_TOKENS = 65_536
 PAPER = {
-    **SCHEDULE, "train": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
+    **SCHEDULE, "train_parts": "mlp", "route": "router", "teacher": "none", "lm_loss_coef": 0.2, "kd_loss_coef": 0.0,
     "hidden_loss_coef": 0.0, "router_loss_coef": 1.0, "logit_fraction": 1.0, "router_tokens": 0,
 }  # fmt: skip
 # Routers spend two fifths of the width at 0.3. At 1 the full width stays in what is trained, or it would drift.
@@ -222,7 +223,7 @@ class Bench:
         """A folder trained from `source`, going on where an earlier run stopped."""
         folder = self.out / name
         if not folder.exists():
-            resume = any(Path(f"{folder}.checkpoints").glob("checkpoint-*"))
+            resume = Path(f"{folder}.checkpoints", "run.json").exists()
             settings = {**settings, "text": self.out / "train.txt", "max_tokens": tokens, "bf16": self.bf16}
             with self._training_time():
                 stage(source, folder, resume=resume, **settings)
@@ -263,7 +264,9 @@ class Bench:
     @cached_property
     def routers(self):
         tokens = min(ROUTER_TOKENS, self.tokens)
-        return load_model(self.trained("routers", self.converted, tokens, train="routers", harm="token", choice_share=1.0))
+        return load_model(
+            self.trained("routers", self.converted, tokens, train_parts="routers", harm="token", choice_share=1.0)
+        )
 
     @cached_property
     def untrained(self):
@@ -846,9 +849,13 @@ def main(argv=None):
                     flush=True,
                 )
     conversion = read_json(bench.converted / CONVERSION)
+    ours = {
+        "train": OURS["train_parts"],
+        **{name: value for name, value in OURS.items() if name != "train_parts"},
+    }  # as in training.json
     recipe = {"importance": conversion["importance"], "conversion_tokens": conversion["calibration"]["tokens"]}
     record = {
-        "machine": hardware(bench.dense.device), **settings, "recipe": {**recipe, "adapt_share": ADAPT_SHARE, **OURS},
+        "machine": hardware(bench.dense.device), **settings, "recipe": {**recipe, "adapt_share": ADAPT_SHARE, **ours},
         "texts": read_json(args.out / "texts" / "versions.json"), "training_seconds": bench.training_seconds(),
         "rows": compare(bench, names, args.texts),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from dynamoe_hf.convert import SINK_POSITIONS
 from dynamoe_hf.modeling.difficulty import best_gain, label_of
 from dynamoe_hf.modeling.routing import ProfileRouter
-from dynamoe_hf.train import fit_router
+from dynamoe_hf.router_fit import fit_router
 
 
 STEPS = 16  # widths of each MLP that the search chooses from

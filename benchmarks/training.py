@@ -3,7 +3,7 @@ What a training step costs beside that of the dense model: time and memory, in o
 
     python benchmarks/training.py FOLDER [--batch-size 8] [--block-size 256] [--rounds 5]
 
-FOLDER is any model folder; both sides train all weights on the same tokens, forward and backward, without the optimiser:
+FOLDER is a model folder whose routers are trained; both sides train all weights on the same tokens, forward and backward, without the optimiser:
 
 - plain: the model with `labels` under any `Trainer`: difficulty labels, router loss and LM loss;
 - ours: the same losses in `DynaMoETrainer`, logits of all positions in chunks;
@@ -27,6 +27,10 @@ from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.folder import load_model, load_tokenizer
 
 
+# The losses that the plain model has, in `DynaMoETrainer`.
+PLAIN = {"route": "label", "router_loss_coef": 1.0, "lm_loss_coef": 0.2, "kd_loss_coef": 0.0, "hidden_loss_coef": 0.0}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
@@ -46,15 +50,15 @@ def main():
     batch = {"input_ids": tokens, "labels": tokens}
 
     def trainer(**settings):
-        settings = {"train_parts": "all", "logit_fraction": 1.0, **settings}
-        arguments = DynaMoETrainingArguments(tempfile.mkdtemp(), report_to="none", use_cpu=True, **settings)
+        folder = tempfile.mkdtemp()
+        arguments = DynaMoETrainingArguments(folder, train_parts="all", report_to="none", use_cpu=True, **settings)
         return DynaMoETrainer(model=model, args=arguments)
 
     losses = {
         "dense": lambda: dense(**batch, use_cache=False).loss,
         "plain": lambda: model(**batch, use_cache=False).loss,
-        "ours": partial(trainer(lm_loss_coef=0.2, kd_loss_coef=0.0).compute_loss, model, batch),
-        "recipe": partial(trainer(route="router", router_loss_coef=0.0, hidden_loss_coef=10.0).compute_loss, model, batch),
+        "ours": partial(trainer(**PLAIN).compute_loss, model, batch),
+        "recipe": partial(trainer().compute_loss, model, batch),
     }
     sides = {name: dense if name == "dense" else model for name in losses}
 

@@ -14,26 +14,29 @@ if TYPE_CHECKING:
     from .convert import convert_model, export_dense
     from .evaluate import evaluate_model
     from .label import difficulty_labels
-    from .modeling import DynaMoEConfig, DynaMoEForCausalLM
+    from .modeling import DynaMoEConfig, DynaMoEForCausalLM, DynaMoEModel
     from .publish import publish_model
     from .report import report_folder
-    from .train import DynaMoETrainer, DynaMoETrainingArguments, adapt_model, fit_routers, lora_config, train_model
+    from .router_fit import fit_routers
+    from .train import adapt_model, train_model
+    from .trainer import DynaMoETrainer, DynaMoETrainingArguments, lora_config
 
 
 # Public name -> the module that it is imported from when it is first used: a stage's dependencies load with the stage.
 _MODULES = {
     "DynaMoEConfig": "modeling",
     "DynaMoEForCausalLM": "modeling",
-    "DynaMoETrainer": "train",
-    "DynaMoETrainingArguments": "train",
+    "DynaMoEModel": "modeling",
+    "DynaMoETrainer": "trainer",
+    "DynaMoETrainingArguments": "trainer",
     "adapt_model": "train",
     "calibrate_budgets": "calibrate",
     "convert_model": "convert",
     "difficulty_labels": "label",
     "evaluate_model": "evaluate",
     "export_dense": "convert",
-    "fit_routers": "train",
-    "lora_config": "train",
+    "fit_routers": "router_fit",
+    "lora_config": "trainer",
     "publish_model": "publish",
     "report_folder": "report",
     "train_model": "train",
@@ -42,6 +45,7 @@ _MODULES = {
 __all__ = [
     "DynaMoEConfig",
     "DynaMoEForCausalLM",
+    "DynaMoEModel",
     "DynaMoETrainer",
     "DynaMoETrainingArguments",
     "__version__",

@@ -8,7 +8,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,11 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
         check_reach(model, shares, "share")
     marks = [float(b) for b in model.config.budgets] if arguments.budgets is None else list(arguments.budgets)
     thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in marks} | {"full width": 1.0}
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
 
     def texts(count, length):
         return token_blocks(documents_for("held-out"), tokenizer, length, count * length)
 
-    try:
+    with torch_threads(arguments.threads):
         dense = dense_prefix(model, 1.0)
         full = {"force_expert": model.config.expert_count - 1}
         tokens = texts(1, 64)
@@ -101,11 +100,20 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
             record["compiled"] = bench_decode(
                 model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
             )
-    finally:
-        torch.set_num_threads(before)
     if Path(folder).is_dir():
         write_json(Path(folder) / BENCHMARK, record)
     return record
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine(threads: int) -> dict:

@@ -73,7 +73,9 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
 def check_reach(model: DynaMoEForCausalLM, shares: Sequence[float], what: str) -> None:
     """Raise ValueError, which calls it a `what`, for a mean share of MLP width that no sensitivity gives, or without a dial."""
     if not model.config.has_dial:
-        raise ValueError(f'The argmax router has no dial to calibrate. Convert with router_type="profile" for {what}s.')
+        raise ValueError(
+            f"The argmax router has no dial to calibrate. Convert with the profile router (`--router-type profile`) for {what}s."
+        )
     smallest = expert_shares(model)[:, 0].mean().item()
     for share in shares:
         if not smallest < share < 1:

@@ -181,7 +181,7 @@ def _commands(facts) -> list[str]:
         widths = [f"{width / facts['mlp_width']:g}" for width in facts["expert_widths"] if isinstance(width, int)]
         commands.append(_command(
             "convert", text_name(conversion["base"]), "converted", text=read["text"], widths=",".join(widths) or None,
-            importance=conversion["importance"], similarity=facts["similarity"], router_type=facts["router_type"],
+            importance=conversion["importance"], similarity=facts["similarity"], **{"router-type": facts["router"]},
             max_tokens=read["tokens"], block_size=read["block_size"], seed=conversion["seed"],
         ))  # fmt: skip
     stages = _stages(facts["training"])

@@ -73,21 +73,11 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
         dense_nll = block_nll(dense, blocks, batch_size, "Dense base")
         del dense  # before ours is loaded: a GPU may have room for one of them
     model = load_model(folder)
-    counts, shares = count_parameters(model), expert_shares(model)
     named = "pydoc_data.topics (held-out)" if text is None else text_names(text)
     entries = []
     for name, routing in routings:
-        full = routing.get("force_expert") is not None
-        nll, use, agreement = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
-        share = (use * shares).sum(-1).mean().item()
-        entry = {
-            "setting": name, **routing, "text": named, "tokens": nll.numel() * (blocks.shape[1] - 1), "block_size": blocks.shape[1],
-            **_perplexity(nll), "mean_share": round(share, 4),
-            "active_parameters": active_parameters(counts, share), "total_parameters": counts["total"],
-            "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": agreement,
-        }  # fmt: skip
-        if dense_nll is not None:
-            entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **ratio_to(nll, dense_nll)}
+        entry, use = _evaluation(model, blocks, batch_size, name, routing, dense_nll)
+        entry["text"] = named
         entry["baselines"] = {kind: _baseline(model, blocks, batch_size, kind, routing, use, dense_nll) for kind in baselines}
         if tasks:
             with model.routing(**routing):
@@ -100,6 +90,22 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
         kept = [entry for entry in kept if (entry["setting"], str(entry["text"])) not in replaced]
         write_json(Path(folder) / RESULTS, {"evaluations": kept + entries})
     return entries
+
+
+def _evaluation(model, blocks, batch_size, name, routing, dense_nll):
+    """The entry of one setting of the dial, and its use of experts (L, E)."""
+    full = routing.get("force_expert") is not None
+    nll, use, agreement = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
+    share, counts = (use * expert_shares(model)).sum(-1).mean().item(), count_parameters(model)
+    entry = {
+        "setting": name, **routing, "text": None, "tokens": nll.numel() * (blocks.shape[1] - 1), "block_size": blocks.shape[1],
+        **_perplexity(nll), "mean_share": round(share, 4),
+        "active_parameters": active_parameters(counts, share), "total_parameters": counts["total"],
+        "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": agreement,
+    }  # fmt: skip
+    if dense_nll is not None:
+        entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **ratio_to(nll, dense_nll)}
+    return entry, use
 
 
 def _settings(config, budget, sensitivity, force_expert):

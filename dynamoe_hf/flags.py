@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a dataclass of `arguments` to the flags of a subcommand, for tyro: names, forms of the values, help, groups."""
 
-import ast
 import dataclasses
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import reduce
-from itertools import pairwise
 from operator import or_
 from pathlib import Path
 from types import UnionType
@@ -14,6 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from .arguments import field_helps
 
 
 NAMES = {"train_parts": "train"}  # a field whose flag has another name
@@ -94,15 +93,3 @@ def _readable(hint):
         if get_origin(kind) is Annotated:
             return Annotated[hint, FORMS[get_args(kind)[1]]]
     return reduce(or_, kinds)
-
-
-def field_helps(arguments: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, those of its bases included."""
-    helps = {}
-    for kind in reversed(arguments.__mro__[:-1]):
-        tree = ast.parse(inspect.getsource(kind)).body[0]
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in pairwise(tree.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                helps[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
-    return helps

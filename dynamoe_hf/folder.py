@@ -203,7 +203,7 @@ def inspect_folder(folder: str | Path) -> dict:
         "mlp_width": mlp,
         "expert_widths": ladders[0] if all(ladder == ladders[0] for ladder in ladders) else ladders,
         "similarity": config.similarity,
-        "router_type": config.router_type,
+        "router": config.router_type,
         "sensitivity": config.sensitivity,
         "budgets": config.budgets,
         "force_expert": config.force_expert,

@@ -123,9 +123,9 @@ def gradients_of_activations(model: PreTrainedModel, recompute: bool = False) ->
             parameter.requires_grad_()
 
 
-def loss_backward(model: PreTrainedModel, batch: torch.Tensor) -> None:
-    """Backward of the LM loss summed over all tokens of a batch (B, S)."""
-    logits = model(batch, use_cache=False).logits[:, :-1].float()
+def loss_backward(model: PreTrainedModel, batch: torch.Tensor, **options) -> None:
+    """Backward of the LM loss summed over all tokens of a batch (B, S). `options` are those of the model's `forward`."""
+    logits = model(batch, use_cache=False, **options).logits[:, :-1].float()
     F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
 
 

@@ -65,8 +65,7 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
         ConnectionError: the Hub could not be reached, or was overloaded, several times in a row.
     """
     arguments = resolve(PublishArguments, arguments, settings)
-    layout, dry_run, out, private = arguments.layout, arguments.dry_run, arguments.out, arguments.private
-    folder = Path(folder)
+    layout, dry_run, out, private, folder = arguments.layout, arguments.dry_run, arguments.out, arguments.private, Path(folder)
     if layout not in LAYOUTS:
         raise ValueError(f"The layout {layout!r} is unknown. Choose one of {', '.join(LAYOUTS)}.")
     if out is not None and not dry_run:
@@ -74,16 +73,12 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
     family = plan_family(folder, repo, arguments.variants, layout)
     shared = shipped_files(folder)
     contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
-    summary: dict[str, Any] = {"folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": []}
-    for variant, own in zip(family, contents):
-        sizes = {name: len(own[name]) if name in own else path.stat().st_size for name, path in shared.items()}
-        sizes |= {name: len(content) for name, content in own.items()}
-        new = own if variant.revision != "main" else sizes
-        summary["variants"].append({
-            **variant._asdict(), "files": sizes, "bytes": sum(sizes.values()), "new_bytes": sum(sizes[name] for name in new),
-        })  # fmt: skip
+    entries = [_variant_entry(variant, shared, own) for variant, own in zip(family, contents)]
     title = repo.split("/")[-1]
-    summary["collection"] = title if layout == "repos" and len(family) > 1 else None
+    collection = title if layout == "repos" and len(family) > 1 else None
+    summary: dict[str, Any] = {
+        "folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": entries, "collection": collection,
+    }  # fmt: skip
     if dry_run:
         summary["out"] = str(out or f"{folder}.publish")
         with new_folder(summary["out"]) as staging:
@@ -92,26 +87,38 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
                 _write_variant(staging / name, shared, own)
         return summary
 
+    token = _hub_token()
+    _refuse_secrets(token, shared, contents)
+    hub = _Hub(HfApi(token=token), token)
+    operations = {name: CommitOperationAdd(name, path) for name, path in shared.items()}  # once: each weight file is hashed
+    for variant, own, entry in zip(family, contents, summary["variants"]):
+        _prepare(hub, variant, private)
+        named = "The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}"
+        message = arguments.commit_message or named
+        commit = hub.ask(
+            f"committing to {variant.repo}", _commit, hub.api, variant, operations, own, message, arguments.create_pr
+        )
+        entry["url"] = commit.pr_url or commit.commit_url
+    if summary["collection"]:
+        summary["collection"] = _collect(hub, title, family, private)
+    return summary
+
+
+def _variant_entry(variant, shared, own):
+    """What the summary says of one variant: its files and their sizes in bytes."""
+    sizes = {name: len(own[name]) if name in own else path.stat().st_size for name, path in shared.items()}
+    sizes |= {name: len(content) for name, content in own.items()}
+    new = own if variant.revision != "main" else sizes
+    return {**variant._asdict(), "files": sizes, "bytes": sum(sizes.values()), "new_bytes": sum(sizes[name] for name in new)}
+
+
+def _hub_token():
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be sent. Unset it, or look at a `--dry-run`.")
     token = huggingface_hub.get_token()
     if token is None:
         raise PermissionError("There is no token for the Hub. Run `hf auth login`, or set HF_TOKEN to a token that may write.")
-    _refuse_secrets(token, shared, contents)
-    hub = _Hub(HfApi(token=token), token)
-    # Made once, so that each weight file is hashed once for the whole family.
-    operations = {name: CommitOperationAdd(name, path) for name, path in shared.items()}
-    for variant, own, entry in zip(family, contents, summary["variants"]):
-        _prepare(hub, variant, private)
-        message = arguments.commit_message or (
-            "The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}"
-        )
-        what = f"committing to {variant.repo}"
-        commit = hub.ask(what, _commit, hub.api, variant, operations, own, message, arguments.create_pr)
-        entry["url"] = commit.pr_url or commit.commit_url
-    if summary["collection"]:
-        summary["collection"] = _collect(hub, title, family, private)
-    return summary
+    return token
 
 
 def plan_family(folder: str | Path, repo: str, variants: Sequence[float] | None, layout: str) -> list[Variant]:

@@ -84,7 +84,7 @@ def show_inspection(facts):
     print(
         f"  parameters    {counts['total'] / 1e6:.1f} M, of which MLPs {counts['mlp'] / 1e6:.1f} M, routers {counts['router'] / 1e6:.2f} M"
     )
-    print(f"  router        {facts['router_type']}, predicts {facts['similarity']} similarity")
+    print(f"  router        {facts['router']}, predicts {facts['similarity']} similarity")
     dial = (
         "forced to expert {}".format(facts["force_expert"])
         if facts["force_expert"] is not None

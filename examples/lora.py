@@ -60,10 +60,9 @@ def main():
             output_dir=args.out, save_strategy="no", max_steps=args.steps, per_device_train_batch_size=4, train_parts="lora",
             learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=2, logging_steps=5,
             dataloader_pin_memory=torch.cuda.is_available(),
-            # New text is to be learnt, so the LM loss; distilling the frozen model, the default, would hold on to the old.
-            lm_loss_coef=1.0, kd_loss_coef=0.0,
-            # The routers of the folder know what is hard. They hold still while experts learn on their routes, and are fitted after.
-            route="router", router_loss_coef=0.0,
+            # The LM loss, to learn a new text. Distilling the frozen model, the default, would keep what it said of it before.
+            lm_loss_coef=1.0, kd_loss_coef=0.0, hidden_loss_coef=0.0, logit_fraction=0.25,
+            # By default, experts learn on the routes of the folder's routers, which do not change until they are fitted below.
         ),
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
     )  # fmt: skip

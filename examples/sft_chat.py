@@ -66,8 +66,8 @@ def main():
         args=ChatArguments(
             output_dir=args.out, save_strategy="no", max_steps=args.steps, per_device_train_batch_size=8, max_length=256,
             learning_rate=5e-5, warmup_steps=2, logging_steps=5, dataloader_pin_memory=torch.cuda.is_available(),
-            # To learn what the full width does not know yet: no teacher, and every position of an answer counts.
-            lm_loss_coef=1.0, teacher="none", logit_fraction=1.0,
+            # The LM loss and no teacher, to learn what the full width does not know yet; routers learn beside the MLPs.
+            train_parts="mlp", lm_loss_coef=1.0, teacher="none", route="label", router_loss_coef=1.0,
             # TRL's defaults are for GPUs: bfloat16, and activations computed twice to save memory.
             bf16=False, activation_checkpointing=False,
         ),

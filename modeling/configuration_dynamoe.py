@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .difficulty import SIMILARITIES
+from .routing import ROUTERS, TokenRouter
 
 
 # Raised when a folder written today could not be read rightly by yesterday's code. Old versions keep loading.
@@ -19,8 +20,6 @@ AUTO_MAP = {
 }
 # Fields that say something else about this model than about its base, so they are never answered from there.
 OWN_FIELDS = ("auto_map", "architectures", "quantization_config")
-
-ROUTER_TYPES = ("profile", "argmax")
 
 
 class DynaMoEConfig(PreTrainedConfig):
@@ -131,8 +130,8 @@ class DynaMoEConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must have one entry for each of {layers} layers, found {len(rows)}.")
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"`similarity` is unknown: found {self.similarity!r}. Choose one of {', '.join(SIMILARITIES)}.")
-        if self.router_type not in ROUTER_TYPES:
-            raise ValueError(f"`router_type` is unknown: found {self.router_type!r}. Choose one of {', '.join(ROUTER_TYPES)}.")
+        if self.router_type not in ROUTERS:
+            raise ValueError(f"`router_type` is unknown: found {self.router_type!r}. Choose one of {', '.join(ROUTERS)}.")
         if self.router_dim is not None and (not isinstance(self.router_dim, int) or self.router_dim < 1):
             raise ValueError(
                 f"`router_dim` must be a whole number of at least 1, found {self.router_dim!r}. None gives about 1% of the MLP."
@@ -159,7 +158,12 @@ class DynaMoEConfig(PreTrainedConfig):
     @property
     def has_dial(self) -> bool:
         """Whether `sensitivity` has a meaning after training. The argmax router has it fixed."""
-        return self.router_type == "profile"
+        return self.router_class.has_dial
+
+    @property
+    def router_class(self) -> type[TokenRouter]:
+        """The class of the routers."""
+        return ROUTERS[self.router_type]
 
     @property
     def weighs_loss(self) -> bool:

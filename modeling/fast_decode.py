@@ -10,7 +10,7 @@ To do without it, delete the line that calls it in `NestedMLP.forward`. It steps
 import torch
 import torch.nn.functional as F
 
-from .routing import Routing, TokenRouter, plain_parameters
+from .routing import Routing, TokenRouter, has_hooks, plain_parameters
 
 
 FEW = 16  # tokens up to which a mask row by row is cheaper than sorting
@@ -29,7 +29,8 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
         return None
     linears = [router._modules.get("input"), router._modules.get("output"), *[modules[name] for name in mlp.projections]]
     parameters = plain_parameters(linears, x.device)
-    if parameters is None or not isinstance(router, TokenRouter) or router._forward_hooks or router._forward_pre_hooks:
+    own = getattr(type(router), "forward", None) is not TokenRouter.forward  # wrapped, or a rule with a `forward` of its own
+    if parameters is None or own or has_hooks(router):
         return None
     first, second = parameters[:2]
     hidden = F.silu(F.linear(x.to(first["weight"].dtype), first["weight"], first["bias"]))

@@ -207,8 +207,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     def _refuse_fixed_router(self):
         if not self.config.has_dial:
             raise ValueError(
-                'This model has the argmax router, whose sensitivity is fixed by its training. Convert with router_type="profile" '
-                "for a dial, or set `config.force_expert`."
+                "This model has the argmax router, whose sensitivity is fixed by its training. Convert with the profile router "
+                "(`--router-type profile`) for a dial, or set `config.force_expert`."
             )
 
     def set_mlp_implementation(self, name: str) -> None:

@@ -15,7 +15,7 @@ from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
 from .nested_mlp_triton import runs_triton, triton_is_faster
 from .quantized_slices import QuantizedSlices
-from .routing import ROUTERS, LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
+from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
 
 
 class NestedMLP(nn.Module):
@@ -40,7 +40,7 @@ class NestedMLP(nn.Module):
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
         router_dim = config.router_dim or default_router_dim(width)
-        self.router = ROUTERS[config.router_type](self.down_linear.out_features, router_dim, len(self.widths))
+        self.router = config.router_class(self.down_linear.out_features, router_dim, len(self.widths))
 
     @property
     def up_linear(self) -> nn.Module:
@@ -114,7 +114,9 @@ class NestedMLP(nn.Module):
         """This MLP as `run_experts` takes it, for an input like `x`."""
         tensors = self.tensors(x)
         triton = tensors is not None and self._uses_triton(x, tensors)
-        return Weights(self.hidden, self._modules[self.layout.down], tensors, self.widths, self.act_name, self.training, triton)
+        return Weights(
+            self.hidden, self._modules[self.layout.down], tensors, self.widths, self.act_name, self.training, triton
+        )
 
     def tensors(self, x: torch.Tensor) -> Projections | None:
         """

@@ -381,8 +381,9 @@ def _sorted(expert_T):
     return torch.sort(expert_T.to(torch.int16), descending=True, stable=True)
 
 
-def _hidden(x_TD, grad_TD, expert_T, gate, gate_bias, up, up_bias, down, act, widths, plan, bulk):
+def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk):
     """Launch `_hidden_kernel`: hidden (T, H), and with `grad_TD` the gradients of gate and up products, or `None`."""
+    gate, gate_bias, up, up_bias, down = weights
     (T, D), H, tile = x_TD.shape, len(up), plan.hidden
     backward, gated = grad_TD is not None, gate is not None
     hidden_TH = x_TD.new_empty(T, H)
@@ -400,8 +401,9 @@ def _hidden(x_TD, grad_TD, expert_T, gate, gate_bias, up, up_bias, down, act, wi
     return hidden_TH, gate_grad_TH, up_grad_TH
 
 
-def _output(a_TH, a_weight, b_TH, b_weight, bias, expert_T, order_T, widths, plan, bulk, transposed):
-    """Launch `_output_kernel`: (T, D). Weights are (H, D), or (D, H) where `transposed`."""
+def _output(first, second, bias, expert_T, order_T, widths, plan, bulk, transposed):
+    """Launch `_output_kernel` on two pairs of activations and weight: (T, D). Weights are (H, D), or (D, H) where `transposed`."""
+    (a_TH, a_weight), (b_TH, b_weight) = first, second
     (T, H), tile, shape = a_TH.shape, plan.output, (plan.output.inner, plan.output.columns)
     D = a_weight.shape[0 if transposed else 1]
     out_TD, turn = a_TH.new_empty(T, D), -1 if transposed else 1
@@ -437,8 +439,8 @@ def _forward(x_TD, expert_T, gate, gate_bias, up, up_bias, down, down_bias, act,
         if len(x_TD) > plan.tokens:  # within one tile any order will do
             expert_T, order_T = _sorted(expert_T)
             x_TD = x_TD.index_select(0, order_T)
-        hidden_TH, _, _ = _hidden(x_TD, None, expert_T, gate, gate_bias, up, up_bias, down, act, widths, plan, bulk)
-        return _output(hidden_TH, down, None, None, down_bias, expert_T, order_T, widths, plan, bulk, True)
+        hidden_TH, _, _ = _hidden(x_TD, None, expert_T, (gate, gate_bias, up, up_bias, down), act, widths, plan, bulk)
+        return _output((hidden_TH, down), (None, None), down_bias, expert_T, order_T, widths, plan, bulk, True)
 
 
 @torch.library.custom_op("dynamoe::triton_mlp", mutates_args=())
@@ -484,11 +486,11 @@ def triton_mlp_backward_op(
         expert_T, order_T = _sorted(expert_T)
         x_TD, grad_TD = x_TD.index_select(0, order_T), grad_TD.index_select(0, order_T)
         bulk = _bulk(x_TD, gate, up, down)
-        hidden_TH, gate_grad_TH, up_grad_TH = _hidden(
-            x_TD, grad_TD, expert_T, gate, gate_bias, up, up_bias, down, act, widths, plan, bulk
-        )
+        weights = gate, gate_bias, up, up_bias, down
+        hidden_TH, gate_grad_TH, up_grad_TH = _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk)
         if of_x:
-            grads.append(_output(up_grad_TH, up, gate_grad_TH, gate, None, expert_T, order_T, widths, plan, bulk, False))
+            pairs = (up_grad_TH, up), (gate_grad_TH, gate)
+            grads.append(_output(*pairs, None, expert_T, order_T, widths, plan, bulk, False))
         if of_weights:
             route = expert_T, widths, plan, bulk
             if gate is not None:

@@ -299,4 +299,5 @@ def mean_router_loss(records: list[LayerRecord], mask: torch.Tensor, num_items=N
     loss: a mean for each micro-batch would change the update with gradient accumulation. 0 where no position counts.
     """
     total = sum((record.router_loss * mask.to(record.router_loss.device)).sum().to(mask.device) for record in records)
-    return total / len(records) / (mask.sum().clamp_min(1) if num_items is None else num_items)
+    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)
+    return total / len(records) / count.clamp_min(1)

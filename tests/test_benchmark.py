@@ -20,7 +20,7 @@ from dynamoe_hf.benchmark import (
 )
 from dynamoe_hf.cli import main
 from dynamoe_hf.folder import load_model
-from dynamoe_hf.modeling import modeling_dynamoe, nested_mlp
+from dynamoe_hf.modeling.dense_base import Projections
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +173,13 @@ def test_a_dtype_of_its_own(folder, monkeypatch, capsys):
     monkeypatch.setattr("dynamoe_hf.benchmark.COLD_BYTES", 2**16)
     monkeypatch.setattr("dynamoe_hf.benchmark.BATCHES", (1,))
     monkeypatch.setattr("dynamoe_hf.benchmark.PROMPTS", (32,))
-    computed, original = set(), nested_mlp.dense_mlp
+    computed, original = set(), Projections.output
 
-    def dense_mlp(x, weights):
-        computed.update((x.dtype, weights.down.dtype))
-        return original(x, weights)
+    def output(self, hidden):
+        computed.update((hidden.dtype, self.down.dtype))
+        return original(self, hidden)
 
-    monkeypatch.setattr(modeling_dynamoe, "dense_mlp", dense_mlp)
+    monkeypatch.setattr(Projections, "output", output)
     assert main(["bench", str(folder), "--dtype", "bfloat16", "--shapes", "tiny", "--rounds", "1", "--new-tokens", "2"]) == 0
     assert "bfloat16" in capsys.readouterr().out
     assert json.loads((folder / "benchmark.json").read_text())["machine"]["dtype"] == "bfloat16"

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from dynamoe_hf import arguments, benchmark, cli, convert, evaluate, publish
+from dynamoe_hf.arguments import field_helps
 from dynamoe_hf.card import render_card
-from dynamoe_hf.flags import field_helps
-from dynamoe_hf.modeling import configuration_dynamoe
+from dynamoe_hf.modeling.difficulty import SIMILARITIES
+from dynamoe_hf.modeling.routing import ROUTERS
 
 
 STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export",
@@ -160,8 +161,8 @@ def test_options_are_the_functions_parameters(name, capsys):
 
 def test_choices_are_those_of_the_code():
     assert set(get_args(arguments.Importance)) == set(convert.IMPORTANCES)
-    assert set(get_args(arguments.Similarity)) == set(configuration_dynamoe.SIMILARITIES)
-    assert set(get_args(arguments.RouterType)) == set(configuration_dynamoe.ROUTER_TYPES)
+    assert set(get_args(arguments.Similarity)) == set(SIMILARITIES)
+    assert set(get_args(arguments.RouterType)) == set(ROUTERS)
     assert get_args(arguments.Baseline) == evaluate.BASELINES and get_args(arguments.Layout) == publish.LAYOUTS
     assert all(name in field_helps(arguments.BenchArguments)["shapes"] for name in benchmark.SHAPES)
 

@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     )
     tokenizer.save_pretrained(root / "dense")
     convert_model(root / "dense", root / "converted", block_size=64, max_tokens=2048)
-    train_model(root / "converted", root / "trained", train="routers", block_size=64, max_tokens=4096)
+    train_model(root / "converted", root / "trained", train_parts="routers", block_size=64, max_tokens=4096)
     calibrate_budgets(root / "trained", budgets=BUDGETS, block_size=64, max_tokens=4096)
     return root / "trained"
 
@@ -115,8 +115,10 @@ def test_plain_sft_trainer_leaves_routers_alone(trained, tmp_path):
     rows = Dataset.from_list(module["chats"](["glob", "textwrap"]))
     before, moved = weights(trained), {}
     for trainer_class, arguments in ((trl.SFTTrainer, trl.SFTConfig), (module["ChatTrainer"], module["ChatArguments"])):
+        ours = trainer_class is not trl.SFTTrainer
+        settings = {"train_parts": "mlp", "route": "label", "router_loss_coef": 1.0} if ours else {}
         args = arguments(output_dir=tmp_path, max_steps=1, learning_rate=1e-3, warmup_steps=0, save_strategy="no",
-                         bf16=False, activation_checkpointing=False)  # fmt: skip
+                         bf16=False, activation_checkpointing=False, **settings)  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(trained)
         tokenizer = module["AutoTokenizer"].from_pretrained(trained)
         trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=tokenizer)

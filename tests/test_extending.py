@@ -10,7 +10,7 @@ from conftest import FAMILIES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from dynamoe_hf.modeling import configuration_dynamoe, dense_base, mlp_backends
+from dynamoe_hf.modeling import dense_base, mlp_backends
 from dynamoe_hf.modeling.difficulty import SIMILARITIES
 from dynamoe_hf.modeling.routing import ROUTERS
 
@@ -28,7 +28,7 @@ ADDED = {
 @pytest.fixture
 def tables(monkeypatch):
     """The tables of the package and of transformers; afterwards they are as before."""
-    for module, name in ((configuration_dynamoe, "ROUTER_TYPES"), (dense_base, "LAYOUTS"), (mlp_backends, "EXECUTIONS")):
+    for module, name in ((dense_base, "LAYOUTS"), (mlp_backends, "EXECUTIONS")):
         monkeypatch.setattr(module, name, getattr(module, name))
     registered = [mapping._extra_content for mapping in (CONFIG_MAPPING, MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
     held = [(table, dict(table)) for table in (SIMILARITIES, ROUTERS, *registered)]

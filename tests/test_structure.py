@@ -13,12 +13,16 @@ ROOT = Path(__file__).parent.parent
 # A file may import only names to its left.
 ORDER = {
     "modeling": ["difficulty", "dense_base", "nested_mlp_triton", "routing", "configuration_dynamoe", "mlp_backends",
-                 "quantized_slices", "nested_mlp", "modeling_dynamoe", "__init__"],
+                 "quantized_slices", "fast_decode", "nested_mlp", "modeling_dynamoe", "__init__"],
     "dynamoe_hf": ["_version", "arguments", "modeling", "folder", "tables", "card", "data", "observe", "label", "convert", "losses",
                    "trainer", "router_fit", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
                    "demo", "flags", "screens", "cli", "__init__"],
 }  # fmt: skip
 FILES = {folder: [name for name in names if name != "modeling"] for folder, names in ORDER.items()}
+TRANSFORMERS_SIGNATURES = {
+    ("modeling/modeling_dynamoe.py", "forward"),
+    ("modeling/configuration_dynamoe.py", "__init__"),
+}
 FUNCTION_LINES, PARAMETERS, FILE_LINES = 60, 10, {"modeling/nested_mlp_triton.py": 600}
 
 
@@ -106,7 +110,8 @@ def test_functions_have_few_parameters():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and parameters(node) > PARAMETERS:
                 of_triton_or_torch = any(EXEMPT_DECORATORS.search(ast.unparse(mark)) for mark in node.decorator_list)
-                of_transformers = node.name == "forward" and name == "modeling/modeling_dynamoe.py"
+                # transformers calls these by keyword: a model's inputs, a config's fields.
+                of_transformers = (name, node.name) in TRANSFORMERS_SIGNATURES
                 if not (of_triton_or_torch or of_transformers):
                     many.append(f"{name}: {node.name}, {parameters(node)}")
     assert not many, f"over {PARAMETERS} parameters: {many}. Hand a dataclass over."

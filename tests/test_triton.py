@@ -166,7 +166,7 @@ def test_tiles_beyond_their_widest_token_do_nothing(fresh_memory_holds_nan):
     x = torch.randn(len(expert), 72, device=DEVICE)
     *weights, _ = mlp.tensors(x)
     plan, (expert, order) = kernels._plan(x), kernels._sorted(expert)
-    hidden, _, _ = kernels._hidden(x[order], None, expert, *weights[:5], "silu", mlp.widths, plan, False)
+    hidden, _, _ = kernels._hidden(x[order], None, expert, weights[:5], "silu", mlp.widths, plan, False)
     assert plan.tokens == plan.hidden.columns == 64
     for tile, width in enumerate((512, 256, 128)):  # whole tiles of neurons
         rows = hidden[tile * 64 : tile * 64 + 64]

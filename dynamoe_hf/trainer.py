@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DynaMoETrainer`, a `transformers.Trainer` for nested experts and their routers, and its arguments."""
+
+import copy
+import math
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from .arguments import NestedTrainingArguments, TrainedParts
+from .card import render_card
+from .folder import CONVERSION
+from .losses import LossesInChunks, layer_outputs, relative_error
+from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import PROJECTIONS
+from .modeling.routing import loss_mask, mean_router_loss
+from .observe import expert_shares
+
+
+# Scale of the logistic noise on the routers' threshold, in logits, while they learn by choosing.
+ROUTER_TEMPERATURE = 0.5
+
+
+@dataclass
+class DynaMoETrainingArguments(NestedTrainingArguments, TrainingArguments):
+    """
+    `TrainingArguments` with the fields of `NestedTrainingArguments`. The defaults are those of `train_model`, in the
+    phase that trains experts. The whole recipe, with Trainers of one's own:
+
+        fit_routers(model, blocks)
+        DynaMoETrainer(model, DynaMoETrainingArguments(OUT), train_dataset=...).train()
+        fit_routers(model, blocks, route="router")
+        arguments = DynaMoETrainingArguments(OUT, train_parts="routers", hidden_loss_coef=0, width_loss_coef=0.9)
+        DynaMoETrainer(model, arguments, train_dataset=...).train()
+
+    Raises:
+        ValueError: as `NestedTrainingArguments`; `width_loss_coef` on another route than the routers'; label smoothing.
+    """
+
+    def __post_init__(self):
+        # Past `NestedTrainingArguments`, to the class of the other base, which may be a subclass of `TrainingArguments`.
+        super(NestedTrainingArguments, self).__post_init__()
+        self.check()
+        if self.width_loss_coef and self.route != "router":
+            raise ValueError(
+                f'`width_loss_coef` trains routers by what they choose, so it needs route="router", found {self.route!r}.'
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` does not go with the router loss. Leave it at 0.")
+
+
+class DynaMoETrainer(Trainer):
+    """
+    `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
+    `kd_loss`, `hidden_loss`, `width_loss`, `mean_width` (share of the MLPs' width that tokens took), `router_accuracy`
+    (agreement of the routers with the labels, where the route or the router loss needs labels) and `share_expert_0` ...
+    (share of the tokens).
+
+    Raises:
+        ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss
+            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher.
+    """
+
+    args: DynaMoETrainingArguments
+
+    def __init__(self, model=None, args=None, **kwargs):
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        check_model(core, args, adapted=core is not model)
+        self.core = core
+        choose_trainable(core, args.train_parts)
+        if not (args.router_loss_coef or args.width_loss_coef):
+            # No other loss gives routers a gradient, and DDP waits for the gradient of every trainable parameter.
+            for parameter in router_parameters(model):
+                parameter.requires_grad_(False)
+        self.teacher = None
+        if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
+            self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
+        self._parts: dict[str, list[torch.Tensor]] = {}  # losses and metrics since the last log; `_metrics` is a name of TRL
+        super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:  # here, because the base class sets it to 1 for a model that is spread over several devices
+            raise ValueError(
+                f"Training on {self.args.n_gpu} GPUs needs one process for each: start it with `accelerate launch` or "
+                "torchrun, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
+            )
+        self.expert_shares = expert_shares(core).to(self.args.device)
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+
+    def create_optimizer(self, model=None):
+        """As the base class, with the routers in a group of their own, at `router_learning_rate`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        routers = {id(parameter) for parameter in router_parameters(self.model)}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in routers]
+            group["params"] = [p for p in group["params"] if id(p) not in routers]
+            if moved:
+                own = {**group, "params": moved, "lr": self.args.router_learning_rate}
+                own.pop("initial_lr", None)
+                optimizer.add_param_group(own)
+        # Some schedulers and checkpoint formats fail on an empty group.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        The loss of `NestedTrainingArguments` in training, that of the base class in evaluation. `num_items_in_batch`:
+        tokens with a label in the whole accumulated batch; without any, the loss and its gradient are 0.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        args, core = self.args, self.core
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        sensitivity = self._draw_sensitivities(labels)
+        positions = self._sample_positions(labels)
+        needs_labels = args.route == "label" or args.router_loss_coef > 0
+        choice = {"route": args.route, "temperature": ROUTER_TEMPERATURE if args.width_loss_coef else None}
+        with core.routing(**choice, sensitivity=sensitivity, needs_labels=needs_labels, records=[]) as routing:
+            hidden, states = self._hidden_states(model, core, inputs)
+
+        mask = loss_mask(labels)
+        items = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
+        items = items.clamp_min(1)
+        sampled = mask[:, positions]
+        # A sum over the sampled positions stands for the sum over all of them.
+        scale = mask.sum() / sampled.sum().clamp_min(1) / items
+        targets = torch.where(mask, F.pad(labels[:, 1:], (0, 1)), -100)[:, positions]
+        target_hidden, hidden_loss = None, torch.zeros_like(scale)
+        if self._distils(args):
+            target_hidden, target_states = self._full_width_hidden(model, inputs)
+            target_hidden = target_hidden[:, positions]
+            if states:
+                hidden_loss = (relative_error(states, target_states) * mask).sum() / items
+        outer_loss, lm_loss, kd_loss = self._losses_at(hidden[:, positions], targets, target_hidden, scale)
+        router_loss = mean_router_loss(routing.records, mask, items) if needs_labels else torch.zeros_like(outer_loss)
+        width_loss = torch.zeros_like(scale)
+        if args.width_loss_coef:
+            width = torch.stack([record.width.to(labels.device) for record in routing.records]).mean(0)
+            width_loss = ((1 / sensitivity - 1)[:, None] * width * mask).sum() / items
+        loss = outer_loss + args.router_loss_coef * router_loss + args.hidden_loss_coef * hidden_loss
+        loss = loss + args.width_loss_coef * width_loss
+        losses = {"lm_loss": lm_loss, "router_loss": router_loss, "kd_loss": kd_loss, "hidden_loss": hidden_loss}
+        self._keep_metrics(routing.records, sensitivity, mask, **losses, width_loss=width_loss)
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @staticmethod
+    def _distils(args):
+        # Routers that do not learn by choosing get no gradient through the experts.
+        reached = args.train_parts != "routers" or args.width_loss_coef
+        return bool(reached and (args.kd_loss_coef or args.hidden_loss_coef)) and args.teacher != "none"
+
+    def _draw_sensitivities(self, labels):
+        """
+        (B,): one from each of B equal parts of the range, so that a batch of a few sequences has narrow and wide
+        experts alike.
+        """
+        low, high = self.args.sensitivity_range or self.core.config.train_sensitivity
+        count, device = labels.shape[0], labels.device
+        return low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+
+    def _sample_positions(self, labels):
+        """Sorted positions (P,), the same for all sequences of a batch, of those that have a next token."""
+        length = labels.shape[1] - 1
+        count = max(1, math.ceil(self.args.logit_fraction * length))
+        return torch.rand(length, device=labels.device).argsort()[:count].sort().values
+
+    def _hidden_states(self, model, core, inputs):
+        """
+        What the head reads (B, S, D), and the outputs of all layers where the hidden loss needs them, else none.
+
+        Through `model`'s own `forward`, because wrappers such as DDP must see the call; it computes no logits.
+        """
+        kept = []
+        watched = core.model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
+        last = core.model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        with last, layer_outputs(watched) as states:
+            model(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device))
+        return kept[0], states
+
+    @torch.no_grad()
+    def _full_width_hidden(self, model, inputs):
+        """As `_hidden_states`, of the teacher at its full width."""
+        lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
+        unwrapped = self.accelerator.unwrap_model(model)
+        teacher, core = (unwrapped, self.core) if self.teacher is None else (self.teacher, self.teacher)
+        with unwrapped.disable_adapter() if lora else nullcontext(), self.accelerator.autocast():
+            teacher.eval()
+            with core.routing(force_expert=core.config.expert_count - 1):
+                found = self._hidden_states(teacher, core, inputs)
+            model.train()
+        return found
+
+    def _losses_at(self, hidden, targets, target_hidden, scale):
+        """
+        The LM loss and KL(full width || chosen experts), each summed over positions and multiplied by `scale`: their
+        weighted sum, which has a gradient, and both of them. (B, P, D), (B, P), (B, P, D) or None, a scalar -> three
+        scalars.
+        """
+        core, teacher = self.core, self.core if self.teacher is None else self.teacher
+
+        def losses(hidden, targets, target_hidden=None):
+            log_probs = core.logits_of(hidden[None])[0].float().log_softmax(-1)
+            lm_loss = F.nll_loss(log_probs, targets, ignore_index=-100, reduction="sum")
+            if target_hidden is None:
+                return torch.stack([lm_loss, lm_loss.new_zeros(())])
+            with torch.no_grad():
+                target = teacher.logits_of(target_hidden[None])[0].float().log_softmax(-1)
+            kl = F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1)
+            return torch.stack([lm_loss, (kl * (targets != -100)).sum()])
+
+        rows = [tensor.flatten(0, 1) for tensor in (hidden, targets, target_hidden) if tensor is not None]
+        head = [parameter for parameter in core.get_output_embeddings().parameters() if parameter.requires_grad]
+        weights = scale * torch.tensor([self.args.lm_loss_coef, self.args.kd_loss_coef], device=hidden.device)
+        with self.accelerator.autocast():  # accelerate casts in the model's own `forward` alone, which this is not
+            loss, parts = LossesInChunks.apply(losses, weights, *rows, *head)
+        return loss, *(parts * scale)
+
+    @torch.no_grad()
+    def _keep_metrics(self, records, sensitivity, mask, **losses):
+        """
+        Keep the losses and the use of experts as device tensors until `log`: reading them here would wait for the
+        device.
+        """
+        mask = mask.to(torch.float32)
+        expert_LBS = torch.stack([record.expert.to(mask.device) for record in records])
+        used_LE = (F.one_hot(expert_LBS, self.expert_shares.shape[1]) * mask[..., None]).sum((1, 2))
+        tokens = (mask.sum() * len(records)).clamp_min(1)
+        metrics = {**losses, "mean_width": (used_LE * self.expert_shares.to(mask.device)).sum() / tokens}
+        if records[0].label is not None:
+            agreement = 0.0
+            for mlp, record in zip(self.core.nested_mlps, records):
+                chosen = mlp.router.choose(record.router_logits, sensitivity)
+                agreement = agreement + ((chosen == record.label).to(mask.device) * mask).sum()
+            metrics["router_accuracy"] = agreement / tokens
+        metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used_LE.sum(0))}
+        for name, value in metrics.items():
+            self._parts.setdefault(name, []).append(value.detach())
+
+    def _save_checkpoint(self, model, trial):
+        """As the base class, with the conversion record and a model card, so that a checkpoint can be published."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and (folder / "config.json").is_file():  # a LoRA checkpoint is an adapter alone
+            conversion = Path(self.core.name_or_path) / CONVERSION
+            if conversion.is_file():
+                shutil.copy(conversion, folder)
+            render_card(folder, local_files_only=True).save(folder / "README.md")
+
+    def log(self, logs, start_time=None):
+        """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
+        if "loss" in logs and self._parts:
+            steps = self.args.gradient_accumulation_steps
+            for name, values in self._parts.items():
+                mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+                logs[name] = round(mean * steps if name.endswith("_loss") else mean, 6)
+            self._parts.clear()
+        super().log(logs, start_time)
+
+
+def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
+    """Raise `ValueError` where a model cannot be trained with these arguments. `adapted`: it has adapters around it."""
+    if getattr(getattr(core, "config", None), "model_type", None) != "dynamoe":
+        raise ValueError(f"DynaMoETrainer trains DynaMoE models, found {type(core).__name__}. Run `dynamoe convert` first.")
+    if args.train_parts == "lora" and not adapted:
+        raise ValueError('`train_parts="lora"` needs adapters: wrap the model with `get_peft_model(model, lora_config())`.')
+    if args.train_parts == "routers" and not (args.router_loss_coef or args.width_loss_coef):
+        raise ValueError(
+            '`train_parts="routers"` needs a router loss, found router_loss_coef=0 and width_loss_coef=0. Give one a weight, '
+            "such as 1."
+        )
+    if args.width_loss_coef and not core.config.has_dial:
+        raise ValueError(
+            f"`width_loss_coef` needs profile routers, found {core.config.router_class.__name__}. Leave it at 0, or convert with "
+            "`--router-type profile`."
+        )
+    full_width_alone = (args.sensitivity_range or core.config.train_sensitivity)[0] == 1
+    if args.route != "router" or args.router_loss_coef or args.width_loss_coef or full_width_alone:
+        return
+    outputs = [p for name, p in core.named_parameters() if ".router." in name and name.endswith("output.weight")]
+    if any(weight.numel() and not weight.any() for weight in outputs):
+        raise ValueError(
+            'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
+            'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
+        )
+
+
+def router_parameters(model) -> list[torch.nn.Parameter]:
+    """All parameters of the routers of a model, wrapped or not."""
+    return [parameter for name, parameter in model.named_parameters() if ".router." in name]
+
+
+def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
+    """Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them."""
+    if parts == "lora":
+        return
+    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        trained = {
+            "routers": ".mlp.router." in name,
+            "mlp": ".mlp." in name,
+            "layers": id(parameter) not in outer,
+            "all": True,
+        }
+        parameter.requires_grad_(trained[parts])
+
+
+def lora_config(rank: int = 16, alpha: int = 32, **settings):
+    """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
+    from peft import LoraConfig
+
+    projections = rf".*\.mlp\.({'|'.join(PROJECTIONS)})"
+    settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
+    return LoraConfig(r=rank, lora_alpha=alpha, **settings)
+
+
+class LossBar(ProgressCallback):
+    """A progress bar that shows the losses, where the base class prints a dictionary at every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            names = ("loss", "kd_loss", "hidden_loss", "router_loss", "width_loss", "mean_width")
+            # This training does not have a loss that is 0.
+            self.training_bar.set_postfix({name: f"{logs[name]:.3f}" for name in names if logs.get(name)})

@@ -1,0 +1,394 @@
+"""`DynaMoETrainer`: what moves, what is logged, and that neither batching nor chunks change the losses."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_dense
+from reference import assert_close, causal_losses, gates, relative_error
+from training import LABELS, rows, tiny_model, train
+from transformers import Trainer
+
+from dynamoe_hf import DynaMoEForCausalLM, DynaMoETrainer, DynaMoETrainingArguments, fit_routers, lora_config
+from dynamoe_hf.modeling.mlp_backends import block_sizes
+from dynamoe_hf.modeling.routing import ProfileRouter
+from dynamoe_hf.trainer import ROUTER_TEMPERATURE, choose_trainable
+
+
+@pytest.mark.parametrize("parts", ["routers", "mlp", "layers", "all"])
+def test_exactly_the_chosen_parts_move(parts, tmp_path):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, tmp_path, train_parts=parts, lm_loss_coef=0.2, max_steps=3)
+    for name, parameter in model.named_parameters():
+        meant = parts == "all" or ".router." in name or parts == "mlp" and ".mlp." in name
+        meant |= parts == "layers" and "embed_tokens" not in name and "lm_head" not in name
+        moved = not torch.equal(before[name], parameter)
+        assert moved == meant, f"{name} {'moved' if moved else 'did not move'} with train_parts={parts!r}"
+
+
+@pytest.mark.parametrize("route", ["label", "router", "random"])
+@pytest.mark.parametrize("teacher", ["frozen", "self", "none"])
+def test_all_parts_are_logged(route, teacher, tmp_path):
+    trainer = train(tiny_model(), tmp_path, route=route, teacher=teacher, lm_loss_coef=0.2, hidden_loss_coef=3.0, max_steps=2)
+    log = trainer.state.log_history[0]
+    names = {"loss", "lm_loss", "router_loss", "kd_loss", "hidden_loss", "mean_width", "router_accuracy"} | {
+        f"share_expert_{e}" for e in range(4)
+    }
+    assert names <= set(log)
+    assert sum(log[f"share_expert_{e}"] for e in range(4)) == pytest.approx(1, abs=1e-3)
+    width = sum(log[f"share_expert_{e}"] * (e + 1) / 4 for e in range(4))
+    assert log["mean_width"] == pytest.approx(width, abs=1e-3)
+    parts = 0.2 * log["lm_loss"] + log["router_loss"] + log["kd_loss"] + 3 * log["hidden_loss"]
+    assert log["loss"] == pytest.approx(parts, rel=1e-3)
+    assert (log["kd_loss"] > 0) == (log["hidden_loss"] > 0) == (teacher != "none")
+
+
+@pytest.mark.parametrize(("size", "steps"), [(4, 2), (2, 4), (1, 8)], ids=["4x2", "2x4", "1x8"])
+@pytest.mark.parametrize("trainer_class", [DynaMoETrainer, Trainer], ids=["ours", "plain"])
+def test_accumulation_gives_the_update_of_one_large_batch(size, steps, trainer_class, tmp_path):
+    settings = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0}
+    if trainer_class is DynaMoETrainer:
+        settings |= {"logit_fraction": 1.0, "lm_loss_coef": 0.2, "sensitivity_range": [0.5, 0.5]}
+    results = []
+    for batch, accumulation in ((8, 1), (size, steps)):
+        model = tiny_model(train_sensitivity=[0.5, 0.5])
+        trainer = train(
+            model,
+            tmp_path,
+            trainer_class,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        )
+        log = trainer.state.log_history[0]
+        results.append((model.state_dict(), {k: v for k, v in log.items() if k.endswith("loss") or k == "grad_norm"}))
+    (large, large_log), (small, small_log) = results
+    assert small_log == pytest.approx(large_log, rel=1e-3)
+    for name, tensor in large.items():
+        assert_close(name, small[name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def test_plain_trainer_trains_router_and_experts(tmp_path):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = train(model, tmp_path, Trainer, max_steps=60, learning_rate=3e-3)
+    still = [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
+    assert not still, f"{still} did not move"
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_router_learns_the_difficulty_in_training(tmp_path):
+    model = tiny_model()
+    trainer = train(
+        model, tmp_path, train_parts="routers", max_steps=150, examples=rows(ignored=False), router_learning_rate=1e-2
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["router_accuracy"] > logs[0]["router_accuracy"] + 0.2, (logs[0], logs[-1])
+    assert logs[-1]["router_accuracy"] > 0.6
+
+
+def test_sampled_logits_are_unbiased(tmp_path):
+    """The mean of many quarter samples is the loss over all positions."""
+    model, totals = tiny_model(), {}
+    for fraction, repeats in ((1.0, 1), (0.25, 200)):
+        settings = {**LABELS, "logit_fraction": fraction, "lm_loss_coef": 1.0, "router_loss_coef": 0.0}
+        args = DynaMoETrainingArguments(
+            str(tmp_path), report_to="none", use_cpu=True, sensitivity_range=[0.5, 0.5], **settings
+        )
+        trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
+        batch = {name: torch.stack([row[name] for row in rows()]) for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            totals[fraction] = sum(trainer.compute_loss(model, batch).item() for _ in range(repeats)) / repeats
+    assert totals[0.25] == pytest.approx(totals[1.0], rel=0.02)
+
+
+def loss_and_gradients(family, folder, checkpointing=False, **settings):
+    """
+    A trainer, on random routes if not told otherwise, its batch, the loss and the gradients. The random state is left where the routes were
+    drawn, the model without gradients: a reference can follow at once.
+    """
+    model = DynaMoEForCausalLM.from_dense(
+        tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
+    )
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.router.output.weight)
+    settings = {
+        **LABELS,
+        "report_to": "none",
+        "use_cpu": True,
+        "train_parts": "all",
+        "router_loss_coef": 0.0,
+        "route": "random",
+        **settings,
+    }
+    args = DynaMoETrainingArguments(str(folder), **settings)
+    trainer = DynaMoETrainer(model=model.train(), args=args, train_dataset=rows())
+    batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.manual_seed(0)
+    torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+    return trainer, batch, loss, gradients
+
+
+@pytest.mark.parametrize("logit_rows", [8, 24, 10**6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_path, monkeypatch):
+    """Outputs and gradients, whatever the head does after its product, and with the teacher's logits in chunks too."""
+    monkeypatch.setattr("dynamoe_hf.losses.LOGIT_ROWS", logit_rows)
+    settings = {"logit_fraction": 1.0, "lm_loss_coef": 0.3, "kd_loss_coef": 0.7}
+    trainer, batch, loss, gradients = loss_and_gradients(family, tmp_path, **settings)
+    model = trainer.model
+    target = trainer.teacher(batch["input_ids"], force_expert=3).logits
+    with model.routing(route="random", sensitivity=0.5, needs_labels=True, records=[]):
+        lm_loss, kd_loss = causal_losses(model(batch["input_ids"]).logits, target, batch["labels"])
+    expected = (0.3 * lm_loss + 0.7 * kd_loss) / (batch["labels"][:, 1:] != -100).sum()
+    expected.backward()
+    assert_close("loss", loss, expected)
+    assert kd_loss > 0
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            assert_close(name, gradients[name], parameter.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_path):
+    """Value and gradients, beside hidden states that transformers gives; positions without a label do not count."""
+    settings = {"kd_loss_coef": 0.0, "hidden_loss_coef": 2.0}
+    trainer, batch, loss, gradients = loss_and_gradients(family, tmp_path, checkpointing, **settings)
+    model = trainer.model
+
+    def layer_states(model, **routing):
+        """What transformers gives is normed after the last layer, so that one is what the norm reads."""
+        last = []
+        with model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0])):
+            states = model(batch["input_ids"], output_hidden_states=True, **routing).hidden_states
+        return (*states[1:-1], *last)
+
+    with torch.no_grad():
+        target = layer_states(trainer.teacher, force_expert=3)
+    with model.routing(route="random", sensitivity=0.5, needs_labels=True, records=[]):
+        states = layer_states(model)
+    mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    expected = 2 * relative_error(states, target, mask)
+    expected.backward()
+    assert_close("loss", loss, expected)
+    assert loss > 0
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:  # head and last norm come after the last layer
+            reference = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert_close(name, gradients[name], reference, atol=1e-4)
+
+
+def test_gates_are_the_routers_choice_with_the_gradient_of_a_sigmoid():
+    router = ProfileRouter(16, 8, 4)
+    logits = (3 * torch.randn(2, 5, 3)).cumsum(-1).requires_grad_()
+    sensitivity = torch.tensor([0.3, 0.7])
+    torch.manual_seed(1)
+    found = router.gates(logits, sensitivity, 0.5)
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    torch.manual_seed(1)
+    noise = 0.5 * torch.logit(torch.rand(2, 5, 1), eps=1e-4)
+    for row in range(2):
+        for token in range(5):
+            place = (row, token)
+            expected, expected_slope = gates(logits.detach()[place], noise[place].item(), sensitivity[row].item(), 0.5)
+            assert_close("gates", found.detach()[place], expected)
+            assert_close("their gradient", slope[place], expected_slope)
+    assert {0.0, 1.0} == set(found.detach().round().unique().tolist())
+    cold = router.gates(logits, sensitivity, 1e-6).detach().round().long().sum(-1) - 1
+    assert torch.equal(cold, router.choose(logits, sensitivity)), "without noise it is the choice of inference"
+    assert torch.equal(router.gates(logits, 1.0, 0.5).detach(), torch.ones(2, 5, 4)), "at sensitivity 1 nothing is left out"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_get_the_gradient_of_what_their_gates_let_through(family, checkpointing, tmp_path):
+    """The losses of a training step, and their gradients, beside a model whose hidden activations are multiplied by the gates by hand."""
+    settings = {"width_loss_coef": 0.7, "route": "router", "sensitivity_range": [0.5, 0.5], "logit_fraction": 1.0}
+    trainer, batch, loss, gradients = loss_and_gradients(family, tmp_path, checkpointing, **settings)
+    model, widths = trainer.model, []
+
+    def by_hand(mlp, args, output):
+        x, (rows, length) = args[0], args[0].shape[:2]
+        found = mlp.router.gates(mlp.router(x), torch.full((rows,), 0.5), ROUTER_TEMPERATURE)
+        factor = torch.cat(
+            [found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(block_sizes(mlp.widths))], -1
+        )
+        widths.append(factor.mean(-1))
+        return mlp.down_linear(mlp.hidden(x) * factor)
+
+    target = trainer.teacher(batch["input_ids"], force_expert=3).logits
+    model.gradient_checkpointing_disable()  # it would run layers again after the hooks are gone
+    hooks = [layer.mlp.register_forward_hook(by_hand) for layer in model.model.layers]
+    logits = model(batch["input_ids"], force_expert=3).logits
+    for hook in hooks:
+        hook.remove()
+    _, kd_loss = causal_losses(logits, target, batch["labels"])
+    mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    expected = kd_loss / mask.sum() + 0.7 * torch.stack(widths).mean(0)[mask].mean()  # at 0.5 the price is 1
+    expected.backward()
+    assert_close("loss", loss, expected)
+    routers = [name for name in gradients if ".router." in name]
+    assert routers and all(gradients[name].abs().sum() > 0 for name in routers)
+    for name, parameter in model.named_parameters():
+        assert_close(name, gradients[name], parameter.grad, atol=1e-4)
+
+
+def test_routers_that_choose_spend_less_where_width_costs_more(tmp_path):
+    widths = {}
+    for price in (0.01, 100.0):
+        model = tiny_model()
+        settings = {"width_loss_coef": price, "route": "router", "router_loss_coef": 0.0, "sensitivity_range": [0.5, 0.5]}
+        settings["router_learning_rate"] = 2e-2
+        trainer = train(model, tmp_path, train_parts="routers", max_steps=60, **settings)
+        widths[price] = [entry["mean_width"] for entry in trainer.state.log_history if "mean_width" in entry]
+    assert widths[0.01][-1] > widths[0.01][0] + 0.1, "nearly free, so what it adds to the model's words decides"
+    assert widths[100.0][-1] < widths[100.0][0] - 0.1
+    assert widths[100.0][-1] == pytest.approx(0.25, abs=0.02)
+
+
+def test_full_width_stays_where_distilled(tmp_path):
+    """Distillation from the frozen full width pulls the narrow experts towards it."""
+    model = tiny_model()
+    ids = torch.stack([row["input_ids"] for row in rows(ignored=False)])
+    target = model(ids).logits.softmax(-1)
+
+    def distance():
+        with torch.no_grad():
+            narrow = model.eval()(ids, force_expert=1).logits.log_softmax(-1)
+        return torch.nn.functional.kl_div(narrow, target, reduction="batchmean").item()
+
+    before = distance()
+    train(model, tmp_path, max_steps=80, examples=rows(ignored=False), router_loss_coef=0.0, sensitivity_range=[0.2, 0.5])
+    assert distance() < 0.7 * before
+
+
+def test_lora(tmp_path, token_ids):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), lora_config(4))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, tmp_path, train_parts="lora", max_steps=3, lm_loss_coef=0.2, learning_rate=1e-2)
+    for name, parameter in model.named_parameters():
+        meant = "lora_" in name or "modules_to_save" in name
+        moved = not torch.equal(before[name], parameter)
+        assert moved == meant, f"{name} {'moved' if moved else 'did not move'}"
+    model.eval()
+    wrapped = {s: model(token_ids, sensitivity=s).logits for s in (0.4, 0.6, 1.0)}
+    forced = model(token_ids, force_expert=1).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
+    merged = model.merge_and_unload()
+    assert_close("forced", merged(token_ids, force_expert=1).logits, forced, atol=1e-4)
+    for sensitivity, expected in wrapped.items():  # masks while wrapped, prefixes after merging
+        assert_close("reloaded", again(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
+        assert_close("merged", merged(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
+
+
+def test_activation_checkpointing_gives_the_same_losses(tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = train(tiny_model(), tmp_path, max_steps=4, gradient_checkpointing=checkpointing, lm_loss_coef=0.2)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_bf16_autocast(tmp_path):
+    """Weights stay float32; the products of the student, of the teacher and of the head are in bfloat16."""
+    model, dtypes = tiny_model(), {}
+    settings = {"report_to": "none", "max_steps": 2, "logging_steps": 1, **LABELS}
+    args = DynaMoETrainingArguments(str(tmp_path), bf16=True, use_cpu=True, **settings)
+    trainer = DynaMoETrainer(model=model, args=args, train_dataset=rows())
+    watched = {"student": model.model.layers[0].mlp.down_proj, "teacher": trainer.teacher.model.layers[0].mlp.down_proj,
+               "head": model.lm_head, "teacher's head": trainer.teacher.lm_head}  # fmt: skip
+    for name, module in watched.items():
+        module.register_forward_hook(lambda module, args, output, name=name: dtypes.setdefault(name, set()).add(output.dtype))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+    assert dtypes == {name: {torch.bfloat16} for name in watched}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu` where there is one")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_on_a_gpu(bf16, tmp_path):
+    trainer = train(tiny_model(), tmp_path, max_steps=30, bf16=bf16, use_cpu=False, learning_rate=3e-3)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_bad_settings(tmp_path):
+    for settings, message in (({"train_parts": "half"}, "`train_parts` is unknown"), ({"teacher": "x"}, "`teacher` is unknown"),
+                              ({"route": "best"}, "`route` is unknown"), ({"logit_fraction": 0}, "must be in"),
+                              ({"label_smoothing_factor": 0.1}, "does not go with"),
+                              ({"width_loss_coef": 1.0, "route": "label"}, 'needs route="router", found \'label\'')):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            DynaMoETrainingArguments(str(tmp_path), **settings)
+    with pytest.raises(ValueError, match="found LlamaForCausalLM"):
+        DynaMoETrainer(model=tiny_dense(), args=DynaMoETrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="needs adapters"):
+        DynaMoETrainer(model=tiny_model(), args=DynaMoETrainingArguments(str(tmp_path), train_parts="lora", use_cpu=True))
+    no_router_loss = DynaMoETrainingArguments(str(tmp_path), train_parts="routers", router_loss_coef=0, use_cpu=True)
+    with pytest.raises(ValueError, match="needs a router loss, found router_loss_coef=0"):
+        DynaMoETrainer(model=tiny_model(), args=no_router_loss)
+    chooses = DynaMoETrainingArguments(str(tmp_path), width_loss_coef=1.0, route="router", use_cpu=True)
+    with pytest.raises(ValueError, match="needs profile routers, found ArgmaxRouter"):
+        DynaMoETrainer(model=tiny_model(router_type="argmax"), args=chooses)
+    choose_trainable(model := tiny_model(), "routers")
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"router"}
+
+
+def test_tokens_do_not_follow_routers_that_know_nothing(tmp_path):
+    """Refused before the first step, where the defaults would train on random routes; each way out that is named works."""
+    with pytest.raises(
+        ValueError, match=r"know nothing: found route=\"router\".* Call `fit_routers\(model, blocks\)` first"
+    ) as error:
+        DynaMoETrainer(model=tiny_model(), args=DynaMoETrainingArguments(str(tmp_path), use_cpu=True))
+    assert 'set route="label", router_loss_coef=1.0' in str(error.value)
+    defaults = {"train_parts": "layers", "route": "router", "router_loss_coef": 0.0}
+    model = tiny_model()
+    fit_routers(model, torch.randint(3, 128, (8, 16)), steps=2)
+    train(model, tmp_path, **defaults)
+    for learns in (
+        {"route": "label", "router_loss_coef": 1.0},
+        {"router_loss_coef": 1.0},
+        {"width_loss_coef": 0.9},
+        {"sensitivity_range": [1, 1]},
+        {"route": "random"},
+    ):
+        assert train(tiny_model(), tmp_path, **{**defaults, **learns}).state.global_step == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train_parts": "layers", "route": "router", "hidden_loss_coef": 10.0, "width_loss_coef": 0.9, "lm_loss_coef": 1.0}],
+)
+def test_a_step_without_labels_changes_nothing(settings, accumulation, tmp_path):
+    examples = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows()]
+    model = tiny_model()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.router.output.weight)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, "max_steps": 2, **settings}
+    trainer = train(model, tmp_path, examples=examples, **settings)
+    for log in trainer.state.log_history[:2]:
+        losses = {name: value for name, value in log.items() if name.endswith("loss")}
+        assert len(losses) == 6 and not any(losses.values()), log
+        assert log["grad_norm"] == log["mean_width"] == 0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_several_gpus_need_a_launcher(tmp_path):
+    args = DynaMoETrainingArguments(str(tmp_path), use_cpu=True, **LABELS)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs needs one process for each: start it with `accelerate launch` or torchrun"):
+        DynaMoETrainer(model=tiny_model(), args=args, train_dataset=rows())
