@@ -62,7 +62,7 @@ def render_card(
     link = base_data.get("license_link")
     if link and base and "://" not in link:
         link = f"https://huggingface.co/{base}/blob/main/{link}"
-    quantized = "quantization_config" in read_json(folder / "config.json")
+    quantized = "quantization_config" in (read_json(folder / "config.json") or {})
     data = ModelCardData(
         base_model=base, base_model_relation=base and ("quantized" if quantized else "finetune"), model_name=name,
         library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, *_dial_tags(variant, family)],
@@ -117,9 +117,9 @@ def _base_of(facts, base_model, local_files_only) -> tuple[str | None, dict]:
         except (HTTPError, ConnectionError):  # the Hub cannot be reached
             pass
     # A folder of the machine that converted it, such as runs/base, looks like a Hub id, so the cache must know it.
-    readme, config = (try_to_load_from_cache(base, name) for name in ("README.md", "config.json"))
-    known = base_model or (base if isinstance(readme or config, str) else None)
-    return known, _metadata(readme) if isinstance(readme, str) else {}
+    card, config = (try_to_load_from_cache(base, name) for name in ("README.md", "config.json"))
+    known = base_model or (base if isinstance(card or config, str) else None)
+    return known, _metadata(card) if isinstance(card, str) else {}
 
 
 def _metadata(readme) -> dict:
@@ -195,7 +195,7 @@ def _commands(facts) -> list[str]:
     if calibration:
         commands.append(_command("calibrate", "trained", text=calibration["text"], budgets=",".join(calibration["budgets"]),
                                  max_tokens=calibration["tokens"], block_size=calibration.get("block_size")))  # fmt: skip
-    budgets = {}  # of each text, as it was cut into blocks
+    budgets: dict[tuple, dict] = {}  # of each text, as it was cut into blocks
     for entry in (facts["results"] or {}).get("evaluations", []):
         if entry["setting"].startswith("budget "):
             text = entry["text"] if isinstance(entry["text"], str) else tuple(entry["text"])

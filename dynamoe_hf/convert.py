@@ -267,10 +267,10 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     config = copy.deepcopy(model.config.base_config)
     config.intermediate_size = round(width * model.config.intermediate_size)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
-    for place in mlp_places(model.model):
+    for place, mlp in zip(mlp_places(model.model), model.nested_mlps):
         prefix = f"{place.name}."
         for name in [name for name in state if name.startswith(prefix)]:
-            state[name] = place.mlp.layout.narrow(name.removeprefix(prefix), state[name], config.intermediate_size)
+            state[name] = mlp.layout.narrow(name.removeprefix(prefix), state[name], config.intermediate_size)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}

@@ -22,6 +22,7 @@ from .evaluate import evaluate_model
 from .folder import load_model, load_tokenizer
 from .generate import continue_text
 from .report import report_folder
+from .tables import demo_table
 from .train import train_model
 
 
@@ -84,31 +85,12 @@ def run_demo(arguments: DemoArguments | None = None, **settings: Any) -> list[di
         baselines = {kind: entry["baselines"][kind]["ratio_to_dense"] for kind in entry["baselines"]}
         speed = {"tokens_per_second": speed["tokens_per_second"], "speed_ratio": 1 / speed["ratio"]}
         rows.append({"budget": budget, **entry, **speed, "baseline_ratios": baselines})
-    print_table(rows)
+    print(demo_table(rows))
     print(
         f"\nThe dense model trained on the same tokens: not measured here.\nReport: {out / 'trained' / 'report' / 'index.html'}"
     )
     print(f"Total: {(time.time() - start) / 60:.1f} minutes, download included.")
     return rows
-
-
-def print_table(rows: list[dict]) -> None:
-    """One line a budget. Ratios are perplexities over the dense base's on the same held-out tokens."""
-    print(f"\nDense perplexity on held-out topics: {rows[0]['dense_perplexity']:.2f} ({rows[0]['tokens']:,} tokens)\n")
-    print(
-        "| budget | mean MLP share | active parameters | perplexity | ratio to dense (95%) | static prefix | random routes | tokens/s | to dense |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        low, high = row["ratio_interval"]
-        static, random = (
-            f"{row['baseline_ratios'][kind]:.3f}" if kind in row["baseline_ratios"] else "" for kind in ("static", "random")
-        )
-        print(
-            f"| {row['budget']:.0%} | {row['mean_share']:.1%} | {row['active_parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} "
-            f"| {row['ratio_to_dense']:.3f} ({low:.3f} to {high:.3f}) | {static} | {random} "
-            f"| {row['tokens_per_second']:.1f} | {row['speed_ratio']:.2f}x |"
-        )
 
 
 def obtain_model(folder: str | Path) -> Path | str:

@@ -176,7 +176,7 @@ def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Eva
         for index, record in enumerate(records):
             use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
             if needs_labels:
-                agreement.append((record.expert == record.label).flatten().float().cpu())
+                agreement.append(torch.eq(record.expert, record.label).flatten().float().cpu())
     mean = torch.cat(agreement).mean().item() if agreement else None
     return torch.tensor(values, dtype=torch.float64), use / use.sum(-1, keepdim=True), mean
 

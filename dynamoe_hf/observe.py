@@ -6,7 +6,7 @@ difficult the tokens are, and what gradient arrives. All stages watch through he
 Shapes: N blocks of S tokens, T = N * S, L layers, E experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,9 +43,10 @@ def watch(
         model.model(batch, use_cache=False)
 
     for batch in tqdm(blocks.split(batch_size), desc=description, leave=False):
-        with model.routing(records=[], **routing) as settings:
+        records: list[LayerRecord] = []
+        with model.routing(records=records, **routing):
             (run or backbone)(batch.to(model.device))
-        yield settings.records
+        yield records
 
 
 def expert_shares(model: DynaMoEForCausalLM) -> torch.Tensor:
@@ -130,7 +131,7 @@ def loss_backward(model: PreTrainedModel, batch: torch.Tensor, **options) -> Non
 
 
 @contextmanager
-def output_gradients(modules: list[nn.Module], add: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def output_gradients(modules: Sequence[nn.Module], add: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Inside, each backward pass calls `add(index of the module, gradient of its output)`."""
 
     def watcher(index):

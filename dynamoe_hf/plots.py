@@ -147,7 +147,7 @@ def _label_lines(axis, panel, gutter):
 
 def _spread(heights, gap):
     """Rising heights moved up until they are `gap` apart, then all moved down so that their mean is what it was."""
-    placed = []
+    placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap) if placed else height)
     shift = (sum(placed) - sum(heights)) / len(heights)
@@ -200,7 +200,7 @@ def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
         axis.set_title(entry["setting"], loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
     _note(axes[0], "layer", (0, 1), (-6, 6), fontsize=9, ha="right")
     mean_L = (torch.tensor(entries[0]["expert_use"]) * shares_LE).sum(1)
-    least, most = mean_L.argmin().item(), mean_L.argmax().item()
+    least, most = int(mean_L.argmin()), int(mean_L.argmax())
     claim = f"Layer {least} gets by with {mean_L[least]:.0%} of its width, layer {most} takes {mean_L[most]:.0%}"
     figure.text(0.02, 1 - 0.32 / height, f"{claim}, at {entries[0]['setting']}", fontsize=12, fontweight="bold", color=INK)
     subtitle = "Share of a layer's tokens that take each expert" + (", in percent" if crowded else "")
@@ -283,8 +283,8 @@ def _draw_cells(axis, cells, colours, size):
     """A box for each run of a part's characters on a line, and the characters in it at `size` points."""
     from matplotlib.patches import Rectangle
 
-    for (line, piece), run in groupby(cells, key=lambda cell: (cell.line, cell.piece)):
-        run = list(run)
+    for (line, piece), cells_of_run in groupby(cells, key=lambda cell: (cell.line, cell.piece)):
+        run = list(cells_of_run)
         start, end = run[0].column, run[-1].column + run[-1].width
         box = Rectangle((start + 0.04, line + 0.06), end - start - 0.08, 0.88, color=colours[piece], linewidth=0)
         axis.add_patch(box)

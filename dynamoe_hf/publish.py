@@ -90,18 +90,22 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
     token = _hub_token()
     _refuse_secrets(token, shared, contents)
     hub = _Hub(HfApi(token=token), token)
-    operations = {name: CommitOperationAdd(name, path) for name, path in shared.items()}  # once: each weight file is hashed
+    # Made once, so that each weight file is hashed once for the whole family.
+    operations = {name: CommitOperationAdd(name, path) for name, path in shared.items()}
     for variant, own, entry in zip(family, contents, summary["variants"]):
-        _prepare(hub, variant, private)
-        named = "The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}"
-        message = arguments.commit_message or named
-        commit = hub.ask(
-            f"committing to {variant.repo}", _commit, hub.api, variant, operations, own, message, arguments.create_pr
-        )
-        entry["url"] = commit.pr_url or commit.commit_url
+        entry["url"] = _send(hub, variant, operations, own, arguments)
     if summary["collection"]:
         summary["collection"] = _collect(hub, title, family, private)
     return summary
+
+
+def _send(hub, variant, operations, own, arguments):
+    """Commit one variant: the URL of the commit or pull request."""
+    _prepare(hub, variant, arguments.private)
+    named = "The dial" if variant.budget is None else f"Variant of budget {variant.budget:g}"
+    message, what = arguments.commit_message or named, f"committing to {variant.repo}"
+    commit = hub.ask(what, _commit, hub.api, variant, operations, own, message, arguments.create_pr)
+    return commit.pr_url or commit.commit_url
 
 
 def _variant_entry(variant, shared, own):

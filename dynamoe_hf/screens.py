@@ -32,23 +32,9 @@ def show_calibration(record):
 
 
 def show_evaluation(entries):
-    print(f"{'setting':20} {'MLP share':>9} {'active':>9} {'perplexity (95%)':>26} {'to dense (95%)':>24} {'agreement':>9}")
-    for entry in entries:
-        low, high = entry["perplexity_interval"]
-        ratio = "not measured"
-        if "ratio_to_dense" in entry:
-            ratio = "{:.3f} ({:.3f} to {:.3f})".format(entry["ratio_to_dense"], *entry["ratio_interval"])
-        agreement = "" if entry["router_agreement"] is None else f"{entry['router_agreement']:.0%}"
-        print(
-            f"{entry['setting']:20} {entry['mean_share']:9.1%} {entry['active_parameters'] / 1e6:7.1f} M "
-            f"{entry['perplexity']:8.2f} ({low:.2f} to {high:.2f}) {ratio:>24} {agreement:>9}"
-        )
-        for kind, row in entry["baselines"].items():
-            print(
-                f"  {kind:18} {row['mean_share']:9.1%} {'':9} {row['perplexity']:8.2f}   ratio {row.get('ratio_to_dense', float('nan')):.3f}"
-            )
-        for task, metrics in entry.get("tasks", {}).items():
-            print(f"  {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    from .tables import evaluation_table  # with jinja2, which `--help` does without
+
+    print(evaluation_table(entries))
 
 
 def show_benchmark(record):

@@ -62,7 +62,7 @@ def baseline_label(kind: str) -> str:
 
 def by_text(evaluations: list[dict]) -> dict[str, list[dict]]:
     """Evaluations grouped by the name of their text, in order of appearance."""
-    groups = {}
+    groups: dict[str, list[dict]] = {}
     for entry in evaluations:
         groups.setdefault(text_name(entry["text"]), []).append(entry)
     return groups

@@ -111,7 +111,7 @@ class DynaMoEConfig(PreTrainedConfig):
 
     def check(self):
         """Raise `ValueError` if the fields do not fit together."""
-        ladders = self.expert_widths if self._per_layer else [self.expert_widths]
+        ladders: list = self.expert_widths if self._per_layer else [self.expert_widths]
         for ladder in ladders:
             rising = all(a < b for a, b in zip(ladder, ladder[1:]))
             if not ladder or not rising or ladder[0] < 0 or ladder[-1] != 1:
@@ -173,7 +173,8 @@ class DynaMoEConfig(PreTrainedConfig):
     @property
     def expert_count(self) -> int:
         """Experts of each layer."""
-        return len(self.expert_widths[0] if self._per_layer else self.expert_widths)
+        widths: list = self.expert_widths
+        return len(widths[0] if self._per_layer else widths)
 
     def layer_widths(self, layer, mlp_width):
         """Widths in neurons of the experts of `layer`, whose MLP has `mlp_width` neurons: `list[int]`, rising."""

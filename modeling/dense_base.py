@@ -85,13 +85,14 @@ class Layout(NamedTuple):
     def tensors(self, mlp: nn.Module) -> Projections:
         """The weights of `mlp`, whose linear layers must be plain ones or slice like them."""
         # Once a layer in decoding. Looking a parameter up as an attribute takes ten times as long as in its dictionary.
-        up, down = mlp._modules[self.up]._parameters, mlp._modules[self.down]._parameters
-        weight, bias, act = up["weight"], up.get("bias"), getattr(mlp, self.act)
+        modules: dict[str, Any] = mlp._modules
+        up, down, act = modules[self.up]._parameters, modules[self.down]._parameters, getattr(mlp, self.act)
+        weight, bias = up["weight"], up.get("bias")
         if self.fused:
             width = down["weight"].shape[1]
             gate_bias, bias = (None, None) if bias is None else (bias[:width], bias[width:])
             return Projections(weight[:width], gate_bias, weight[width:], bias, down["weight"], down.get("bias"), act)
-        gate = {} if self.gate is None else mlp._modules[self.gate]._parameters
+        gate = {} if self.gate is None else modules[self.gate]._parameters
         return Projections(gate.get("weight"), gate.get("bias"), weight, bias, down["weight"], down.get("bias"), act)
 
     @torch.no_grad()
@@ -156,7 +157,7 @@ class MLPPlace(NamedTuple):
         return getattr(self.owner, self.attribute)
 
 
-def mlp_places(backbone: nn.Module) -> Iterator[MLPPlace]:
+def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
     """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer."""
     for index, layer in enumerate(backbone.layers):
         yield MLPPlace(layer, "mlp", f"model.layers.{index}.mlp")

@@ -10,7 +10,7 @@ To do without it, delete the line that calls it in `NestedMLP.forward`. It steps
 import torch
 import torch.nn.functional as F
 
-from .routing import Routing, TokenRouter, has_hooks, plain_parameters
+from .routing import LayerRecord, Routing, TokenRouter, has_hooks, plain_parameters
 
 
 FEW = 16  # tokens up to which a mask row by row is cheaper than sorting
@@ -21,7 +21,7 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
     tokens = x.shape[0] * x.shape[1]
     if tokens > FEW or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or mlp.training:
         return None
-    if routing.records is not None or routing.needs_labels or routing.route != "router" or routing.temperature is not None:
+    if routing.needs_labels or routing.route != "router" or routing.temperature is not None:
         return None
     modules = mlp._modules
     router = modules["router"]
@@ -35,7 +35,10 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
     first, second = parameters[:2]
     hidden = F.silu(F.linear(x.to(first["weight"].dtype), first["weight"], first["bias"]))
     logits = router.logits_of(F.linear(hidden, second["weight"], second["bias"]))
-    widths = [mlp.widths[expert] for expert in router.choose(logits, routing.sensitivity).flatten().tolist()]
+    expert = router.choose(logits, routing.sensitivity)
+    if routing.records is not None:
+        routing.records.append(LayerRecord(logits, expert))
+    widths = [mlp.widths[index] for index in expert.flatten().tolist()]
     widest = max(widths)
     prefix = mlp.layout.tensors(mlp).block(0, widest)
     hidden = prefix.hidden(x)

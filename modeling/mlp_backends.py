@@ -11,7 +11,7 @@ H neurons.
 
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,8 @@ def costs_of(weight: torch.Tensor) -> Costs:
 @cache
 def has_matrix_units() -> bool:
     """Whether the processor multiplies bfloat16 in units of its own (AMX)."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # torch before 2.9 does not say
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.9 does not say
+    return capabilities.get("amx_bf16", False)
 
 
 class Decision(NamedTuple):
@@ -86,15 +87,19 @@ class Weights(NamedTuple):
 
     def prefix(self, expert: int) -> Projections:
         """The tensors of one expert, as views."""
+        assert self.tensors is not None
         return self.tensors.block(0, self.widths[expert])
 
 
 class Call:
     """One call of an MLP, as the rows of `EXECUTIONS` see it: x (B, S, D), and what was decided for its tokens."""
 
+    expert: Any  # one for all tokens, or (B, S) int64
+    tensors: Any  # the `Projections`; `None` where the MLP cannot be cut
+
     def __init__(self, x: torch.Tensor, decision: Decision, weights: Weights):
         self.x, self.decision, self.weights = x, decision, weights
-        self.expert = decision.expert
+        self.expert, self.tensors = decision.expert, weights.tensors
 
     @property
     def routed(self) -> bool:
@@ -132,7 +137,7 @@ class Call:
     @cached_property
     def blocks(self) -> list["Block"]:
         """The blocks of the staircase."""
-        costs = costs_of(self.weights.tensors.down)
+        costs = costs_of(self.tensors.down)
         return staircase_blocks(self.counts, self.weights.widths, self.x.shape[-1], costs)
 
 
@@ -147,6 +152,7 @@ def run_dense(call: Call) -> torch.Tensor:
 def run_gated(call: Call) -> torch.Tensor:
     """All neurons, each block times its gate, which carries a gradient to the router."""
     gates, hidden = call.decision.gates, _all_hidden(call)
+    assert gates is not None
     blocks = zip(hidden.split(block_sizes(call.weights.widths), -1), gates.to(hidden.dtype).split(1, -1))
     return call.weights.output(torch.cat([block * gate for block, gate in blocks], -1))
 
@@ -165,6 +171,7 @@ def run_masked(call: Call) -> torch.Tensor:
 
 def run_prefix(call: Call) -> torch.Tensor:
     """One expert for all tokens: its prefix."""
+    assert call.single is not None
     prefix = call.weights.prefix(call.single)
     return prefix.output(prefix.hidden(call.x))
 
@@ -182,8 +189,8 @@ def run_staircase(call: Call) -> torch.Tensor:
     are at most E dense products, each weight is read at most once, and nothing is padded.
     """
     order_T = torch.argsort(call.expert_T, descending=True, stable=True)
-    x_TD, tensors = call.x_TD.index_select(0, order_T), call.weights.tensors
-    y_TD = None
+    x_TD, tensors = call.x_TD.index_select(0, order_T), call.tensors
+    y_TD: Any = None
     for block in call.blocks:
         part = tensors.block(block.low, block.high)
         hidden = part.hidden(x_TD[: block.rows])
@@ -203,22 +210,22 @@ def run_staircase(call: Call) -> torch.Tensor:
 def run_triton(call: Call) -> torch.Tensor:
     """Each token through its own prefix on a GPU, without waiting for the device."""
     weights = call.weights
-    return triton_mlp(call.x_TD, call.expert_T, weights.tensors, weights.activation, weights.widths).view_as(call.x)
+    return triton_mlp(call.x_TD, call.expert_T, call.tensors, weights.activation, weights.widths).view_as(call.x)
 
 
 def run_sliced(call: Call) -> torch.Tensor:
     """One token in a compiled graph: products whose size is known when they run."""
     widths = call.weights.widths
-    width = torch.tensor(widths, device=call.x.device).index_select(0, call.expert_T).item()
+    width: Any = torch.tensor(widths, device=call.x.device).index_select(0, call.expert_T).item()
     torch._check(width >= widths[0])
     torch._check(width <= widths[-1])
-    prefix = call.weights.tensors.block(0, width)
+    prefix = call.tensors.block(0, width)
     return prefix.output(prefix.hidden(call.x))
 
 
 def run_operator(call: Call) -> torch.Tensor:
     """Several tokens in a compiled graph: one node, inside of which `run_experts` chooses by the routes."""
-    *tensors, _ = call.weights.tensors
+    *tensors, _ = call.tensors
     return routed_mlp_op(call.x, call.expert, *tensors, call.weights.activation, call.weights.widths)
 
 
@@ -250,7 +257,7 @@ def _routes_stay_on_device(call):
 
 
 def _few(call):
-    return call.multiplications < costs_of(call.weights.tensors.down).product or len(call.blocks) == 1
+    return call.multiplications < costs_of(call.tensors.down).product or len(call.blocks) == 1
 
 
 class Execution(NamedTuple):
@@ -353,7 +360,7 @@ def compiled_for_inference() -> bool:
 @torch.compiler.assume_constant_result
 def reads_numbers() -> bool:
     """Whether the graph in the making may hold a number read from a tensor, as with `fullgraph=True`; else it would break."""
-    context = torch._guards.TracingContext.try_get()
+    context: Any = torch._guards.TracingContext.try_get()
     return context is not None and context.fake_mode is not None and context.fake_mode.shape_env.allow_scalar_outputs
 
 

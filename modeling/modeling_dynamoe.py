@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -64,8 +64,8 @@ class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
     expert_indices (`tuple` of (B, S) int64): the experts taken, one for each layer, with `output_router_logits=True`.
     """
 
-    lm_loss: torch.FloatTensor | None = None
-    router_loss: torch.FloatTensor | None = None
+    lm_loss: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
 
@@ -86,7 +86,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    base_class: ClassVar[type | None] = None  # the base's own class, in the subclasses of `nested_class`
+    base_class: ClassVar[Any] = None  # the base's own class, in the subclasses of `nested_class`
     slot: RoutingSlot
 
     @staticmethod
@@ -96,7 +96,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config, *args, **kwargs):
         if cls.base_class is None:
-            cls = nested_class(cls, cls.base_class_of(config.base_config))
+            make: Any = nested_class
+            cls = make(cls, cls.base_class_of(config.base_config))
         return super().__new__(cls)
 
     def __reduce__(self):
@@ -111,10 +112,10 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             config.base_config._attn_implementation = config._attn_implementation
             dense = self.base_class(config.base_config)
         take_over(self, dense)
-        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *DynaMoEPreTrainedModel._keep_in_fp32_modules}
+        self._keep_in_fp32_modules = [*(self._keep_in_fp32_modules or ()), *DynaMoEPreTrainedModel._keep_in_fp32_modules]
         # A prefix of a column-sharded projection would differ from rank to rank, so tensor parallelism replicates the MLPs.
-        if getattr(self, "_tp_plan", None):
-            self._tp_plan = {key: plan for key, plan in self._tp_plan.items() if ".mlp" not in key}
+        if plan := getattr(self, "_tp_plan", None):
+            self._tp_plan = {key: style for key, style in plan.items() if ".mlp" not in key}
 
     @property
     def nested_mlps(self) -> list[NestedMLP]:
@@ -126,11 +127,11 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, TokenRouter):
             module.reset()
             for parameter in module.parameters():
-                parameter._is_hf_initialized = True
+                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010  # a mark of transformers
         elif not (isinstance(module, torch.nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
             super()._init_weights(module)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         slot = self.slot
 
         def checkpoint_with_routing(function, *args, **options):
@@ -147,7 +148,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
             return gradient_checkpointing_func(run, *args, **options)
 
-        super()._set_gradient_checkpointing(enable, checkpoint_with_routing if enable else checkpoint, **kwargs)
+        super()._set_gradient_checkpointing(enable, checkpoint_with_routing if enable else checkpoint, *args, **kwargs)
 
     @contextmanager
     def routing(self, **settings) -> Iterator[Routing]:
@@ -361,10 +362,10 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         routing = self.resolve_routing(given, sensitivity, force_expert, route, record, train)
         previous = self.slot.exchange(routing)
         try:
-            outputs = super().forward(**inputs, return_dict=True)
+            found = super().forward(**inputs, return_dict=True)
         finally:
             self.slot.exchange(previous)
-        outputs = DynaMoECausalLMOutputWithPast(**outputs, **(_experts_of(routing) if record else {}))
+        outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(_experts_of(routing) if record else {}))
         if labels is not None:
             outputs.lm_loss = outputs.loss
         if train:
@@ -395,7 +396,7 @@ def _checked_sensitivity(sensitivity, batch):
 
 def _experts_of(routing):
     """The outputs that tell which experts the tokens took."""
-    records = routing.records
+    records = routing.records or []
     return {
         "router_logits": tuple(record.router_logits for record in records),
         "expert_indices": tuple(record.expert for record in records),

@@ -5,6 +5,8 @@ The MLP of one layer as nested experts: decide which expert each token takes, re
 Shapes: B batch, S sequence, D hidden size, H MLP width, E experts.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,11 +45,11 @@ class NestedMLP(nn.Module):
         self.router = config.router_class(self.down_linear.out_features, router_dim, len(self.widths))
 
     @property
-    def up_linear(self) -> nn.Module:
+    def up_linear(self) -> Any:
         return getattr(self, self.layout.up)
 
     @property
-    def down_linear(self) -> nn.Module:
+    def down_linear(self) -> Any:
         return getattr(self, self.layout.down)
 
     @property
@@ -108,15 +110,15 @@ class NestedMLP(nn.Module):
         if gates is not None:
             parts = zip(gates.unbind(-1), block_sizes(self.widths))
             width = sum(gate * (size / self.widths[-1]) for gate, size in parts)
+        assert logits is not None, "`decide` asks the router where records are wanted"
         return LayerRecord(logits, expert, profile, label, loss, width)
 
     def weights(self, x: torch.Tensor) -> Weights:
         """This MLP as `run_experts` takes it, for an input like `x`."""
         tensors = self.tensors(x)
         triton = tensors is not None and self._uses_triton(x, tensors)
-        return Weights(
-            self.hidden, self._modules[self.layout.down], tensors, self.widths, self.act_name, self.training, triton
-        )
+        modules: dict[str, Any] = self._modules
+        return Weights(self.hidden, modules[self.layout.down], tensors, self.widths, self.act_name, self.training, triton)
 
     def tensors(self, x: torch.Tensor) -> Projections | None:
         """
@@ -147,7 +149,8 @@ class NestedMLP(nn.Module):
         The blocks that each expert adds, summed from the last one down, are what the smaller experts leave out. That takes
         (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
         """
-        output, left_out = self.down_linear(hidden), []
+        output = self.down_linear(hidden)
+        left_out: list[torch.Tensor] = []
         plain = self.tensors(hidden) is not None
         for low, high in reversed(list(zip(self.widths, self.widths[1:]))):
             if plain:

@@ -31,7 +31,7 @@ class QuantizedSlices:
 
     def tensors(self, mlp: nn.Module, layout: Layout, widths: list[int], x: torch.Tensor) -> Projections | None:
         """The weights of `mlp`, or `None` where a weight is on another device than `x` or its slices do not compute the same."""
-        weights = [getattr(getattr(mlp, name), "weight", None) for name in layout.projections]
+        weights: list = [getattr(getattr(mlp, name), "weight", None) for name in layout.projections]
         if torch.compiler.is_compiling() or any(weight is None or weight.device != x.device for weight in weights):
             return None
         parts = [part for weight in weights for part in inner_tensors(weight)]

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,10 @@ class LayerRecord(NamedTuple):
 
     router_logits: torch.Tensor  # (B, S, E - 1); (B, S, E) with the argmax router
     expert: torch.Tensor  # (B, S) int64
-    profile: torch.Tensor | None = None  # (B, S, E) true similarities
-    label: torch.Tensor | None = None  # (B, S) int64
-    router_loss: torch.Tensor | None = None  # (B, S)
-    width: torch.Tensor | None = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
+    profile: Any = None  # (B, S, E) true similarities
+    label: Any = None  # (B, S) int64
+    router_loss: Any = None  # (B, S)
+    width: Any = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
 
 
 @dataclass(frozen=True)
@@ -293,11 +293,12 @@ def loss_mask(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) ->
     return F.pad(labels[..., 1:] != -100, (0, 1)) if shift_labels is None else shift_labels != -100
 
 
-def mean_router_loss(records: list[LayerRecord], mask: torch.Tensor, num_items=None) -> torch.Tensor:
+def mean_router_loss(records: list[LayerRecord] | None, mask: torch.Tensor, num_items=None) -> torch.Tensor:
     """
     Mean over layers and positions of `mask`. A sum divided by `num_items` (`num_items_in_batch` of `Trainer`), like the LM
     loss: a mean for each micro-batch would change the update with gradient accumulation. 0 where no position counts.
     """
+    records = records or []
     total = sum((record.router_loss * mask.to(record.router_loss.device)).sum().to(mask.device) for record in records)
     count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)
     return total / len(records) / count.clamp_min(1)

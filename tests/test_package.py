@@ -45,7 +45,7 @@ def test_importing_the_package_registers_the_model(folder, first, name, tmp_path
         f"import sys, {first}, {second}\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert type(model) is dynamoe_hf.DynaMoEForCausalLM, type(model)\n"
+        "assert isinstance(model, dynamoe_hf.DynaMoEForCausalLM), type(model)\n"
         "assert 'dynamoe_hf.train' not in sys.modules and 'datasets' not in sys.modules\n"
     )
     assert run(program, folder, name=name and tmp_path / name).stdout == ""
