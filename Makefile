@@ -21,7 +21,7 @@ demo: install  ## the main job on SmolLM2-135M on a CPU: convert, train, calibra
 	$(BIN)/dynamoe demo
 
 test: install  ## the tests, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 test-slow: install  ## tests that take minutes or build a wheel
 	$(PIP) lm-eval build

@@ -23,16 +23,15 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
         return None
     if routing.needs_labels or routing.route != "router" or routing.temperature is not None:
         return None
-    modules = mlp._modules
-    router = modules["router"]
+    router = mlp._modules["router"]
     if routing.force_expert is not None or router.is_off(routing.sensitivity):
         return None
-    linears = [router._modules.get("input"), router._modules.get("output"), *[modules[name] for name in mlp.projections]]
-    parameters = plain_parameters(linears, x.device)
     own = getattr(type(router), "forward", None) is not TokenRouter.forward  # wrapped, or a rule with a `forward` of its own
-    if parameters is None or own or has_hooks(router):
+    layers = plain_parameters([router._modules.get("input"), router._modules.get("output")], x.device)
+    tensors = mlp.tensors(x)
+    if own or layers is None or tensors is None or has_hooks(router):
         return None
-    first, second = parameters[:2]
+    first, second = layers
     hidden = F.silu(F.linear(x.to(first["weight"].dtype), first["weight"], first["bias"]))
     logits = router.logits_of(F.linear(hidden, second["weight"], second["bias"]))
     expert = router.choose(logits, routing.sensitivity)
@@ -40,7 +39,7 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
         routing.records.append(LayerRecord(logits, expert))
     widths = [mlp.widths[index] for index in expert.flatten().tolist()]
     widest = max(widths)
-    prefix = mlp.layout.tensors(mlp).block(0, widest)
+    prefix = tensors.block(0, widest)
     hidden = prefix.hidden(x)
     if min(widths) < widest:
         for row, width in zip(hidden.view(tokens, widest), widths):

@@ -5,6 +5,8 @@ as long as a third of the product that it saves in a small model, so the slices 
 `benchmarks/int8.py` shows the gain. Without this file quantised MLPs are masked: the same numbers, no speed-up.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -22,23 +24,36 @@ class KeptProjections(Projections):
         return blocks[low, high]
 
 
+class Part(NamedTuple):
+    """A tensor and where it is held."""
+
+    holder: dict
+    name: str
+    tensor: torch.Tensor
+
+
 class QuantizedSlices:
     """The slices of one layer. They are made anew when a weight, or a tensor inside it, is another object than before."""
 
     def __init__(self):
-        self._parts: list[torch.Tensor] = []
+        self._parts: list[Part] = []
         self._tensors: Projections | None = None
 
     def tensors(self, mlp: nn.Module, layout: Layout, widths: list[int], x: torch.Tensor) -> Projections | None:
         """The weights of `mlp`, or `None` where a weight is on another device than `x` or its slices do not compute the same."""
-        weights: list = [getattr(getattr(mlp, name), "weight", None) for name in layout.projections]
-        if torch.compiler.is_compiling() or any(weight is None or weight.device != x.device for weight in weights):
+        linears = [getattr(mlp, name) for name in layout.projections]
+        weights: list = [linear._parameters.get("weight") for linear in linears]
+        if torch.compiler.is_compiling() or any(weight is None for weight in weights):
             return None
-        parts = [part for weight in weights for part in inner_tensors(weight)]
-        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts)):
-            self._tensors, self._parts = _checked_tensors(mlp, layout, widths, x), parts
-        if self._tensors is not None and torch.is_grad_enabled():
-            return layout.tensors(mlp)  # slices made without gradients pass none on
+        same = all(holder.get(name) is part for holder, name, part in self._parts)
+        if not self._parts or not same or any(kept[0] is not w._parameters for kept, w in zip(self._parts, linears)):
+            here = all(weight.device == x.device for weight in weights)
+            self._tensors = _checked_tensors(mlp, layout, widths, x) if here else None
+            self._parts = [Part(linear._parameters, "weight", weight) for linear, weight in zip(linears, weights)]
+            self._parts += [part for weight in weights for part in inner_parts(weight)]
+        # Slices made without gradients pass none on, and the numbers of a plain weight may be replaced inside of it.
+        if self._tensors is not None and (torch.is_grad_enabled() or any(type(w) is nn.Parameter for w in weights)):
+            return layout.tensors(mlp)
         return self._tensors
 
     def __deepcopy__(self, memo):
@@ -48,11 +63,14 @@ class QuantizedSlices:
         return QuantizedSlices, ()
 
 
-def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor of a wrapping class holds, or the tensor itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in inner_tensors(getattr(tensor, name))]
+def inner_parts(tensor: torch.Tensor) -> list[Part]:
+    """The tensors that a tensor of a wrapping class holds, and those that they hold."""
+    found: list[Part] = []
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, name)
+            found += [Part(vars(tensor), name, part), *inner_parts(part)]
+    return found
 
 
 @torch.no_grad()
