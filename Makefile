@@ -33,7 +33,7 @@ test-space: install  ## the Space in a headless browser: needs chromium, and DYN
 
 test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, and compiled for real chips
 	$(PIP) triton
-	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/test_triton.py
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/test_triton.py tests/test_backends.py
 
 test-gpu: install  ## tests that need an accelerator
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "gpu or triton"

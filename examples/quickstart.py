@@ -34,7 +34,7 @@ def main():
 
         # From here on nothing but transformers is needed: the code travels with the weights.
         model = AutoModelForCausalLM.from_pretrained(folder / "trained", trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "trained", trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "trained", trust_remote_code=False)
         inputs = tokenizer("The with statement", return_tensors="pt")
         for budget in (0.5, 0.75):
             model.set_budget(budget)
