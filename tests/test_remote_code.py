@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_dense, tiny_dynamoe
 from reference import assert_close
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -224,3 +225,17 @@ def test_wheel_holds_modeling_inside_the_package(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {f"dynamoe_hf/modeling/{name}" for name in TRAVELLING | {"__init__.py"}} <= set(names)
     assert not any(name.startswith("modeling/") for name in names)
+
+
+def test_a_folder_of_the_release_before_gives_the_same_logits():
+    """tests/fixtures/folder_v1 was written, with what it gives, by the code of 2026-11-27 (2439b83)."""
+    folder = ROOT / "tests" / "fixtures" / "folder_v1"
+    expected = load_file(folder / "expected.safetensors")
+    ids, model = expected.pop("input_ids"), AutoModelForCausalLM.from_pretrained(folder)
+    settings = {"default": {}, "0.2": {"sensitivity": 0.2}, "0.7": {"sensitivity": 0.7}, "expert_0": {"force_expert": 0}}
+    assert len({logits.sum().item() for logits in expected.values()}) == len(settings) + 1, "the settings must differ"
+    with torch.no_grad():
+        for name, options in settings.items():
+            assert_close(name, model(ids, **options).logits, expected[name])
+        assert_close("one token", model(ids[:1, :1]).logits, expected["one_token"])
+    assert model.config.budgets == {"0.5": 0.3, "0.75": 0.6} and model.config.format_version == 1
