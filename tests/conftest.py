@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
+from dynamoe_hf.modeling.nested_mlp_triton import INTERPRETED
 
 
 torch.set_num_threads(1)
@@ -96,6 +97,27 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>", pad_token="<0>", unk_token="<3>"
     )
+
+
+@pytest.fixture(scope="module")
+def bfloat16_products():
+    """The interpreter multiplies the bit patterns of bfloat16 numbers (Triton 3.7), so give it float32 ones."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+    def as_float32(handle):
+        if handle.dtype.scalar != triton.language.bfloat16:
+            return handle
+        data = _convert_float(handle.data, triton.language.bfloat16, triton.language.float32, None)
+        return TensorHandle(data.view("float32"), triton.language.float32)
+
+    plain = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, as_float32(a), as_float32(b), *rest)
+    yield
+    InterpreterBuilder.create_dot = plain
 
 
 @pytest.fixture

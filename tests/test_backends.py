@@ -94,9 +94,11 @@ def assert_same(name, actual, expected, dtype):
 @pytest.mark.parametrize("widths", [(0.25, 0.5, 0.75, 1), (0, 0.3, 1), (1,)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_execution_equals_the_plain_loop(name, layout, widths, dtype, monkeypatch):
-    if name == "triton" and not (INTERPRETED or TRITON and torch.cuda.is_available()):
-        pytest.skip("needs Triton, and TRITON_INTERPRET=1 or a GPU")
+def test_every_execution_equals_the_plain_loop(name, layout, widths, dtype, monkeypatch, request):
+    if name == "triton":
+        if not (INTERPRETED or TRITON and torch.cuda.is_available()):
+            pytest.skip("needs Triton, and TRITON_INTERPRET=1 or a GPU")
+        request.getfixturevalue("bfloat16_products")
     fix_costs(monkeypatch, 0, 0)  # a block of the staircase for each width
     tokens = 1 if name in ONE_TOKEN else 9
     mlp = layer(layout, widths, dtype)

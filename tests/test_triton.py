@@ -25,31 +25,12 @@ OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 on_gpu = pytest.mark.skipif(DEVICE == "cpu" or not torch.cuda.is_available(), reason="needs a GPU, and no TRITON_INTERPRET")
 pytestmark = [
     pytest.mark.triton,
+    pytest.mark.usefixtures("bfloat16_products"),
     pytest.mark.skipif(
         DEVICE == "cuda" and not torch.cuda.is_available(),
         reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported",
     ),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bfloat16_products():
-    """The interpreter multiplies the bit patterns of bfloat16 numbers (Triton 3.7), so give it float32 ones."""
-    if DEVICE == "cuda":
-        yield
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
-
-    def as_float32(handle):
-        if handle.dtype.scalar != triton.language.bfloat16:
-            return handle
-        data = _convert_float(handle.data, triton.language.bfloat16, triton.language.float32, None)
-        return TensorHandle(data.view("float32"), triton.language.float32)
-
-    plain = InterpreterBuilder.create_dot
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, as_float32(a), as_float32(b), *rest)
-    yield
-    InterpreterBuilder.create_dot = plain
 
 
 def tiny_mlp(family="llama", widths=(0.25, 0.5, 0.7, 1), dtype=torch.float32, **settings):
