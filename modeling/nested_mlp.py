@@ -61,14 +61,13 @@ class NestedMLP(nn.Module):
         routing = self.slot.current or self.slot.requested.with_defaults(self.config)
         if (y := run_few_tokens(self, x, routing)) is not None:
             return y
-        weights = self.weights(x)
-        decision = self.decide(x, routing, weights)
+        decision = self.decide(x, routing)
         if routing.records is not None:
             routing.records.append(self.record(x, decision))
-        y = run_experts(x, decision, weights)
+        y = run_experts(x, decision, self.weights(x, decision))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
-    def decide(self, x: torch.Tensor, routing: Routing, weights: Weights) -> Decision:
+    def decide(self, x: torch.Tensor, routing: Routing) -> Decision:
         """The expert of each token, and what was computed on the way to it."""
         router, sensitivity, forced = self.router, routing.sensitivity, routing.force_expert
         by_router = forced is None and routing.route == "router"
@@ -77,7 +76,7 @@ class NestedMLP(nn.Module):
         asked = routing.records is not None or routing.needs_labels
         if forced is not None and not asked:
             return Decision(forced)
-        if by_router and not asked and weights.triton and routing.temperature is None and not self.training:
+        if by_router and not asked and routing.temperature is None and not self.training and self._uses_triton(x):
             expert = router.choose_fused(x, sensitivity)
             if expert is not None:
                 return Decision(expert)
@@ -113,10 +112,12 @@ class NestedMLP(nn.Module):
         assert logits is not None, "`decide` asks the router where records are wanted"
         return LayerRecord(logits, expert, profile, label, loss, width)
 
-    def weights(self, x: torch.Tensor) -> Weights:
-        """This MLP as `run_experts` takes it, for an input like `x`."""
-        tensors = self.tensors(x)
-        triton = tensors is not None and self._uses_triton(x, tensors)
+    def weights(self, x: torch.Tensor, decision: Decision | None = None) -> Weights:
+        """This MLP as `run_experts` takes it, for an input like `x`. At full width for all it is called as modules, not cut."""
+        expert = None if decision is None else decision.expert
+        full_width = not isinstance(expert, torch.Tensor) and expert == len(self.widths) - 1
+        tensors = None if full_width else self.tensors(x)
+        triton = tensors is not None and type(tensors.down) in (torch.Tensor, nn.Parameter) and self._uses_triton(x)
         modules: dict[str, Any] = self._modules
         return Weights(self.hidden, modules[self.layout.down], tensors, self.widths, self.act_name, self.training, triton)
 
@@ -166,12 +167,11 @@ class NestedMLP(nn.Module):
         profile = similarity_profile(output, left_out_ETD, self.config.similarity, loss_weight, self.widths)
         return profile.view(*hidden.shape[:2], -1)
 
-    def _uses_triton(self, x, tensors):
+    def _uses_triton(self, x):
         name = self.slot.mlp_implementation
         if name == "auto" and (torch.is_grad_enabled() or not triton_is_faster(x)):
             return False
-        plain = type(tensors.down) in (torch.Tensor, nn.Parameter)  # not a quantiser's own class
-        return name != "torch" and plain and runs_triton(x, self.act_name)
+        return name != "torch" and runs_triton(x, self.act_name)
 
     def _random(self, histogram, x):
         if histogram is None:
