@@ -113,12 +113,14 @@ def gradients_of_activations(model: PreTrainedModel, recompute: bool = False) ->
     # Parameters are frozen, so the graph must begin somewhere.
     begin = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     model.requires_grad_(False)
-    _recompute_layers(model, recompute)
+    if recompute:
+        _recompute_layers(model, True)
     try:
         with torch.enable_grad():
             yield
     finally:
-        _recompute_layers(model, False)
+        if recompute:
+            _recompute_layers(model, False)
         begin.remove()
         for parameter in wanted:
             parameter.requires_grad_()

@@ -89,3 +89,11 @@ def test_harm_by_default(settings, harm):
     before = model.state_dict()["model.layers.0.mlp.router.output.weight"].clone()
     assert fit_routers(model, torch.randint(3, 128, (4, 16)), steps=2)["harm"] == harm
     assert not torch.equal(model.state_dict()["model.layers.0.mlp.router.output.weight"], before)
+
+
+def test_fitting_leaves_activation_checkpointing_as_it_was():
+    """A model of one's own script may have it enabled already: harm by token takes a backward pass of its own."""
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    fit_routers(model, torch.randint(3, 128, (4, 16)), steps=2, harm="token")
+    assert model.is_gradient_checkpointing
