@@ -81,9 +81,9 @@ class Weights(NamedTuple):
     triton: bool = False  # whether the Triton kernels serve this input
 
     @classmethod
-    def of_tensors(cls, tensors: Projections, widths: list[int], **options) -> "Weights":
+    def of_tensors(cls, tensors: Projections, widths: list[int]) -> "Weights":
         """Of plain tensors alone."""
-        return cls(tensors.hidden, tensors.output, tensors, widths, **options)
+        return cls(tensors.hidden, tensors.output, tensors, widths)
 
     def prefix(self, expert: int) -> Projections:
         """The tensors of one expert, as views."""

@@ -96,8 +96,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config, *args, **kwargs):
         if cls.base_class is None:
-            make: Any = nested_class
-            cls = make(cls, cls.base_class_of(config.base_config))
+            cls = nested_class(cls, cls.base_class_of(config.base_config))  # type: ignore[arg-type]  # `cache` of a class
         return super().__new__(cls)
 
     def __reduce__(self):
@@ -194,6 +193,18 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             routing = replace(routing, records=[])
         return routing.with_defaults(self.config)
 
+    def _run_base(self, routing: Routing, inputs: dict) -> Any:
+        """The outputs of the base's own `forward`, whose layers read `routing`."""
+        previous = self.slot.exchange(routing)
+        try:
+            return super().forward(**inputs, return_dict=True)
+        finally:
+            self.slot.exchange(previous)
+
+    def _returned(self, outputs, return_dict):
+        """The outputs in the form that was asked for: an object, or a tuple."""
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
     def set_sensitivity(self, sensitivity: float) -> None:
         """Set the dial, theta in (0, 1], and release `force_expert`. Stored in the config, so it is saved with the model."""
         check_sensitivity(sensitivity)
@@ -270,14 +281,10 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
             return super().forward(**inputs)
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, force_expert, route, bool(output_router_logits))
-        previous = self.slot.exchange(routing)
-        try:
-            outputs = super().forward(**inputs, return_dict=True)
-        finally:
-            self.slot.exchange(previous)
+        outputs = self._run_base(routing, inputs)
         if output_router_logits:
             outputs = DynaMoEModelOutputWithPast(**outputs, **_experts_of(routing))
-        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+        return self._returned(outputs, return_dict)
 
 
 class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
@@ -360,19 +367,16 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         train = self.training and labels is not None and force_expert is None and self.config.force_expert is None
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, force_expert, route, record, train)
-        previous = self.slot.exchange(routing)
-        try:
-            found = super().forward(**inputs, return_dict=True)
-        finally:
-            self.slot.exchange(previous)
+        found = self._run_base(routing, inputs)
         outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(_experts_of(routing) if record else {}))
         if labels is not None:
             outputs.lm_loss = outputs.loss
         if train:
             mask = loss_mask(labels, kwargs.get("shift_labels"))
+            assert routing.records is not None
             outputs.router_loss = mean_router_loss(routing.records, mask, kwargs.get("num_items_in_batch"))
             outputs.loss = outputs.lm_loss + self.config.router_loss_coef * outputs.router_loss
-        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+        return self._returned(outputs, return_dict)
 
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -396,7 +400,7 @@ def _checked_sensitivity(sensitivity, batch):
 
 def _experts_of(routing):
     """The outputs that tell which experts the tokens took."""
-    records = routing.records or []
+    records = routing.records
     return {
         "router_logits": tuple(record.router_logits for record in records),
         "expert_indices": tuple(record.expert for record in records),

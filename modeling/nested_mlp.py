@@ -37,7 +37,6 @@ class NestedMLP(nn.Module):
         # A compiled graph cannot hold the activation module, but its name.
         self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
-        self.projections = self.layout.projections
         self.quantized_slices = QuantizedSlices()
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
@@ -126,9 +125,8 @@ class NestedMLP(nn.Module):
         The weights as plain tensors that can be cut, or `None` where a projection must be called as a module: wrapped (LoRA),
         hooked, offloaded, elsewhere than `x`, or quantised into something that does not slice.
         """
-        modules, device = self._modules, x.device
-        linears = [modules[name] for name in self.projections]
-        if plain_parameters(linears, device) is not None:
+        linears = [self._modules[name] for name in self.layout.projections]
+        if plain_parameters(linears, x.device) is not None:
             return self.layout.tensors(self)
         if all(isinstance(linear, nn.Linear) and not has_hooks(linear) for linear in linears):
             return self.quantized_slices.tensors(self, self.layout, self.widths, x)

@@ -47,8 +47,9 @@ class QuantizedSlices:
             return None
         same = all(holder.get(name) is part for holder, name, part in self._parts)
         if not self._parts or not same or any(kept[0] is not w._parameters for kept, w in zip(self._parts, linears)):
-            here = all(weight.device == x.device for weight in weights)
-            self._tensors = _checked_tensors(mlp, layout, widths, x) if here else None
+            if any(weight.device != x.device for weight in weights):
+                return None
+            self._tensors = _checked_tensors(mlp, layout, widths, x)
             self._parts = [Part(linear._parameters, "weight", weight) for linear, weight in zip(linears, weights)]
             self._parts += [part for weight in weights for part in inner_parts(weight)]
         # Slices made without gradients pass none on, and the numbers of a plain weight may be replaced inside of it.

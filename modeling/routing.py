@@ -100,9 +100,6 @@ class RoutingSlot:
         return previous
 
     def __deepcopy__(self, memo):
-        return self.__copy__()
-
-    def __copy__(self):
         copied = RoutingSlot()
         copied.mlp_implementation = self.mlp_implementation
         return copied
@@ -262,16 +259,13 @@ def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] 
     """
     found = []
     for linear in linears:
-        # `has_hooks` written out: in decoding this runs once a layer and token.
-        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
-            return None
-        if linear._backward_pre_hooks or "forward" in linear.__dict__ and has_hooks(linear):
+        if type(linear) is not nn.Linear or has_hooks(linear):
             return None
         weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.device != device:
             return None
         found.append(linear._parameters)
-    return None if nn.modules.module._has_any_global_hook() else found
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -293,12 +287,11 @@ def loss_mask(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) ->
     return F.pad(labels[..., 1:] != -100, (0, 1)) if shift_labels is None else shift_labels != -100
 
 
-def mean_router_loss(records: list[LayerRecord] | None, mask: torch.Tensor, num_items=None) -> torch.Tensor:
+def mean_router_loss(records: list[LayerRecord], mask: torch.Tensor, num_items=None) -> torch.Tensor:
     """
     Mean over layers and positions of `mask`. A sum divided by `num_items` (`num_items_in_batch` of `Trainer`), like the LM
     loss: a mean for each micro-batch would change the update with gradient accumulation. 0 where no position counts.
     """
-    records = records or []
     total = sum((record.router_loss * mask.to(record.router_loss.device)).sum().to(mask.device) for record in records)
     count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)
     return total / len(records) / count.clamp_min(1)
