@@ -464,7 +464,7 @@ def random_routes(bench, share, text, name):
 
 def _routed(bench, model, text, **routing):
     with bench.precision():
-        nll, use, _ = routed_nll(model, bench.text(text), bench.batch_size, **routing)
+        nll, use, *_ = routed_nll(model, bench.text(text), bench.batch_size, **routing)
     routing.pop("histogram", None)
     share = (use * expert_shares(model)).sum(-1).mean().item()
     return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), **routing}

@@ -87,15 +87,15 @@ def check_choice(name: str, value, allowed) -> None:
         raise ValueError(f"`{name}` is unknown: found {value!r}. Choose one of {', '.join(get_args(allowed))}.")
 
 
-def check_range(sensitivity_range: Sequence[float] | None) -> None:
-    """Raise `ValueError` unless sensitivities can be drawn from this range; None is the model's own."""
-    if sensitivity_range is None:
+def check_range(drawn_from: Sequence[float] | None, name: str = "sensitivity_range") -> None:
+    """Raise `ValueError` unless sensitivities, or densities, can be drawn from this range; None is the model's own."""
+    if drawn_from is None:
         return
-    if len(sensitivity_range) != 2 or not 0 < sensitivity_range[0] <= sensitivity_range[1] <= 1:
-        found = " to ".join(f"{value:g}" for value in sensitivity_range)
+    if len(drawn_from) != 2 or not 0 < drawn_from[0] <= drawn_from[1] <= 1:
+        found = " to ".join(f"{value:g}" for value in drawn_from)
+        alone = "the full width" if name == "sensitivity_range" else "dense experts"
         raise ValueError(
-            f"`sensitivity_range` must rise within 0 and 1, found {found}. Give a range such as 0.2 1, or 1 1 for the full "
-            "width alone."
+            f"`{name}` must rise within 0 and 1, found {found}. Give a range such as 0.4 1, or 1 1 for {alone} alone."
         )
 
 
@@ -129,8 +129,10 @@ class ConvertArguments:
 class CalibrateArguments:
     """Settings of `calibrate_budgets`."""
 
-    budgets: Numbers = (0.5, 0.6, 0.75, 0.9)
-    """Mean shares of MLP width in (0, 1)."""
+    budgets: Numbers = (0.4, 0.5, 0.6, 0.75, 0.9)
+    """Mean shares of the MLPs' weights that a token reads, in (0, 1)."""
+    lowest_density: float = 0.4
+    """Least share of an expert's weights that sparsity may leave; 1 leaves experts dense, so that routing saves alone."""
     text: Files | None = None
     """Text files that were not trained on. Without them: a split of Python's own documentation topics."""
     max_tokens: Count = 8192
@@ -292,6 +294,10 @@ class NestedTrainingArguments:
     """Which expert each token takes in training: the router's choice, its label (the smallest expert that is similar
     enough), or a random one.
     """
+    density_range: Range | None = None
+    """Lowest and highest density that sequences draw: the share of an expert's weights that sparsity leaves. It needs
+    thresholds (`fit_thresholds`); by default 0.4 1 where the model has them, else experts stay dense, as with 1 1.
+    """
     sensitivity_range: Range | None = None
     """Lowest and highest sensitivity that sequences draw; by default `train_sensitivity` of the model's config. 1 1
     trains the full width alone.
@@ -328,6 +334,7 @@ class NestedTrainingArguments:
         if not 0 < self.logit_fraction <= 1:
             raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
         check_range(self.sensitivity_range)
+        check_range(self.density_range, "density_range")
 
 
 @with_help
@@ -336,7 +343,9 @@ class StageArguments:
     """The text, the steps and the checkpoints of a training stage."""
 
     text: Files | None = None
-    """Text files, a path or several; by default the training split of Python's documentation topics."""
+    """Text files, a path or several; by default the training split of Python's documentation topics. In `train`, `self` among
+    them is text that the model writes itself.
+    """
     dataset: str | None = None
     """Instead of text: ID or ID:CONFIG of a dataset on the Hub, or its folder, streamed."""
     column: str = "text"
@@ -396,6 +405,8 @@ class TrainArguments(NestedTrainingArguments, StageArguments):
     """Share of max_tokens, at the end, on which routers alone learn by choosing: from KL(full width || chosen experts)
     and the price of width. By default 0.2 where routers have a profile and are fitted, else 0.
     """
+    self_tokens: Count = 131_072
+    """Tokens that the model writes itself, at full width, where `self` is among the files of text."""
     lora_rank: Count = 16
     """Rank of the adapters, with train_parts=lora."""
 

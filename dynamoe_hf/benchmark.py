@@ -325,7 +325,7 @@ def bench_prefill(
     dense = dense_prefix(model, 1.0)
 
     def share_at(theta):
-        return run_routers(model, tokens, expert_shares(model), theta, len(tokens))[0].mean().item()
+        return run_routers(model, tokens, expert_shares(model), theta, len(tokens)).share_N.mean().item()
 
     sensitivities = sensitivities | _dial(shares, share_at)
     runs = {"dense": [partial(dense, tokens, use_cache=False, logits_to_keep=1)]}

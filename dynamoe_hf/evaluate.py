@@ -4,7 +4,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from .folder import (
     write_json,
 )
 from .modeling.configuration_dynamoe import check_sensitivity
-from .observe import expert_shares, sensitivity_for, similarity_profiles, watch
+from .modeling.sparsity import density_at
+from .observe import expert_shares, sensitivity_for, shares_read, similarity_profiles, watch
 
 
 # The set of the literature on dynamic computation, with its numbers of examples in the prompt.
@@ -44,8 +45,9 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
             own frequencies in each layer, and `"label"` takes the true labels (an oracle); its task `"literature"` is `TASKS`.
 
     Returns:
-        One entry a setting: `perplexity` with a 95% interval over blocks, `tokens`, `mean_share`, `active_parameters`,
-        `expert_use` (L x E shares of the tokens), `router_agreement` with the labels (which routers that learned by choosing
+        One entry a setting: `perplexity` with a 95% interval over blocks, `tokens`, `mean_share` (of the MLPs' weights that a token
+        reads), `active_parameters`,
+        `mean_width` (the share that routing alone leaves), `expert_use` (L x E shares of the tokens), `router_agreement` with the labels (which routers that learned by choosing
         follow less, and do better), and with a base `ratio_to_dense` with a paired interval.
 
     Raises:
@@ -76,9 +78,11 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
     named = "pydoc_data.topics (held-out)" if text is None else text_names(text)
     entries = []
     for name, routing in routings:
-        entry, use = _evaluation(model, blocks, batch_size, name, routing, dense_nll)
+        entry, found = _evaluation(model, blocks, batch_size, name, routing, dense_nll)
         entry["text"] = named
-        entry["baselines"] = {kind: _baseline(model, blocks, batch_size, kind, routing, use, dense_nll) for kind in baselines}
+        entry["baselines"] = {
+            kind: _baseline(model, blocks, batch_size, kind, routing, found, dense_nll) for kind in baselines
+        }
         if tasks:
             with model.routing(**routing):
                 entry["tasks"] = run_tasks(model, tokenizer, tasks, arguments.task_limit, batch_size)
@@ -93,19 +97,20 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
 
 
 def _evaluation(model, blocks, batch_size, name, routing, dense_nll):
-    """The entry of one setting of the dial, and its use of experts (L, E)."""
+    """The entry of one setting of the dial, and what was seen at it."""
     full = routing.get("force_expert") is not None
-    nll, use, agreement = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
-    share, counts = (use * expert_shares(model)).sum(-1).mean().item(), count_parameters(model)
+    found = routed_nll(model, blocks, batch_size, needs_labels=not full, description=name, **routing)
+    nll, use, share, counts = found.nll, found.use, found.share, count_parameters(model)
+    width = (use * expert_shares(model)).sum(-1).mean().item()
     entry = {
         "setting": name, **routing, "text": None, "tokens": nll.numel() * (blocks.shape[1] - 1), "block_size": blocks.shape[1],
-        **_perplexity(nll), "mean_share": round(share, 4),
+        **_perplexity(nll), "mean_share": round(share, 4), "mean_width": round(width, 4),
         "active_parameters": active_parameters(counts, share), "total_parameters": counts["total"],
-        "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": agreement,
+        "expert_use": [[round(v, 4) for v in row] for row in use.tolist()], "router_agreement": found.agreement,
     }  # fmt: skip
     if dense_nll is not None:
         entry |= {"dense_perplexity": math.exp(dense_nll.mean().item()), **ratio_to(nll, dense_nll)}
-    return entry, use
+    return entry, found
 
 
 def _settings(config, budget, sensitivity, force_expert):
@@ -161,42 +166,62 @@ def _nll_of(model, batch, **options):
     return [F.cross_entropy(row[:-1].float(), ids[1:]).item() for row, ids in zip(logits, batch)]
 
 
-def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Evaluating", **routing):
+class RoutedLoss(NamedTuple):
+    """What `routed_nll` saw."""
+
+    nll: torch.Tensor  # (N,) mean negative log-likelihood of each block's tokens, float64
+    use: torch.Tensor  # (L, E) share of the tokens that take each expert
+    share: float  # mean share of the MLPs' weights that a token reads
+    agreement: float | None  # of the routers with the labels
+
+
+def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Evaluating", **routing) -> RoutedLoss:
     """
-    Block losses of a DynaMoE model with `routing` (fields of `Routing`), the use of experts (L, E) as shares of the tokens,
-    and the agreement of the routers with the labels (None without `needs_labels`).
+    Run a DynaMoE model on blocks (N, S) with `routing` (fields of `Routing`). `agreement` is None without `needs_labels`.
     """
-    experts, values, agreement = model.config.expert_count, [], []
-    use = torch.zeros(len(model.nested_mlps), experts)
+    experts, values, agreement, read = model.config.expert_count, [], [], []
+    use, shares_LE = torch.zeros(len(model.nested_mlps), experts), expert_shares(model)
 
     def run(batch):
         values.extend(_nll_of(model, batch))
 
     for records in watch(model, blocks, batch_size, description, run, needs_labels=needs_labels, **routing):
+        read.append(shares_read(shares_LE, records).mean((0, 2)))
         for index, record in enumerate(records):
             use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
             if needs_labels:
                 agreement.append(torch.eq(record.expert, record.label).flatten().float().cpu())
     mean = torch.cat(agreement).mean().item() if agreement else None
-    return torch.tensor(values, dtype=torch.float64), use / use.sum(-1, keepdim=True), mean
+    nll = torch.tensor(values, dtype=torch.float64)
+    return RoutedLoss(nll, use / use.sum(-1, keepdim=True), torch.cat(read).mean().item(), mean)
 
 
-def _baseline(model, blocks, batch_size, kind, routing, use, dense_nll):
-    """One baseline with the weights of `model`, at the mean share of the setting whose use of experts (L, E) is given."""
-    shares = expert_shares(model)
-    share = (use * shares).sum(-1).mean().item()
+def _baseline(model, blocks, batch_size, kind, routing, found: RoutedLoss, dense_nll):
+    """One baseline with the weights of `model`, at the mean share of the setting at which `found` was seen."""
+    shares, share = expert_shares(model), found.share
     if kind == "static":
         nll, reached = block_nll(dense_prefix(model, share), blocks, batch_size, f"Static {share:.2f}"), share
     else:
         if kind == "label":  # theta of the labels that gives them the same share as the routers
-            profiles = similarity_profiles(model, blocks, batch_size)
-            routing = {"route": "label", "sensitivity": sensitivity_for(profiles, shares, share)}
+            profiles, width = similarity_profiles(model, blocks, batch_size), (found.use * shares).sum(-1).mean().item()
+            routing = {
+                **_density_of(model, routing),
+                "route": "label",
+                "sensitivity": sensitivity_for(profiles, shares, width),
+            }
         else:
-            routing = {"route": "random", "histogram": use}
+            routing = {**_density_of(model, routing), "route": "random", "histogram": found.use}
         torch.manual_seed(0)
-        nll, use, _ = routed_nll(model, blocks, batch_size, description=kind.capitalize(), **routing)
-        reached = (use * shares).sum(-1).mean().item()
+        run = routed_nll(model, blocks, batch_size, description=kind.capitalize(), **routing)
+        nll, reached = run.nll, run.share
     return {**_perplexity(nll), "mean_share": round(reached, 4), **({} if dense_nll is None else ratio_to(nll, dense_nll))}
+
+
+def _density_of(model, routing) -> dict:
+    """The density of a setting of the dial, as a field of `Routing`."""
+    if model.config.thresholds is None or routing.get("sensitivity") is None:
+        return {}
+    return {"density": density_at(model.config.density_path, routing["sensitivity"])}
 
 
 def run_tasks(model, tokenizer, tasks, limit=None, batch_size=4) -> dict:

@@ -9,6 +9,7 @@ Shapes: N blocks of S tokens, T = N * S, L layers, E experts.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,14 @@ def expert_shares(model: DynaMoEForCausalLM) -> torch.Tensor:
 
 
 def shares_taken(shares_LE: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:
-    """Share of the MLP that each token takes in each layer: (L, E), L tensors of experts of any equal shape -> (L, ...)."""
+    """Share of the MLP's width that each token takes in each layer: (L, E), L tensors of experts of any equal shape -> (L, ...)."""
     return torch.stack([shares[expert.cpu()] for shares, expert in zip(shares_LE, experts)])
+
+
+def shares_read(shares_LE: torch.Tensor, records: list[LayerRecord]) -> torch.Tensor:
+    """Share of the MLP's weights that each token reads in each layer, sparsity included: (L, E), L records -> (L, B, S)."""
+    widths = shares_taken(shares_LE, [record.expert for record in records])
+    return torch.stack([w if record.share is None else record.share.cpu() for w, record in zip(widths, records)])
 
 
 def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_size: int = 4, **routing) -> torch.Tensor:
@@ -71,15 +78,29 @@ def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_s
     return torch.cat(profiles, 1)
 
 
+class RouterRun(NamedTuple):
+    """What `run_routers` saw."""
+
+    share_N: torch.Tensor  # mean share of the MLPs' weights that the tokens of each block read
+    width: float  # mean share of the MLPs' width
+    logits_LTE: torch.Tensor  # of the routers, E - 1 a token
+
+
 def run_routers(
-    model: DynaMoEForCausalLM, blocks: torch.Tensor, shares_LE: torch.Tensor, sensitivity: float, batch_size: int = 4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean share of each block (N,) at a sensitivity, and the router logits (L, T, E - 1) of that run."""
-    taken, logits = [], []
-    for records in watch(model, blocks, batch_size, "Running routers", sensitivity=sensitivity):
-        taken.append(shares_taken(shares_LE, [record.expert for record in records]))
+    model: DynaMoEForCausalLM,
+    blocks: torch.Tensor,
+    shares_LE: torch.Tensor,
+    sensitivity: float,
+    batch_size: int = 4,
+    density: float | None = None,
+) -> RouterRun:
+    """Run the blocks (N, S) at a sensitivity; `density` by default as the dial says."""
+    read, width, logits = [], [], []
+    for records in watch(model, blocks, batch_size, "Running routers", sensitivity=sensitivity, density=density):
+        read.append(shares_read(shares_LE, records))
+        width.append(shares_taken(shares_LE, [record.expert for record in records]))
         logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in records]))
-    return torch.cat(taken, 1).mean((0, 2)), torch.cat(logits, 1)
+    return RouterRun(torch.cat(read, 1).mean((0, 2)), torch.cat(width, 1).mean().item(), torch.cat(logits, 1))
 
 
 def mean_share(profiles_LTE: torch.Tensor, shares_LE: torch.Tensor, sensitivity: float) -> float:

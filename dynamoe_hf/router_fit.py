@@ -45,12 +45,15 @@ class RouterFit:
     """
     sensitivity_range: Range | None = None
     """Each sequence draws its sensitivity from this range; by default from `config.train_sensitivity`."""
+    density_range: Range | None = None
+    """Each sequence draws its density from this range; by default experts are dense."""
     bf16: bool = False
     """Collect inputs under bfloat16 autocast."""
 
     def __post_init__(self):
         check_choice("route", self.route, Route)
         check_range(self.sensitivity_range)
+        check_range(self.density_range, "density_range")
 
 
 def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> dict:
@@ -150,12 +153,17 @@ def router_inputs(
 
     def run(batch):
         sensitivity = low + (high - low) * torch.rand(len(batch), device=batch.device)
+        dial: dict = {"sensitivity": sensitivity}
+        if model.config.thresholds is not None:
+            least, most = fit.density_range or (1, 1)
+            drawn = least + (most - least) * torch.rand(len(batch), device=batch.device)
+            dial["density"] = 1.0 if least == 1 else drawn
         thetas.append(sensitivity.repeat_interleave(batch.shape[1]))
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=fit.bf16):
             if by_token:
-                loss_backward(model, batch, sensitivity=sensitivity)
+                loss_backward(model, batch, **dial)
             else:
-                model.model(batch, use_cache=False, sensitivity=sensitivity)
+                model.model(batch, use_cache=False, **dial)
 
     watched = output_gradients(mlps if by_token else [], keep_square)
     try:

@@ -33,7 +33,9 @@ from .folder import (
     write_json,
 )
 from .router_fit import checked_harm, fit_routers
-from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar, lora_config
+from .self_text import SELF, own_text_file
+from .threshold_fit import THRESHOLD_TOKENS, fit_thresholds
+from .trainer import DENSITY_RANGE, DynaMoETrainer, DynaMoETrainingArguments, LossBar, lora_config
 
 
 CHOICE_SHARE = 0.2  # of the steps, at the end, on which routers learn by choosing
@@ -46,6 +48,7 @@ ADAPTATION: dict[str, Any] = {
     "hidden_loss_coef": 0.0,
     "router_tokens": 0,
     "choice_share": 0.0,
+    "density_range": [1, 1],
 }
 
 
@@ -56,31 +59,33 @@ class Phase:
     name: str  # of the folder of its checkpoints
     steps: int  # optimizer steps; 0 if the phase is a fit alone
     fit: Route | None  # route of the tokens while the inputs of the routers are collected; None leaves routers as they are
+    sparse: bool  # whether thresholds are fitted before it
     settings: dict  # what is trained and by which losses: fields of `NestedTrainingArguments`
 
 
 def train_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
     """
-    Train experts on the routes of fitted routers, fit the routers anew to what the experts have become, then let the
-    routers alone learn by choosing. `arguments` as `_settled` gives them.
+    Train experts on the routes of fitted routers, with what thresholds leave out of them left out; fit thresholds and routers
+    anew to what the experts have become, then let the routers alone learn by choosing. `arguments` as `_settled` gives them.
     """
     nested, choice_steps = nested_settings(arguments), round((arguments.choice_share or 0.0) * steps)
+    sparse = min(arguments.density_range or [1]) < 1
     expert_steps = 0 if arguments.train_parts == "routers" else steps - choice_steps
     follows_routers = arguments.route == "router"
     fits, phases = arguments.router_tokens > 0, []
     if expert_steps:
         before: Route | None = "label" if follows_routers and fits else None
-        phases.append(Phase(arguments.train_parts, expert_steps, before, {**nested, "width_loss_coef": 0.0}))
+        phases.append(Phase(arguments.train_parts, expert_steps, before, sparse, {**nested, "width_loss_coef": 0.0}))
     anew: Route = "router" if follows_routers and phases else "label"
     choose = {"train_parts": "routers", "route": "router", "teacher": "frozen", "lm_loss_coef": 0.0, "router_loss_coef": 0.0,
               "kd_loss_coef": 1.0, "hidden_loss_coef": 0.0}  # fmt: skip
-    phases.append(Phase("routers", choice_steps, anew if fits else None, {**nested, **choose}))
+    phases.append(Phase("routers", choice_steps, anew if fits else None, sparse, {**nested, **choose}))
     return [phase for phase in phases if phase.steps or phase.fit]
 
 
 def adapt_recipe(arguments: TrainArguments, steps: int) -> list[Phase]:
     """One phase, which trains the full width and no router."""
-    return [Phase("adapt", steps, None, {**nested_settings(arguments), "width_loss_coef": 0.0})]
+    return [Phase("adapt", steps, None, False, {**nested_settings(arguments), "width_loss_coef": 0.0})]
 
 
 def train_model(folder: str | Path, out: str | Path, arguments: TrainArguments | None = None, **settings: Any) -> dict:
@@ -121,6 +126,8 @@ def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments |
     result and errors are those of `train_model`.
     """
     arguments = resolve(AdaptArguments, arguments, settings)
+    if SELF in text_names(arguments.text):
+        raise ValueError("`adapt` teaches a text that the base does not know, and it knows its own: found `self`. Give files.")
     return _run_stage(folder, out, TrainArguments(**vars(arguments), **ADAPTATION), adapt_recipe)
 
 
@@ -144,6 +151,7 @@ def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainAr
             write_json(target / TRAINING, record)
             render_card(target, local_files_only=True, name=Path(out).name).save(target / "README.md")
         shutil.rmtree(run.work, ignore_errors=True)
+        run.own_text.unlink(missing_ok=True)
     return record
 
 
@@ -151,8 +159,10 @@ def _run_phase(phase: Phase, model, run: "Run"):
     """Fit the routers and train, from where an interrupted run stopped; keep the state of `run`, and return the model."""
     arguments, state, folder = run.arguments, run.state, run.work / f"{run.state.phase}-{phase.name}"
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if phase.sparse and not state.fitted:
+        fit_thresholds(model, run.blocks(THRESHOLD_TOKENS))
     if phase.fit and not state.fitted:
-        shared = ("seed", "harm", "sensitivity_range", "bf16")
+        shared = ("seed", "harm", "sensitivity_range", "density_range", "bf16")
         settings = {name: getattr(arguments, name) for name in shared}
         state.fit = fit_routers(model, run.blocks(arguments.router_tokens), route=phase.fit, **settings)
         state.fitted = True
@@ -210,13 +220,14 @@ def _trainer_arguments(arguments: TrainArguments, phase: Phase, folder: Path) ->
 
 def _record(run: "Run", chooses: bool) -> dict:
     """What `training.json` says."""
-    names = ("route", "teacher", "sensitivity_range", "block_size", "batch_size", "gradient_accumulation_steps",
+    names = ("route", "teacher", "sensitivity_range", "density_range", "block_size", "batch_size", "gradient_accumulation_steps",
              "learning_rate", "router_learning_rate", "lm_loss_coef", "kd_loss_coef", "hidden_loss_coef",
              "router_loss_coef", "logit_fraction", "router_tokens", "harm", "choice_share", "width_loss_coef", "lora_rank",
              "bf16", "seed")  # fmt: skip
     arguments, state = run.arguments, run.state
     settings = {"train": arguments.train_parts, **{name: getattr(arguments, name) for name in names}}
     settings["width_loss_coef"] = arguments.width_loss_coef if chooses else None
+    settings["self_tokens"] = arguments.self_tokens if SELF in text_names(arguments.text) else None
     settings["lora_rank"] = arguments.lora_rank if arguments.train_parts == "lora" else None
     before = read_json(run.folder / TRAINING)
     earlier = [] if before is None else [*before.pop("earlier", []), {k: v for k, v in before.items() if k != "history"}]
@@ -260,11 +271,13 @@ class Run:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         self.step_blocks = processes * arguments.batch_size * arguments.gradient_accumulation_steps
         self.step_tokens = self.step_blocks * self.arguments.block_size
+        self.own_text = Path(f"{out}.text")  # beside `work`, which a run that begins anew empties
+        self.text = own_text_file(arguments.text, folder, self.own_text, arguments.self_tokens, arguments.seed, arguments.bf16)
         self.distinct = None if arguments.dataset is not None else self.blocks(arguments.max_tokens)
 
     def documents(self):
         """The documents of the text, from the first one on."""
-        return documents_for("training", self.arguments.text, self.arguments.dataset, self.arguments.column)
+        return documents_for("training", self.text, self.arguments.dataset, self.arguments.column)
 
     def blocks(self, tokens: int) -> torch.Tensor:
         """At most so many tokens of the text, (N, S)."""
@@ -331,11 +344,14 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
             "Give it a weight, such as 0.9, or set choice_share to 0."
         )
     routers_alone = arguments.train_parts == "routers"
+    # Without a dial there is nothing that would move the density.
+    routes_alone = not config.has_dial
     longest = getattr(config, "max_position_embeddings", None)
     return replace(
         arguments,
         harm=checked_harm(config, arguments.harm),
         choice_share=float(choice_share),
+        density_range=[1, 1] if routes_alone else list(arguments.density_range or DENSITY_RANGE),
         router_tokens=arguments.max_tokens if routers_alone else min(arguments.router_tokens, arguments.max_tokens),
         block_size=min(arguments.block_size, longest) if longest else arguments.block_size,
     )

@@ -4,6 +4,7 @@
 import copy
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .modeling.routing import loss_mask, mean_router_loss
 from .observe import expert_shares
 
 
+DENSITY_RANGE = (0.4, 1.0)  # that densities are drawn from, where a model has thresholds
 # Scale of the logistic noise on the routers' threshold, in logits, while they learn by choosing.
 ROUTER_TEMPERATURE = 0.5
 
@@ -33,8 +35,10 @@ class DynaMoETrainingArguments(NestedTrainingArguments, TrainingArguments):
     `TrainingArguments` with the fields of `NestedTrainingArguments`. The defaults are those of `train_model`, in the
     phase that trains experts. The whole recipe, with Trainers of one's own:
 
+        fit_thresholds(model, blocks)
         fit_routers(model, blocks)
         DynaMoETrainer(model, DynaMoETrainingArguments(OUT), train_dataset=...).train()
+        fit_thresholds(model, blocks)
         fit_routers(model, blocks, route="router")
         arguments = DynaMoETrainingArguments(OUT, train_parts="routers", hidden_loss_coef=0, width_loss_coef=0.9)
         DynaMoETrainer(model, arguments, train_dataset=...).train()
@@ -58,7 +62,8 @@ class DynaMoETrainingArguments(NestedTrainingArguments, TrainingArguments):
 class DynaMoETrainer(Trainer):
     """
     `Trainer` for a `DynaMoEForCausalLM`, or a PEFT model around one. Logs, beside the loss: `lm_loss`, `router_loss`,
-    `kd_loss`, `hidden_loss`, `width_loss`, `mean_width` (share of the MLPs' width that tokens took), `router_accuracy`
+    `kd_loss`, `hidden_loss`, `width_loss`, `mean_width` (share of the MLPs' width that tokens took), `mean_share` (share of
+    their weights that tokens read, where sparsity leaves some out), `router_accuracy`
     (agreement of the routers with the labels, where the route or the router loss needs labels) and `share_expert_0` ...
     (share of the tokens).
 
@@ -89,6 +94,8 @@ class DynaMoETrainer(Trainer):
                 "torchrun, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
         self.expert_shares = expert_shares(core).to(self.args.device)
+        self.sensitivity_range = self.args.sensitivity_range or core.config.train_sensitivity
+        self.density_range = density_range_of(core.config, self.args.density_range)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
 
@@ -119,11 +126,14 @@ class DynaMoETrainer(Trainer):
         args, core = self.args, self.core
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        sensitivity = self._draw_sensitivities(labels)
+        sensitivity, density = self._draw(self.sensitivity_range, labels), None
+        if self.density_range is not None:
+            density = 1.0 if min(self.density_range) == 1 else self._draw(self.density_range, labels)
         positions = self._sample_positions(labels)
         needs_labels = args.route == "label" or args.router_loss_coef > 0
         choice = {"route": args.route, "temperature": ROUTER_TEMPERATURE if args.width_loss_coef else None}
-        with core.routing(**choice, sensitivity=sensitivity, needs_labels=needs_labels, records=[]) as routing:
+        dial = {"sensitivity": sensitivity, "density": density}
+        with core.routing(**choice, **dial, needs_labels=needs_labels, records=[]) as routing:
             hidden, states = self._hidden_states(model, core, inputs)
 
         mask = loss_mask(labels)
@@ -144,7 +154,9 @@ class DynaMoETrainer(Trainer):
         width_loss = torch.zeros_like(scale)
         if args.width_loss_coef:
             width = torch.stack([record.width.to(labels.device) for record in routing.records]).mean(0)
-            width_loss = ((1 / sensitivity - 1)[:, None] * width * mask).sum() / items
+            # What a token pays for is what it reads.
+            price = (1 / sensitivity - 1) * (1.0 if density is None else density)
+            width_loss = (price[:, None] * width * mask).sum() / items
         loss = outer_loss + args.router_loss_coef * router_loss + args.hidden_loss_coef * hidden_loss
         loss = loss + args.width_loss_coef * width_loss
         losses = {"lm_loss": lm_loss, "router_loss": router_loss, "kd_loss": kd_loss, "hidden_loss": hidden_loss}
@@ -159,12 +171,13 @@ class DynaMoETrainer(Trainer):
         reached = args.train_parts != "routers" or args.width_loss_coef
         return bool(reached and (args.kd_loss_coef or args.hidden_loss_coef)) and args.teacher != "none"
 
-    def _draw_sensitivities(self, labels):
+    @staticmethod
+    def _draw(drawn_from, labels):
         """
         (B,): one from each of B equal parts of the range, so that a batch of a few sequences has narrow and wide
-        experts alike.
+        experts, or sparse and dense ones, alike.
         """
-        low, high = self.args.sensitivity_range or self.core.config.train_sensitivity
+        low, high = drawn_from
         count, device = labels.shape[0], labels.device
         return low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
 
@@ -236,6 +249,8 @@ class DynaMoETrainer(Trainer):
         used_LE = (F.one_hot(expert_LBS, self.expert_shares.shape[1]) * mask[..., None]).sum((1, 2))
         tokens = (mask.sum() * len(records)).clamp_min(1)
         metrics = {**losses, "mean_width": (used_LE * self.expert_shares.to(mask.device)).sum() / tokens}
+        if records[0].share is not None:
+            metrics["mean_share"] = sum((record.share.to(mask.device) * mask).sum() for record in records) / tokens
         if records[0].label is not None:
             agreement = 0.0
             for mlp, record in zip(self.core.nested_mlps, records):
@@ -283,6 +298,7 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
             f"`width_loss_coef` needs profile routers, found {core.config.router_class.__name__}. Leave it at 0, or convert with "
             "`--router-type profile`."
         )
+    density_range_of(core.config, args.density_range)
     full_width_alone = (args.sensitivity_range or core.config.train_sensitivity)[0] == 1
     if args.route != "router" or args.router_loss_coef or args.width_loss_coef or full_width_alone:
         return
@@ -292,6 +308,22 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
             'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
             'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
         )
+
+
+def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:
+    """
+    What densities are drawn from in training, `None` for a model without thresholds. Raises `ValueError` where there are no thresholds
+    for what is asked.
+    """
+    if config.thresholds is None:
+        if asked is not None and min(asked) < 1:
+            low, high = asked
+            raise ValueError(
+                f"`density_range` needs thresholds, found {low:g} to {high:g} and none in the config. Call `fit_thresholds(model, "
+                "blocks)` first, or leave `density_range` out."
+            )
+        return None
+    return DENSITY_RANGE if asked is None else asked
 
 
 def router_parameters(model) -> list[torch.nn.Parameter]:

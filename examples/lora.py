@@ -22,7 +22,6 @@ from dynamoe_hf import DynaMoETrainer, DynaMoETrainingArguments, calibrate_budge
 from dynamoe_hf.data import read_documents, token_blocks
 from dynamoe_hf.evaluate import routed_nll
 from dynamoe_hf.folder import refuse_existing
-from dynamoe_hf.observe import expert_shares
 
 
 def main():
@@ -91,8 +90,8 @@ def main():
 
 def measure(model, blocks, budget):
     """Perplexity on token blocks (N, S) at a budget, and the mean share of MLP width that it really took."""
-    nll, use, _ = routed_nll(model, blocks, sensitivity=model.config.sensitivity_of(budget))
-    return nll.mean().exp().item(), (use * expert_shares(model)).sum(-1).mean().item()
+    found = routed_nll(model, blocks, sensitivity=model.config.sensitivity_of(budget))
+    return found.nll.mean().exp().item(), found.share
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from dynamoe_hf import DynaMoETrainer, DynaMoETrainingArguments, calibrate_budge
 from dynamoe_hf.data import token_blocks
 from dynamoe_hf.evaluate import routed_nll
 from dynamoe_hf.folder import refuse_existing
-from dynamoe_hf.observe import expert_shares
 
 
 TRAINING = ["os", "os.path", "shutil", "random", "statistics", "functools", "math", "time", "inspect", "ast"]
@@ -115,8 +114,8 @@ def measure(trainer, blocks, budget):
     model = trainer.model
     model.set_budget(budget)
     loss = trainer.evaluate()["eval_loss"]
-    _, use, _ = routed_nll(model, blocks, sensitivity=model.config.sensitivity)
-    return loss, (use * expert_shares(model)).sum(-1).mean().item()
+    share = routed_nll(model, blocks, sensitivity=model.config.sensitivity).share
+    return loss, share
 
 
 if __name__ == "__main__":

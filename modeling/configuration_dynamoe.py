@@ -8,10 +8,11 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .difficulty import SIMILARITIES
 from .routing import ROUTERS, TokenRouter
+from .sparsity import check_density_path, check_thresholds
 
 
 # Raised when a folder written today could not be read rightly by yesterday's code. Old versions keep loading.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Where the Auto classes find the code beside the weights.
 AUTO_MAP = {
     "AutoConfig": "configuration_dynamoe.DynaMoEConfig",
@@ -49,7 +50,14 @@ class DynaMoEConfig(PreTrainedConfig):
         sensitivity (`float`, defaults to 1.0):
             theta in (0, 1]: a token takes the smallest expert with predicted s_e >= theta. 1 is the dense model.
         budgets (`dict[str, float]`, *optional*):
-            Mean share of MLP width -> sensitivity that reaches it, written by `dynamoe calibrate`.
+            Mean share of the MLPs' weights that a token reads -> sensitivity that reaches it, written by `dynamoe calibrate`.
+        thresholds (`dict[str, list]`, *optional*):
+            Sizes under which what a product reads is left out: `density` (K,), and for each of these densities and each layer
+            `input` (K, L), of |x| that gate and up read, and `hidden` (K, L), of |h| that down reads. Without them experts are
+            dense.
+        density_path (`list[list[float]]`, *optional*):
+            Rising pairs of sensitivity and density: how much is left out inside the experts at each place of the dial. Between
+            them, and up to the dense model at (1, 1), the dial interpolates. Written by `dynamoe calibrate`.
         force_expert (`int`, *optional*): One expert for every token, whatever the routers say.
         train_route (`str`, defaults to `"label"`): Expert of each token while training: `"label"`, `"router"` or `"random"`.
         train_sensitivity (`list[float]`, defaults to `[0.2, 0.95]`):
@@ -72,6 +80,8 @@ class DynaMoEConfig(PreTrainedConfig):
         router_dim=None,
         sensitivity=1.0,
         budgets=None,
+        thresholds=None,
+        density_path=None,
         force_expert=None,
         train_route="label",
         train_sensitivity=(0.2, 0.95),
@@ -97,6 +107,8 @@ class DynaMoEConfig(PreTrainedConfig):
         self.router_dim = router_dim
         self.sensitivity = sensitivity
         self.budgets = dict(budgets or {})
+        self.thresholds = thresholds
+        self.density_path = [list(pair) for pair in density_path or []]
         self.force_expert = force_expert
         self.train_route = train_route
         self.train_sensitivity = list(train_sensitivity)
@@ -142,9 +154,11 @@ class DynaMoEConfig(PreTrainedConfig):
         for share, sensitivity in self.budgets.items():
             if not _is_share(share):
                 raise ValueError(
-                    f"`budgets` must have shares of the MLP width in (0, 1] as keys, found {share!r}. `dynamoe calibrate` writes them."
+                    f"`budgets` must have shares of the MLPs' weights in (0, 1] as keys, found {share!r}. `dynamoe calibrate` writes them."
                 )
             check_sensitivity(sensitivity)
+        check_thresholds(self.thresholds, layers)
+        check_density_path(self.density_path, self.thresholds)
         if self.force_expert is not None and not 0 <= self.force_expert < self.expert_count:
             raise ValueError(
                 f"`force_expert` must be an expert's index, found {self.force_expert}. This model has experts 0 to "
@@ -188,7 +202,7 @@ class DynaMoEConfig(PreTrainedConfig):
         return widths
 
     def sensitivity_of(self, budget):
-        """The sensitivity that reaches `budget` (mean share of MLP width), interpolated between calibrated budgets."""
+        """The sensitivity that reaches `budget` (mean share of the MLPs' weights), interpolated between calibrated budgets."""
         known = sorted((float(share), theta) for share, theta in self.budgets.items()) + [(1.0, 1.0)]
         if len(known) == 1:
             raise ValueError("This model has no calibrated budgets. Run `dynamoe calibrate FOLDER --budgets 0.5,0.75` first.")

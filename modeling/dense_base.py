@@ -72,6 +72,11 @@ class Layout(NamedTuple):
         """Names of the linear layers: gate (if there is one), up, down."""
         return [name for name in self[:3] if name is not None]
 
+    @property
+    def ungated(self) -> bool:
+        """Whether one projection alone reads the input."""
+        return self.gate is None and not self.fused
+
     def hidden(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Activations of all neurons, through the modules of `mlp`: (..., D) -> (..., H)."""
         activation, up = getattr(mlp, self.act), getattr(mlp, self.up)(x)

@@ -10,7 +10,9 @@ To do without it, delete the line that calls it in `NestedMLP.forward`. It steps
 import torch
 import torch.nn.functional as F
 
+from .packed_weights import FEW_TOKENS
 from .routing import LayerRecord, Routing, TokenRouter, has_hooks, plain_parameters
+from .sparsity import keep_large
 
 
 FEW = 16  # tokens up to which a mask row by row is cheaper than sorting
@@ -23,24 +25,34 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
         return None
     if routing.needs_labels or routing.route != "router" or routing.temperature is not None:
         return None
+    if routing.records is not None and routing.thresholds is not None:  # what is read is counted the general way
+        return None
     router = mlp._modules["router"]
     if routing.force_expert is not None or router.is_off(routing.sensitivity):
         return None
     own = getattr(type(router), "forward", None) is not TokenRouter.forward  # wrapped, or a rule with a `forward` of its own
     layers = plain_parameters([router._modules.get("input"), router._modules.get("output")], x.device)
-    tensors = mlp.tensors(x)
-    if own or layers is None or tensors is None or has_hooks(router):
+    packed = mlp.packed if tokens <= FEW_TOKENS else None
+    tensors = None if packed else mlp.tensors(x)
+    if own or layers is None or has_hooks(router) or (packed or tensors) is None:
         return None
     first, second = layers
     hidden = F.silu(F.linear(x.to(first["weight"].dtype), first["weight"], first["bias"]))
     logits = router.logits_of(F.linear(hidden, second["weight"], second["bias"]))
     expert = router.choose(logits, routing.sensitivity)
+    thresholds = None if routing.thresholds is None else routing.thresholds[mlp.layer]
     if routing.records is not None:
         routing.records.append(LayerRecord(logits, expert))
     widths = [mlp.widths[index] for index in expert.flatten().tolist()]
+    if packed is not None:
+        return packed.run(x.flatten(0, 1), widths, thresholds).view_as(x)
     widest = max(widths)
+    assert tensors is not None
     prefix = tensors.block(0, widest)
-    hidden = prefix.hidden(x)
+    if thresholds is None:
+        hidden = prefix.hidden(x)
+    else:
+        hidden = keep_large(prefix.hidden(keep_large(x, thresholds.input)), thresholds.hidden)
     if min(widths) < widest:
         for row, width in zip(hidden.view(tokens, widest), widths):
             row[width:] = 0

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .dense_base import Projections
 from .nested_mlp_triton import triton_mlp
+from .sparsity import Thresholds, keep_large
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,7 @@ class Decision(NamedTuple):
     hidden: torch.Tensor | None = None  # (B, S, H) activations of all neurons, where labels needed them
     profile: torch.Tensor | None = None  # (B, S, E) true similarities, where labels were needed
     label: torch.Tensor | None = None  # (B, S) int64
+    thresholds: Thresholds | None = None  # where what is small is left out; `hidden` has it left out already
 
 
 class Weights(NamedTuple):
@@ -79,6 +81,7 @@ class Weights(NamedTuple):
     activation: str | None = None  # its name in transformers
     training: bool = False
     triton: bool = False  # whether the Triton kernels serve this input
+    packed: Any = None  # the `PackedMLP`, where it serves this input
 
     @classmethod
     def of_tensors(cls, tensors: Projections, widths: list[int]) -> "Weights":
@@ -98,8 +101,20 @@ class Call:
     tensors: Any  # the `Projections`; `None` where the MLP cannot be cut
 
     def __init__(self, x: torch.Tensor, decision: Decision, weights: Weights):
-        self.x, self.decision, self.weights = x, decision, weights
+        self.decision, self.weights, self.thresholds = decision, weights, decision.thresholds
+        self.x = x if self.thresholds is None or weights.packed is not None else keep_large(x, self.thresholds.input)
         self.expert, self.tensors = decision.expert, weights.tensors
+
+    def kept(self, hidden: torch.Tensor, order_T: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Activations (..., H) without those under the threshold. `order_T`: which tokens the rows of `hidden` (T, H) are.
+        """
+        if self.thresholds is None:
+            return hidden
+        threshold = self.thresholds.hidden
+        if order_T is not None and isinstance(threshold, torch.Tensor):
+            threshold = threshold.expand(*self.x.shape[:2], 1).flatten(0, 1).index_select(0, order_T)
+        return keep_large(hidden, threshold)
 
     @property
     def routed(self) -> bool:
@@ -173,14 +188,14 @@ def run_prefix(call: Call) -> torch.Tensor:
     """One expert for all tokens: its prefix."""
     assert call.single is not None
     prefix = call.weights.prefix(call.single)
-    return prefix.output(prefix.hidden(call.x))
+    return prefix.output(call.kept(prefix.hidden(call.x)))
 
 
 def run_few(call: Call) -> torch.Tensor:
     """Few tokens: one product of the widest expert among them, and a mask."""
     widest = max(expert for expert, count in enumerate(call.counts) if count)
     prefix, widths = call.weights.prefix(widest), call.weights.widths[: widest + 1]
-    return prefix.output(mask_hidden(prefix.hidden(call.x), call.expert, widths))
+    return prefix.output(mask_hidden(call.kept(prefix.hidden(call.x)), call.expert, widths))
 
 
 def run_staircase(call: Call) -> torch.Tensor:
@@ -193,7 +208,7 @@ def run_staircase(call: Call) -> torch.Tensor:
     y_TD: Any = None
     for block in call.blocks:
         part = tensors.block(block.low, block.high)
-        hidden = part.hidden(x_TD[: block.rows])
+        hidden = call.kept(part.hidden(x_TD[: block.rows]), order_T[: block.rows])
         if block.stops and hidden.requires_grad:
             hidden = hidden.clone()  # some activations, such as relu, need their own output in backward
         for row, neuron in block.stops:
@@ -205,6 +220,13 @@ def run_staircase(call: Call) -> torch.Tensor:
         else:  # quantised tensors know `linear` and little else, and autocast has no product in place
             y_TD[: block.rows] += F.linear(hidden, part.down)
     return y_TD.index_select(0, order_T.argsort()).view(*call.x.shape[:-1], -1)
+
+
+def run_bags(call: Call) -> torch.Tensor:
+    """Few tokens, each of which reads only the packed rows of what it keeps."""
+    widths = call.weights.widths
+    taken = call.expert_T.tolist() if call.routed else [call.expert] * len(call.x_TD)
+    return call.weights.packed.run(call.x_TD, [widths[expert] for expert in taken], call.thresholds).view_as(call.x)
 
 
 def run_triton(call: Call) -> torch.Tensor:
@@ -220,13 +242,14 @@ def run_sliced(call: Call) -> torch.Tensor:
     torch._check(width >= widths[0])
     torch._check(width <= widths[-1])
     prefix = call.tensors.block(0, width)
-    return prefix.output(prefix.hidden(call.x))
+    return prefix.output(call.kept(prefix.hidden(call.x)))
 
 
 def run_operator(call: Call) -> torch.Tensor:
     """Several tokens in a compiled graph: one node, inside of which `run_experts` chooses by the routes."""
     *tensors, _ = call.tensors
-    return routed_mlp_op(call.x, call.expert, *tensors, call.weights.activation, call.weights.widths)
+    threshold = 0.0 if call.thresholds is None else call.thresholds.hidden
+    return routed_mlp_op(call.x, call.expert, *tensors, call.weights.activation, call.weights.widths, threshold)
 
 
 # --- when each is chosen ---------------------------------------------------------------------------------------------------
@@ -236,8 +259,16 @@ def _all_full(call):
     return not call.routed and call.expert == len(call.weights.widths) - 1 and call.decision.gates is None
 
 
+def _packed(call):
+    return call.weights.packed is not None and call.decision.hidden is None and call.decision.gates is None
+
+
 def _all_neurons_needed(call):
     return call.decision.hidden is not None or call.weights.tensors is None or call.weights.training and call.routed
+
+
+def _on_triton(call):
+    return call.routed and call.weights.triton and call.thresholds is None
 
 
 def _single_token_compiled(call):
@@ -246,7 +277,10 @@ def _single_token_compiled(call):
 
 
 def _compiled(call):
-    return call.routed and compiled_for_inference() and call.x.device.type == "cpu" and call.weights.activation is not None
+    if not (call.routed and compiled_for_inference() and call.x.device.type == "cpu"):
+        return False
+    of_each = call.thresholds is not None and isinstance(call.thresholds.hidden, torch.Tensor)
+    return call.weights.activation is not None and not of_each
 
 
 def _routes_stay_on_device(call):
@@ -270,11 +304,12 @@ class Execution(NamedTuple):
 
 
 EXECUTIONS = (
+    Execution("bags", _packed, run_bags, "decoding waits for weights from memory, and packed ones are few bytes, of kept rows alone"),
     Execution("dense", _all_full, run_dense, "nothing to leave out: the base's own modules, in its own order"),
     Execution("gated", lambda call: call.decision.gates is not None, run_gated, "gates need a gradient through every block"),
     Execution("masked", _all_neurons_needed, run_masked,
               "labels have computed all neurons; in training reading the routes would wait for the device; or the MLP cannot be cut"),
-    Execution("triton", lambda call: call.routed and call.weights.triton, run_triton, "routes never leave the GPU"),
+    Execution("triton", _on_triton, run_triton, "routes never leave the GPU"),
     Execution("sliced", _single_token_compiled, run_sliced, "a compiled graph may hold one number that is read when it runs"),
     Execution("operator", _compiled, run_operator, "what is computed depends on numbers that a compiler does not have"),
     Execution("masked", _routes_stay_on_device, run_masked, "reading the routes would break the graph, or cost more than it saves"),
@@ -299,7 +334,7 @@ def run_experts(x: torch.Tensor, decision: Decision, weights: Weights) -> torch.
 
 
 def _all_hidden(call):
-    return call.weights.hidden(call.x) if call.decision.hidden is None else call.decision.hidden
+    return call.kept(call.weights.hidden(call.x)) if call.decision.hidden is None else call.decision.hidden
 
 
 def block_sizes(widths: list[int]) -> list[int]:
@@ -376,15 +411,20 @@ def routed_mlp_op(
     down_bias: torch.Tensor | None,
     activation: str,
     widths: list[int],
+    threshold: float = 0.0,
 ) -> torch.Tensor:
-    """`run_experts` of plain tensors as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D)."""
+    """
+    `run_experts` of plain tensors as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D). `threshold` is that of the
+    activations; what x leaves out is zero already.
+    """
     tensors = Projections(gate, gate_bias, up, up_bias, down, down_bias, activation_of(activation))
-    y = run_experts(x, Decision(expert), Weights.of_tensors(tensors, widths))
+    thresholds = Thresholds(0.0, threshold) if threshold else None
+    y = run_experts(x, Decision(expert, thresholds=thresholds), Weights.of_tensors(tensors, widths))
     return y.to(x.dtype)  # autocast gives products a lower dtype, which the graph does not know
 
 
 @routed_mlp_op.register_fake
-def _(x, expert, gate, gate_bias, up, up_bias, down, down_bias, activation, widths):
+def _(x, expert, gate, gate_bias, up, up_bias, down, down_bias, activation, widths, threshold=0.0):
     return torch.empty_like(x)
 
 

@@ -38,6 +38,7 @@ from .dense_base import (
 )
 from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
+from .packed_weights import pack_model
 from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, loss_mask, mean_router_loss
 
 
@@ -163,22 +164,26 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             yield routing
 
     def resolve_routing(
-        self, inputs: torch.Tensor, sensitivity=None, force_expert=None, route=None, record=False, train=False
+        self, inputs: torch.Tensor, sensitivity=None, density=None, force_expert=None, route=None, record=False, train=False
     ) -> Routing:
         """
         The routing of one forward pass: what the call says, else what `routing(...)` asks for, else the config.
 
         Args:
             inputs: token ids (B, S), or embeddings (B, S, D).
-            sensitivity, force_expert, route: as in `DynaMoEForCausalLM.forward`.
+            sensitivity, density, force_expert, route: as in `DynaMoEForCausalLM.forward`.
             record: whether records are needed.
             train: whether routers are trained in this pass: labels, and a sensitivity drawn for each sequence.
         """
         batch = inputs.shape[0]
-        sensitivity = _checked_sensitivity(sensitivity, batch)
+        sensitivity, density = _checked("sensitivity", sensitivity, batch), _checked("density", density, batch)
+        if density is not None and self.config.thresholds is None:
+            raise ValueError(
+                f"`density` needs thresholds, found density={density} and none in the config. `dynamoe calibrate` fits them."
+            )
         if route is not None and route not in ROUTES:
             raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
-        asked = {"sensitivity": sensitivity, "force_expert": force_expert, "route": route}
+        asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
         routing = replace(self.slot.requested, **{name: value for name, value in asked.items() if value is not None})
         if train:
             if route is None and routing.route == "router":
@@ -212,7 +217,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         self.config.sensitivity, self.config.force_expert = float(sensitivity), None
 
     def set_budget(self, budget: float) -> None:
-        """Set the dial by mean share of MLP width, within the budgets that `dynamoe calibrate` wrote. 1 is the dense model."""
+        """Set the dial by mean share of the MLPs' weights, within what `dynamoe calibrate` wrote. 1 is the dense model."""
         self._refuse_fixed_router()
         self.config.sensitivity, self.config.force_expert = self.config.sensitivity_of(budget), None
 
@@ -222,6 +227,30 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
                 "This model has the argmax router, whose sensitivity is fixed by its training. Convert with the profile router "
                 "(`--router-type profile`) for a dial, or set `config.force_expert`."
             )
+
+    def pack(self, kind: str = "int8") -> "DynaMoEPreTrainedModel":
+        """
+        Replace the float weights by packed ones, for decoding on a CPU: a token then reads, of the MLPs, the rows of what it keeps.
+
+        Args:
+            kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`.
+
+        Returns:
+            This model, which can no longer be trained or saved: its folder stays as it is.
+
+        Raises:
+            ValueError: an unknown kind, a model on another device, or MLPs that are wrapped, quantised or packed already.
+        """
+        pack_model(self, self.nested_mlps, kind)
+        return self.requires_grad_(False)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As the base class; refused where weights are packed, which have no place in a folder."""
+        if any(mlp.packed is not None for mlp in self.nested_mlps):
+            raise ValueError(
+                "A packed model cannot be saved: its float weights are gone. Copy the folder that it was loaded from."
+            )
+        return super().save_pretrained(*args, **kwargs)
 
     def set_mlp_implementation(self, name: str) -> None:
         """
@@ -268,19 +297,20 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         sensitivity=None,
+        density=None,
         force_expert=None,
         route=None,
         output_router_logits=False,
         return_dict=None,
         **kwargs,
     ):
-        r"""As the base's `forward`, with `sensitivity`, `force_expert`, `route` and `output_router_logits` of `DynaMoEForCausalLM`."""
+        r"""As the base's `forward`, with `sensitivity`, `density`, `force_expert`, `route` and `output_router_logits` of `DynaMoEForCausalLM`."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
         if self.slot.current is not None:  # called by `DynaMoEForCausalLM`, which has resolved the routing
             return super().forward(**inputs)
         given = input_ids if input_ids is not None else inputs_embeds
-        routing = self.resolve_routing(given, sensitivity, force_expert, route, bool(output_router_logits))
+        routing = self.resolve_routing(given, sensitivity, density, force_expert, route, bool(output_router_logits))
         outputs = self._run_base(routing, inputs)
         if output_router_logits:
             outputs = DynaMoEModelOutputWithPast(**outputs, **_experts_of(routing))
@@ -340,6 +370,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         sensitivity=None,
+        density=None,
         force_expert=None,
         route=None,
         output_router_logits=None,
@@ -352,6 +383,9 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         Args:
             sensitivity (`float` or `torch.Tensor` of shape (B,), *optional*):
                 For this call only; a tensor gives each sequence its own. Defaults to `config.sensitivity`.
+            density (`float` or `torch.Tensor` of shape (B,), *optional*):
+                For this call only: share of an expert's weights that sparsity leaves. By default what the dial joins to the
+                sensitivity.
             force_expert (`int`, *optional*): one expert for every token, for this call only.
             route (`str`, *optional*):
                 `"router"`, or for training and as baselines `"label"` (true difficulty) and `"random"` (uniform).
@@ -366,7 +400,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         record = self.config.output_router_logits if output_router_logits is None else output_router_logits
         train = self.training and labels is not None and force_expert is None and self.config.force_expert is None
         given = input_ids if input_ids is not None else inputs_embeds
-        routing = self.resolve_routing(given, sensitivity, force_expert, route, record, train)
+        routing = self.resolve_routing(given, sensitivity, density, force_expert, route, record, train)
         found = self._run_base(routing, inputs)
         outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(_experts_of(routing) if record else {}))
         if labels is not None:
@@ -386,16 +420,17 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         return self.base_class.forward(AfterBackbone(self, hidden_states), return_dict=True).logits
 
 
-def _checked_sensitivity(sensitivity, batch):
-    if not isinstance(sensitivity, torch.Tensor):
-        if sensitivity is not None:
-            check_sensitivity(sensitivity)
-        return sensitivity
-    if sensitivity.shape not in ((batch,), ()):
-        raise ValueError(
-            f"`sensitivity` must be a number or one for each of {batch} sequences, found {tuple(sensitivity.shape)}."
-        )
-    return sensitivity.expand(batch)
+def _checked(name, value, batch):
+    """A sensitivity or density of one call: `None`, a number, or (B,)."""
+    if not isinstance(value, torch.Tensor):
+        if name == "sensitivity" and value is not None:
+            check_sensitivity(value)
+        elif value is not None and not 0 < value <= 1:
+            raise ValueError(f"`density` must be in (0, 1], found {value!r}. 1 leaves experts dense.")
+        return value
+    if value.shape not in ((batch,), ()):
+        raise ValueError(f"`{name}` must be a number or one for each of {batch} sequences, found {tuple(value.shape)}.")
+    return value.expand(batch)
 
 
 def _experts_of(routing):

@@ -16,8 +16,10 @@ from .difficulty import label_of, similarity_profile
 from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
 from .nested_mlp_triton import runs_triton, triton_is_faster
+from .packed_weights import FEW_TOKENS, PackedMLP, pack_mlp
 from .quantized_slices import QuantizedSlices
 from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
+from .sparsity import Thresholds, keep_large, share_read
 
 
 class NestedMLP(nn.Module):
@@ -38,6 +40,7 @@ class NestedMLP(nn.Module):
         self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
+        self.packed: PackedMLP | None = None
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
         router_dim = config.router_dim or default_router_dim(width)
@@ -73,16 +76,20 @@ class NestedMLP(nn.Module):
         if by_router and router.is_off(sensitivity):
             forced = len(self.widths) - 1
         asked = routing.records is not None or routing.needs_labels
+        thresholds = None if routing.thresholds is None else routing.thresholds[self.layer]
         if forced is not None and not asked:
-            return Decision(forced)
+            return Decision(forced, thresholds=thresholds)
         if by_router and not asked and routing.temperature is None and not self.training and self._uses_triton(x):
             expert = router.choose_fused(x, sensitivity)
             if expert is not None:
-                return Decision(expert)
+                return Decision(expert, thresholds=thresholds)
         logits = router(x)
         hidden = profile = label = gates = None
-        if routing.needs_labels or routing.route == "label":
-            hidden = self.hidden(x)
+        labelled = routing.needs_labels or routing.route == "label"
+        if labelled or thresholds is not None and routing.records is not None:
+            hidden = self.hidden(x) if thresholds is None else self.sparse_hidden(x, thresholds)
+        if labelled:
+            assert hidden is not None
             profile = self.profile(hidden.detach())
             label = label_of(profile.flatten(0, 1), self._of_each_token(sensitivity, x)).view(x.shape[:2])
         if forced is not None:
@@ -96,11 +103,11 @@ class NestedMLP(nn.Module):
             expert = gates.detach().round().long().sum(-1) - 1
         else:
             expert = router.choose(logits, sensitivity)
-        return Decision(expert, logits, gates, hidden, profile, label)
+        return Decision(expert, logits, gates, hidden, profile, label, thresholds)
 
     def record(self, x: torch.Tensor, decision: Decision) -> LayerRecord:
         """What this layer did with its tokens, with the router's loss where the labels are known."""
-        expert, logits, gates, _, profile, label = decision
+        expert, logits, gates, hidden, profile, label, thresholds = decision
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert, device=x.device)
         loss = None if profile is None else self.router.loss(logits, profile, label)
@@ -108,13 +115,24 @@ class NestedMLP(nn.Module):
         if gates is not None:
             parts = zip(gates.unbind(-1), block_sizes(self.widths))
             width = sum(gate * (size / self.widths[-1]) for gate, size in parts)
+        share = None
+        if thresholds is not None:
+            assert hidden is not None, "`decide` computes all neurons where records of what is read are wanted"
+            taken = torch.zeros_like(expert)
+            for index, size in enumerate(block_sizes(self.widths)):
+                taken += (expert >= index) * size
+            share = share_read(keep_large(x, thresholds.input), hidden, taken, 1 if self.layout.ungated else 2)
         assert logits is not None, "`decide` asks the router where records are wanted"
-        return LayerRecord(logits, expert, profile, label, loss, width)
+        return LayerRecord(logits, expert, profile, label, loss, width, share)
 
     def weights(self, x: torch.Tensor, decision: Decision | None = None) -> Weights:
         """This MLP as `run_experts` takes it, for an input like `x`. At full width for all it is called as modules, not cut."""
         expert = None if decision is None else decision.expert
         full_width = not isinstance(expert, torch.Tensor) and expert == len(self.widths) - 1
+        full_width = full_width and (decision is None or decision.thresholds is None)
+        few = self.packed is not None and x.shape[0] * x.shape[1] <= FEW_TOKENS and not torch.is_grad_enabled()
+        if few and not torch.compiler.is_compiling():
+            return Weights(self.hidden, self.down_linear, None, self.widths, self.act_name, self.training, packed=self.packed)
         tensors = None if full_width else self.tensors(x)
         triton = tensors is not None and type(tensors.down) in (torch.Tensor, nn.Parameter) and self._uses_triton(x)
         modules: dict[str, Any] = self._modules
@@ -125,12 +143,18 @@ class NestedMLP(nn.Module):
         The weights as plain tensors that can be cut, or `None` where a projection must be called as a module: wrapped (LoRA),
         hooked, offloaded, elsewhere than `x`, or quantised into something that does not slice.
         """
+        if self.packed is not None:
+            return self.packed.tensors(x.dtype)
         linears = [self._modules[name] for name in self.layout.projections]
         if plain_parameters(linears, x.device) is not None:
             return self.layout.tensors(self)
         if all(isinstance(linear, nn.Linear) and not has_hooks(linear) for linear in linears):
             return self.quantized_slices.tensors(self, self.layout, self.widths, x)
         return None
+
+    def pack(self, kind: str) -> None:
+        """Let packed weights (`packed_weights.py`) replace the float ones, in `"int8"` or `"bfloat16"`."""
+        self.packed = pack_mlp(self, self.layout, self.widths, kind)
 
     def _apply(self, *args, **kwargs):
         self.quantized_slices = QuantizedSlices()  # torch swaps the tensors that it moves, and needs to be their only holder
@@ -139,6 +163,10 @@ class NestedMLP(nn.Module):
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Activations of all neurons, through the modules: (B, S, D) -> (B, S, H)."""
         return self.layout.hidden(self, x)
+
+    def sparse_hidden(self, x: torch.Tensor, thresholds: Thresholds) -> torch.Tensor:
+        """As `hidden`, with what is smaller than the thresholds left out, of x and of the activations."""
+        return keep_large(self.hidden(keep_large(x, thresholds.input)), thresholds.hidden)
 
     @torch.no_grad()
     def profile(self, hidden: torch.Tensor) -> torch.Tensor:

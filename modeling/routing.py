@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .nested_mlp_triton import triton_choose
+from .sparsity import Thresholds, density_at, thresholds_at
 
 
 ROUTES = ("router", "label", "random")
@@ -31,6 +32,7 @@ class LayerRecord(NamedTuple):
     label: Any = None  # (B, S) int64
     router_loss: Any = None  # (B, S)
     width: Any = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
+    share: Any = None  # (B, S) share of the MLP's weights that is read, where sparsity leaves some out; else it is the width's
 
 
 @dataclass(frozen=True)
@@ -40,28 +42,43 @@ class Routing:
 
     Args:
         sensitivity: a number, or (B,) with one for each sequence. `None`: as the config says.
+        density: share of an expert's weights that is read, a number or (B,). `None`: what the dial joins to the sensitivity, and
+            1 where an expert is forced.
         force_expert: one expert for every token.
         route: one of `ROUTES`: the router's choice, the true label, or drawn at random.
         needs_labels: measure the true similarities too, which takes every neuron.
         histogram: frequencies of the experts on the random route, (L, E); uniform where it is `None`.
         temperature: of `ProfileRouter.gates`, for routers that learn from what their choices do.
         records: a list that each pass empties and fills, one `LayerRecord` a layer.
+        thresholds: those of each layer at this density; `with_defaults` sets them.
     """
 
     sensitivity: float | torch.Tensor | None = None
+    density: float | torch.Tensor | None = None
     force_expert: int | None = None
     route: str = "router"
     needs_labels: bool = False
     histogram: torch.Tensor | None = None
     temperature: float | None = None
     records: list[LayerRecord] | None = None
+    thresholds: tuple[Thresholds, ...] | None = None
 
     def with_defaults(self, config) -> "Routing":
-        """Filled in from the model's config where no sensitivity was asked for."""
-        if self.sensitivity is not None:
-            return self
-        forced = config.force_expert if self.force_expert is None else self.force_expert
-        return replace(self, sensitivity=config.sensitivity, force_expert=forced)
+        """Filled in from the model's config: the sensitivity where none was asked for, and the thresholds."""
+        routing = self
+        if self.sensitivity is None:
+            forced = config.force_expert if self.force_expert is None else self.force_expert
+            routing = replace(self, sensitivity=config.sensitivity, force_expert=forced)
+        if config.thresholds is None:
+            return routing
+        density = routing.density
+        if density is None:
+            if routing.force_expert is not None:
+                return routing
+            density = density_at(
+                config.density_path, config.sensitivity if routing.sensitivity is None else routing.sensitivity
+            )
+        return replace(routing, thresholds=thresholds_at(config.thresholds, density))
 
 
 class RoutingSlot:

@@ -81,9 +81,9 @@ def tiny_dynamoe(family="llama", seed=0, dense_settings=None, **settings):
     return model
 
 
-def run_mlp(mlp, x, expert):
+def run_mlp(mlp, x, expert, **decision):
     """A `NestedMLP` on x (B, S, D) with the experts given, (B, S) or one index for all."""
-    return run_experts(x, Decision(expert), mlp.weights(x))
+    return run_experts(x, Decision(expert, **decision), mlp.weights(x))
 
 
 def tiny_tokenizer():

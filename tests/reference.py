@@ -23,6 +23,30 @@ def nested_mlp(mlp, x_TD, expert_T):
     return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
 
 
+def sparse_mlp(mlp, x_TD, expert_T, input_T, hidden_T, gates_TE=None):
+    """
+    As `nested_mlp`, without the numbers that are smaller than a threshold, one for each token: of x, and of the activations.
+    With gates (T, E) the experts do not count. And the share of the MLP's weights that each token reads.
+    """
+    outputs, shares = [], []
+    inputs = 1 if mlp.layout.ungated else 2
+    for index, x in enumerate(x_TD):
+        x = torch.stack([value if abs(value) >= input_T[index] else value * 0 for value in x])
+        hidden = mlp.hidden(x)
+        hidden = torch.stack([value if abs(value) >= hidden_T[index] else value * 0 for value in hidden])
+        width = mlp.widths[int(expert_T[index])]
+        factor = torch.zeros_like(hidden)
+        factor[:width] = 1
+        if gates_TE is not None:
+            low = 0
+            for gate, high in zip(gates_TE[index], mlp.widths):
+                factor[low:high], low = gate, high
+        outputs.append(mlp.down_linear(hidden * factor))
+        read = inputs * width * int((x != 0).sum()) + len(x) * int((hidden[:width] != 0).sum())
+        shares.append(read / ((inputs + 1) * len(x) * len(hidden)))
+    return torch.stack(outputs), torch.tensor(shares)
+
+
 def gated_mlp(mlp, x_TD, gates_TE):
     """Each neuron times the gate of the block that it lies in, one token at a time: (T, D), (T, E) -> (T, D)."""
     outputs = []

@@ -32,7 +32,7 @@ def test_defaults_of_trainer_and_stage_differ_in_the_price_of_width_alone():
     """A Trainer runs one phase, in which experts are trained; the stage has a last phase in which width has its price."""
     names = [field.name for field in fields(arguments.NestedTrainingArguments)]
     trainer, stage = (defaults(cls, names) for cls in (DynaMoETrainingArguments, arguments.TrainArguments))
-    assert len(names) == 11
+    assert len(names) == 12
     assert {name for name in names if trainer[name] != stage[name]} == {"width_loss_coef"}
     assert (trainer["width_loss_coef"], stage["width_loss_coef"]) == (0.0, 0.9)
 

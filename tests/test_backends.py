@@ -6,13 +6,14 @@ chosen where its row says. `make test-triton` adds the Triton kernels, under the
 import pytest
 import torch
 from conftest import run_mlp, tiny_dynamoe
-from reference import assert_close, gated_mlp, nested_mlp
+from reference import assert_close, gated_mlp, nested_mlp, sparse_mlp
 from torch import nn
 
 from dynamoe_hf.modeling import mlp_backends
 from dynamoe_hf.modeling.dense_base import Projections
 from dynamoe_hf.modeling.mlp_backends import EXECUTIONS, Call, Costs, Decision, Weights, choose_execution, staircase_blocks
 from dynamoe_hf.modeling.nested_mlp_triton import INTERPRETED, TRITON
+from dynamoe_hf.modeling.sparsity import Thresholds
 
 
 LAYOUTS = {
@@ -56,20 +57,22 @@ def cases(name, tokens, widths):
     return {"mixed": mixed, "smallest": torch.zeros(1, tokens, dtype=torch.long)}
 
 
-def run_row(name, mlp, x, expert, gates=None):
+def run_row(name, mlp, x, expert, gates=None, thresholds=None):
     """One row of the table, with the shape of call that it is chosen for."""
-    weights = mlp.weights(x)
+    weights, settings = mlp.weights(x), {"gates": gates, "thresholds": thresholds}
     if name == "triton":
         weights = weights._replace(triton=True)
     if name in WITHOUT_GRADIENT:
         # Called as the compiled graph calls it: by the plain tensors.
         with torch.no_grad():
             if name == "sliced":
-                fixed = torch.compile(lambda x, expert: run_mlp(mlp, x, expert), backend="aot_eager", fullgraph=True)
+                fixed = torch.compile(
+                    lambda x, expert: run_mlp(mlp, x, expert, **settings), backend="aot_eager", fullgraph=True
+                )
                 torch._dynamo.reset()
                 return fixed(x, expert)
-            return RUNS[name](Call(x, Decision(expert), weights))
-    return RUNS[name](Call(x, Decision(expert, gates=gates), weights))
+            return RUNS[name](Call(x, Decision(expert, **settings), weights))
+    return RUNS[name](Call(x, Decision(expert, **settings), weights))
 
 
 def with_gradients(mlp, x, run):
@@ -127,6 +130,45 @@ def test_every_execution_equals_the_plain_loop(name, layout, widths, dtype, monk
             with torch.no_grad():
                 y = run_row(name, mlp, x, expert)
             assert_same(f"{label}, no gradient", {"output": y}, expected, dtype)
+
+
+SPARSE = {
+    "numbers": Thresholds(0.4, 0.5),
+    "of each sequence": Thresholds(torch.tensor([0.2, 0.7]).view(2, 1, 1), torch.tensor([1.0, 0.3]).view(2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("thresholds", SPARSE.values(), ids=SPARSE)
+@pytest.mark.parametrize("widths", [(0.25, 0.5, 0.75, 1), (0, 0.3, 1)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "triton"])
+def test_every_execution_leaves_out_what_is_small(name, layout, widths, thresholds, monkeypatch):
+    fix_costs(monkeypatch, 0, 0)
+    mlp = layer(layout, widths).double()
+    single = name in ONE_TOKEN
+    if isinstance(thresholds.input, torch.Tensor) and (single or name == "operator"):
+        pytest.skip("is chosen for one threshold alone")
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 32).double() if single else torch.randn(2, 5, 32).double()
+    of_each = [torch.as_tensor(value).double().expand(*x.shape[:2], 1).flatten() for value in thresholds]
+    for case, expert in cases(name, x.shape[0] * x.shape[1], widths).items():
+        own = torch.full(x.shape[:2], expert) if isinstance(expert, int) else expert.view(x.shape[:2])
+        expert = own if isinstance(expert, torch.Tensor) else expert
+        gates = None
+        if name == "gated":
+            gates = (torch.arange(len(widths)) <= own[..., None]).double() * 0.75
+        flat = None if gates is None else gates.flatten(0, 1)
+
+        def plain(x, own=own, flat=flat):
+            return sparse_mlp(mlp, x.flatten(0, 1), own.flatten(), *of_each, flat)[0].view_as(x)
+
+        if name in WITHOUT_GRADIENT:
+            actual, expected = {"output": run_row(name, mlp, x, expert, gates, thresholds)}, {"output": plain(x).detach()}
+        else:
+            actual = with_gradients(mlp, x, lambda x, e=expert, g=gates: run_row(name, mlp, x, e, g, thresholds))
+            expected = with_gradients(mlp, x, plain)
+            assert actual.keys() == expected.keys()
+        assert_same(f"{name}, {case}", actual, expected, torch.float32)
 
 
 def test_the_table_names_its_reasons():

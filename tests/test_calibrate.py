@@ -12,6 +12,7 @@ from dynamoe_hf.calibrate import calibrate_budgets
 from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.evaluate import evaluate_model
 from dynamoe_hf.folder import load_model, load_tokenizer
+from dynamoe_hf.modeling.sparsity import density_at
 
 
 FAST = {"max_tokens": 16384, "block_size": 64, "batch_size": 32}
@@ -59,8 +60,31 @@ def test_the_interval_is_that_of_the_blocks(folder):
 def evaluate_share(model, ids, sensitivity):
     with torch.no_grad(), model.routing(sensitivity=sensitivity, records=[]) as routing:
         model(ids)
-    taken = [layer.mlp.widths[e] / 64 for layer, r in zip(model.model.layers, routing.records) for e in r.expert.flatten()]
-    return statistics.mean(taken)
+    return torch.stack([record.share for record in routing.records]).mean().item()
+
+
+def test_dense_experts(folder):
+    """With `lowest_density=1` routing saves alone."""
+    record = calibrate_budgets(folder, budgets=(0.5, 0.75), lowest_density=1.0, **FAST)
+    config = load_model(folder).config
+    assert config.thresholds is None and config.density_path == [] and record["mixes"] == []
+    for entry in record["budgets"].values():
+        assert entry["density"] == 1 and entry["mean_width"] == entry["mean_share"]
+
+
+def test_the_dial_of_budgets(folder):
+    """What is written is what a model reads: the sensitivity of a budget brings its density along."""
+    record = calibrate_budgets(folder, budgets=(0.4, 0.75), **FAST)
+    config = load_model(folder).config
+    for entry in record["budgets"].values():
+        assert entry["mean_share"] < entry["mean_width"], "sparsity takes part"
+        assert density_at(config.density_path, entry["sensitivity"]) == pytest.approx(entry["density"], abs=1e-4)
+    assert all(mix["kl"] >= 0 and 0 < mix["share"] <= 1 for mix in record["mixes"])
+
+
+def test_densities_out_of_range(folder):
+    with pytest.raises(ValueError, match=r"`lowest_density` must be in \[0.3, 1\], found 0.1"):
+        calibrate_budgets(folder, lowest_density=0.1, **FAST)
 
 
 def test_weights_are_not_touched(folder):
@@ -80,7 +104,7 @@ def test_calibrating_again_replaces_the_budgets(folder):
 
 def test_failures_write_nothing(folder):
     before = (folder / "config.json").read_text()
-    for budgets, message in (((0.2,), "out of reach"), ((1.0,), "out of reach"), ((0.6, 0.25), "out of reach")):
+    for budgets, message in (((0.05,), "out of reach"), ((1.0,), "out of reach"), ((0.6, 0.1), "out of reach")):
         with pytest.raises(ValueError, match=message):
             calibrate_budgets(folder, budgets=budgets, **FAST)
     model = load_model(folder)

@@ -23,7 +23,7 @@ from dynamoe_hf.convert import convert_model
 ROOT = Path(__file__).parent.parent
 TRAVELLING = {
     "configuration_dynamoe.py", "modeling_dynamoe.py", "dense_base.py", "difficulty.py", "routing.py", "nested_mlp.py",
-    "mlp_backends.py", "quantized_slices.py", "fast_decode.py", "nested_mlp_triton.py",
+    "mlp_backends.py", "quantized_slices.py", "fast_decode.py", "nested_mlp_triton.py", "packed_weights.py", "sparsity.py",
 }  # fmt: skip
 
 # Runs in a process where importing the package fails, as on a machine that never had it.

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Magnitude sparsity inside the chosen experts: what a product reads is left out where its size is under a threshold (TEAL, Liu et al.,
+2024, arXiv 2408.14690). A *density* is the share of a full-width MLP's weights that is then still read; a model holds the thresholds
+of some densities, and its dial says which density goes with which sensitivity.
+
+Shapes: B batch, S sequence, L layers, K densities.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Thresholds(NamedTuple):
+    """The sizes under which what one MLP's products read is left out: numbers, or tensors that broadcast over (B, S, 1)."""
+
+    input: float | torch.Tensor  # of |x|, which gate and up read
+    hidden: float | torch.Tensor  # of |h|, which down reads
+
+
+def keep_large(values: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """Zero what is smaller than the threshold. The gradient goes through what is kept."""
+    return values.masked_fill(values.abs() < threshold, 0)
+
+
+def thresholds_at(table: dict[str, list], density: float | torch.Tensor) -> tuple[Thresholds, ...] | None:
+    """
+    The thresholds of each layer at a density, interpolated; `None` at density 1, where nothing is left out.
+
+    Args:
+        table: `density` (K,) rising and below 1, `input` and `hidden` (K, L), falling along K.
+        density: a number, or (B,), which gives thresholds (B, 1, 1).
+    """
+    known = [*table["density"], 1.0]
+    if isinstance(density, torch.Tensor):
+        return _thresholds_of_each(table, known, density.float())
+    if density >= 1:
+        return None
+    high = next(index for index, value in enumerate(known) if density <= value)
+    low = max(0, high - 1)
+    part = (density - known[low]) / (known[high] - known[low]) if high > low else 0.0
+    layers: list[list[float]] = []
+    for name in Thresholds._fields:
+        rows = [*table[name], [0.0] * len(table[name][0])]
+        layers.append([a + part * (b - a) for a, b in zip(rows[low], rows[high])])
+    return tuple(map(Thresholds, *layers))
+
+
+def _thresholds_of_each(table, known, density_B):
+    known_K = torch.tensor(known, device=density_B.device)
+    high_B = torch.searchsorted(known_K, density_B.clamp(known[0], 1.0)).clamp(min=1)
+    low_B = high_B - 1
+    part_B = ((density_B - known_K[low_B]) / (known_K[high_B] - known_K[low_B])).clamp(0, 1)[:, None]
+    per_layer = []
+    for name in Thresholds._fields:
+        rows_KL = torch.tensor([*table[name], [0.0] * len(table[name][0])], device=density_B.device)
+        per_layer.append(torch.lerp(rows_KL[low_B], rows_KL[high_B], part_B).t()[..., None, None])
+    return tuple(Thresholds(*pair) for pair in zip(*per_layer))
+
+
+def density_at(path: Sequence[Sequence[float]], sensitivity: float | torch.Tensor) -> float | torch.Tensor:
+    """The density that goes with a sensitivity: `path` holds rising pairs of both, the last one is (1, 1) without being named."""
+    points = [*path, (1.0, 1.0)]
+    if isinstance(sensitivity, torch.Tensor):
+        found = torch.full_like(sensitivity, points[0][1], dtype=torch.float32)
+        for (low, density_low), (high, density_high) in zip(points, points[1:]):
+            part = (sensitivity - low) / (high - low)
+            found = torch.where(sensitivity > low, density_low + part * (density_high - density_low), found)
+        return found
+    for (low, density_low), (high, density_high) in zip(points, points[1:]):
+        if sensitivity <= high:
+            return density_low + max(0.0, (sensitivity - low) / (high - low)) * (density_high - density_low)
+    return 1.0
+
+
+def share_read(x: torch.Tensor, hidden: torch.Tensor, width: torch.Tensor, inputs: int) -> torch.Tensor:
+    """
+    Share of an MLP's weights that each token reads: (B, S).
+
+    Args:
+        x: what gate and up read, zero where it is left out, (B, S, D).
+        hidden: what down reads, zero where it is left out, of all neurons, (B, S, H).
+        width: neurons that each token has, (B, S).
+        inputs: projections that read x: 2 with a gate, else 1.
+    """
+    neurons = hidden.shape[-1]
+    in_prefix = torch.arange(neurons, device=hidden.device) < width[..., None]
+    kept_inputs = (x != 0).float().mean(-1)
+    kept_neurons = ((hidden != 0) & in_prefix).sum(-1)
+    return (inputs * kept_inputs * width + kept_neurons) / ((inputs + 1) * neurons)
+
+
+def check_thresholds(table: Any, layers: int) -> None:
+    """Raise `ValueError` unless `table` is one that `thresholds_at` reads, for so many layers."""
+    if table is None:
+        return
+    fields = {"density", *Thresholds._fields}
+    if not isinstance(table, dict) or table.keys() != fields:
+        found = ", ".join(sorted(table)) if isinstance(table, dict) else repr(table)
+        raise ValueError(
+            f"`thresholds` must hold {', '.join(sorted(fields))}, found {found}. `dynamoe calibrate` writes them."
+        )
+    density = table["density"]
+    if not _rises(density) or density[-1] >= 1:
+        raise ValueError(f"`thresholds` must have densities that rise between 0 and 1, found {density}.")
+    for name in Thresholds._fields:
+        rows = table[name]
+        shape = [len(row) if isinstance(row, list) else None for row in rows] if isinstance(rows, list) else None
+        if shape != [layers] * len(density):
+            raise ValueError(
+                f"`thresholds` must hold {len(density)} lists of {layers} numbers in `{name}`, one a density: found {shape}."
+            )
+        for place, row in enumerate(rows):
+            if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in row):
+                raise ValueError(f"`thresholds` must be finite and not negative, found {row} in `{name}` {place}.")
+
+
+def check_density_path(path: Any, table: Any) -> None:
+    """Raise `ValueError` unless `path` is one that `density_at` reads, and there are thresholds to go with it."""
+    if not path:
+        return
+    if table is None:
+        raise ValueError("`density_path` needs `thresholds`, found none. `dynamoe calibrate` writes both.")
+    pairs = [list(pair) if isinstance(pair, (list, tuple)) else [] for pair in path]
+    sensitivities = [pair[0] for pair in pairs if len(pair) == 2]
+    densities = [pair[1] for pair in pairs if len(pair) == 2]
+    falls = any(a > b for a, b in zip(densities, densities[1:]))
+    if len(sensitivities) != len(pairs) or not _rises(sensitivities) or sensitivities[-1] >= 1 or falls:
+        raise ValueError(
+            f"`density_path` must be pairs of sensitivity and density that rise together, found {path}. `dynamoe calibrate` writes it."
+        )
+    if not all(isinstance(value, (int, float)) and 0 < value <= 1 for value in densities):
+        raise ValueError(f"`density_path` must have densities in (0, 1], found {densities}.")
+
+
+def _rises(values):
+    """Whether these are positive numbers, each larger than the one before."""
+    numbers = isinstance(values, list) and bool(values) and all(isinstance(value, (int, float)) for value in values)
+    return numbers and values[0] > 0 and all(a < b for a, b in zip(values, values[1:]))

@@ -1,0 +1,207 @@
+"""Sparsity inside experts: thresholds, the density that the dial joins to a sensitivity, what is read, and how thresholds are fitted."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_dynamoe
+from reference import sparse_mlp
+
+from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
+from dynamoe_hf.calibrate import cheapest_mixes
+from dynamoe_hf.modeling.sparsity import density_at, thresholds_at
+from dynamoe_hf.observe import expert_shares, run_routers
+from dynamoe_hf.threshold_fit import DENSITIES, fit_thresholds
+
+
+TABLE = {"density": [0.4, 0.7], "input": [[0.8, 1.0], [0.2, 0.4]], "hidden": [[2.0, 3.0], [1.0, 1.2]]}
+PATH = [[0.3, 0.4], [0.8, 0.7]]
+
+
+def sparse_model(**settings):
+    return tiny_dynamoe(thresholds=TABLE, density_path=PATH, **settings)
+
+
+def test_thresholds_between_densities():
+    assert thresholds_at(TABLE, 1.0) is None
+    assert thresholds_at(TABLE, 0.4)[1] == pytest.approx((1.0, 3.0))
+    assert thresholds_at(TABLE, 0.1) == thresholds_at(TABLE, 0.4), "no further than what was measured"
+    assert thresholds_at(TABLE, 0.55)[0] == pytest.approx((0.5, 1.5))
+    assert thresholds_at(TABLE, 0.85)[0] == pytest.approx((0.1, 0.5)), "at density 1 nothing is left out"
+
+
+def test_each_sequence_as_alone():
+    densities = torch.tensor([0.1, 0.4, 0.5, 0.7, 0.9, 1.0])
+    for layer, both in enumerate(thresholds_at(TABLE, densities)):
+        for of_each, name in zip(both, ("input", "hidden")):
+            alone = [thresholds_at(TABLE, d) for d in densities.tolist()]
+            expected = [0.0 if found is None else getattr(found[layer], name) for found in alone]
+            assert of_each.shape == (6, 1, 1)
+            assert of_each.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    sensitivities = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.95, 1.0])
+    assert density_at(PATH, sensitivities).tolist() == pytest.approx([density_at(PATH, s) for s in sensitivities.tolist()])
+
+
+def test_the_dial_moves_both():
+    assert [density_at(PATH, s) for s in (0.1, 0.3, 0.55, 0.8, 0.9, 1.0)] == pytest.approx([0.4, 0.4, 0.55, 0.7, 0.85, 1.0])
+    assert density_at([], 0.5) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "starcoder2", "phi3"])
+@pytest.mark.parametrize("sensitivity", [0.5, torch.tensor([0.35, 0.9])], ids=["a number", "of each sequence"])
+def test_a_model_leaves_out_what_the_dial_says(family, sensitivity, token_ids):
+    """Against the plain loop, layer by layer; with and without records; and the share of the weights that is read."""
+    model, calls = sparse_model(family=family), []
+    for mlp in model.nested_mlps:
+        mlp.register_forward_hook(lambda mlp, args, output: calls.append((mlp, args[0], output)))
+    densities = torch.as_tensor(density_at(PATH, sensitivity)).expand(2)
+    of_each = thresholds_at(TABLE, densities)
+    with torch.no_grad():
+        plain = model(token_ids, sensitivity=sensitivity).logits
+        calls.clear()
+        with model.routing(records=[]) as routing:
+            logits = model(token_ids, sensitivity=sensitivity).logits
+        torch.testing.assert_close(plain, logits, atol=1e-4, rtol=1e-4)
+        for (mlp, x, output), record in zip(calls, routing.records, strict=True):
+            own = [value.expand(*x.shape[:2], 1).flatten() for value in of_each[mlp.layer]]
+            expected, shares = sparse_mlp(mlp, x.flatten(0, 1), record.expert.flatten(), *own)
+            torch.testing.assert_close(output, expected.view_as(output), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(record.share.flatten(), shares)
+            assert shares.min() > 0 and shares.max() < 1
+
+
+def test_at_sensitivity_1_nothing_is_left_out(token_ids):
+    model, dense = sparse_model(), tiny_dynamoe()
+    with torch.no_grad():
+        assert torch.equal(model(token_ids, sensitivity=1.0).logits, dense(token_ids).logits)
+        assert torch.equal(model(token_ids, force_expert=3).logits, dense(token_ids).logits)
+        assert torch.equal(model(token_ids, sensitivity=0.5, density=1.0).logits, dense(token_ids, sensitivity=0.5).logits)
+        assert not torch.equal(model(token_ids, sensitivity=0.5).logits, dense(token_ids, sensitivity=0.5).logits)
+
+
+def test_labels_and_sparsity_together(token_ids):
+    """Training: labels are those of what sparsity leaves, and the loss reaches experts and routers."""
+    model = sparse_model().train()
+    out = model(token_ids, labels=token_ids)
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_decoding_equals_one_pass(token_ids):
+    model = sparse_model()
+    with torch.no_grad():
+        whole = model(token_ids, sensitivity=0.5).logits
+        cache, steps = None, []
+        for step in token_ids.split(1, dim=1):
+            out = model(step, past_key_values=cache, use_cache=True, sensitivity=0.5)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_saved_and_loaded(tmp_path, token_ids):
+    model = sparse_model()
+    model.save_pretrained(tmp_path)
+    again = DynaMoEForCausalLM.from_pretrained(tmp_path)
+    assert again.config.thresholds == TABLE and again.config.density_path == PATH
+    with torch.no_grad():
+        assert torch.equal(model(token_ids, sensitivity=0.5).logits, again(token_ids, sensitivity=0.5).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"thresholds": [0.1]}, "`thresholds` must hold density, hidden, input, found"),
+        ({"thresholds": {**TABLE, "density": [0.7, 0.4]}}, "densities that rise"),
+        ({"thresholds": {**TABLE, "density": [0.4, 1.0]}}, "densities that rise"),
+        ({"thresholds": {**TABLE, "input": [[0.1, 0.2]]}}, "2 lists of 2 numbers in `input`"),
+        ({"thresholds": {**TABLE, "hidden": [[0.1, float("nan")], [0.1, 0.2]]}}, "finite and not negative"),
+        ({"thresholds": None, "density_path": PATH}, "needs `thresholds`"),
+        ({"density_path": [[0.8, 0.4], [0.3, 0.7]]}, "rise together"),
+        ({"density_path": [[0.3, 0.7], [0.8, 0.4]]}, "rise together"),
+        ({"density_path": [[0.3, 0.7], [1.0, 0.8]]}, "rise together"),
+        ({"density_path": [[0.3, 0.0]]}, "in \\(0, 1\\]"),
+    ],
+)  # fmt: skip
+def test_configs_that_do_not_fit(fields, message):
+    base = tiny_dynamoe().config.base_config
+    with pytest.raises(ValueError, match=message):
+        DynaMoEConfig(base_config=base, **{"thresholds": TABLE, "density_path": PATH, **fields})
+
+
+@pytest.mark.parametrize("density", [0.0, 1.5, float("nan"), torch.tensor([0.5, 0.5, 0.5])])
+def test_densities_that_are_none(density, token_ids):
+    with pytest.raises(ValueError, match="`density` must be"):
+        sparse_model()(token_ids, density=density)
+
+
+def test_a_density_needs_thresholds(token_ids):
+    with pytest.raises(ValueError, match=r"needs thresholds.*dynamoe calibrate"):
+        tiny_dynamoe()(token_ids, density=0.5)
+
+
+def blocks_of(count=24, length=32):
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+def test_fitted_thresholds_reach_their_densities(family, uniform):
+    model, blocks = tiny_dynamoe(family, error_weights=[0.5, 2.0]), blocks_of()
+    table = fit_thresholds(model, blocks, uniform)
+    assert table["density"] == list(DENSITIES)
+    for rows in (table["input"], table["hidden"]):
+        assert all(a >= b for low, high in itertools.pairwise(rows) for a, b in zip(low, high)), (
+            "thresholds fall along density"
+        )
+    model.config.check()
+    for density in (0.4, 0.5, 0.75):
+        read = run_routers(model, blocks, expert_shares(model), 1.0, density=density).share_N.mean().item()
+        assert read == pytest.approx(density, abs=0.06)
+
+
+def test_fitted_thresholds_cost_less_than_uniform_ones():
+    """The sum of what both products of all layers lose, in units of loss, measured as the fit measures it: each alone."""
+    model, blocks = tiny_dynamoe(error_weights=[0.1, 5.0]), blocks_of()
+    lost = {}
+    for uniform in (False, True):
+        fit_thresholds(model, blocks, uniform)
+        lost[uniform] = 0.0
+        inputs: list = []
+        hooks = [
+            mlp.register_forward_pre_hook(lambda mlp, args, into=inputs: into.append(args[0])) for mlp in model.nested_mlps
+        ]
+        with torch.no_grad():
+            model(blocks)
+            for mlp, x, both in zip(model.nested_mlps, inputs, thresholds_at(model.config.thresholds, 0.5)):
+                for part in (both._replace(hidden=0.0), both._replace(input=0.0)):
+                    error = mlp.down_linear(mlp.sparse_hidden(x, part)) - mlp.down_linear(mlp.hidden(x))
+                    lost[uniform] += model.config.error_weights[mlp.layer] * error.square().sum(-1).mean().item()
+        for hook in hooks:
+            hook.remove()
+    assert lost[False] < 0.8 * lost[True]
+
+
+def test_the_cheapest_mixes_are_monotone():
+    """Of mixes whose costs add up: near the least cost by brute force, and both fall with the budget."""
+    values = (0.4, 0.55, 0.7, 0.85, 1.0)
+
+    def cost(width, density):
+        return 0.5 * (1 - width) ** 2 + 2 * (1 - density) ** 3
+
+    mixes = [
+        {"width": w, "sensitivity": w - 0.01, "density": d, "share": w * d, "kl": cost(w, d)}
+        for w, d in itertools.product(values, values)
+    ]
+    budgets = (0.9, 0.75, 0.6, 0.5, 0.4)
+    chosen = cheapest_mixes(mixes, budgets, lambda width: width - 0.01)
+    for earlier, later in itertools.pairwise(chosen):
+        assert later[0] < earlier[0] and later[1] <= earlier[1]
+    for budget, (sensitivity, density) in zip(budgets, chosen):
+        width = sensitivity + 0.01
+        assert width * density == pytest.approx(budget, abs=0.02)
+        steps = torch.linspace(max(0.4, budget), 1, 200).tolist()
+        best = min(cost(w, budget / w) for w in steps if budget / w >= 0.4)
+        assert cost(width, density) < 1.15 * best + 1e-3
