@@ -63,7 +63,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from dynamoe_hf.arguments import EIGHTHS
 from dynamoe_hf.benchmark import machine
-from dynamoe_hf.calibrate import solve_budget
+from dynamoe_hf.calibrate import sensitivity_at
 from dynamoe_hf.convert import SINK_POSITIONS, convert_model, dense_prefix, load_dense
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
@@ -435,13 +435,12 @@ def routed(bench, share, text, model):
     """At a share of 1 the full width; else the dial is set so that the routers reach the share on the text."""
     if share == 1:
         return _routed(bench, model, text, force_expert=model.config.expert_count - 1)
-    blocks, shares, size = bench.text(text), expert_shares(model), bench.batch_size
+    blocks, size = bench.text(text), bench.batch_size
     with bench.precision():
-        run = run_routers(model, blocks[::DIAL_PART], shares, 0.5, size)
-        (theta, _), _ = solve_budget(model, blocks[::DIAL_PART], shares, share, run, size)
-        run = run_routers(model, blocks, shares, theta, size)
-        if abs(run[0].mean().item() - share) > DIAL_TOLERANCE:
-            (theta, _), _ = solve_budget(model, blocks, shares, share, run, size, tolerance=DIAL_TOLERANCE)
+        theta = sensitivity_at(model, blocks[::DIAL_PART], share, size)
+        reached = run_routers(model, blocks, expert_shares(model), theta, size).share_N.mean().item()
+        if abs(reached - share) > DIAL_TOLERANCE:
+            theta = sensitivity_at(model, blocks, share, size, DIAL_TOLERANCE)
     return _routed(bench, model, text, sensitivity=theta)
 
 
@@ -464,10 +463,9 @@ def random_routes(bench, share, text, name):
 
 def _routed(bench, model, text, **routing):
     with bench.precision():
-        nll, use, *_ = routed_nll(model, bench.text(text), bench.batch_size, **routing)
+        found = routed_nll(model, bench.text(text), bench.batch_size, **routing)
     routing.pop("histogram", None)
-    share = (use * expert_shares(model)).sum(-1).mean().item()
-    return {"share": share, "nll": nll.tolist(), "expert_use": use.tolist(), **routing}
+    return {"share": found.share, "nll": found.nll.tolist(), "expert_use": found.use.tolist(), **routing}
 
 
 def paper(bench, share, text):

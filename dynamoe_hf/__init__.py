@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .publish import publish_model
     from .report import report_folder
     from .router_fit import fit_routers
+    from .threshold_fit import fit_thresholds
     from .train import adapt_model, train_model
     from .trainer import DynaMoETrainer, DynaMoETrainingArguments, lora_config
 
@@ -36,6 +37,7 @@ _MODULES = {
     "evaluate_model": "evaluate",
     "export_dense": "convert",
     "fit_routers": "router_fit",
+    "fit_thresholds": "threshold_fit",
     "lora_config": "trainer",
     "publish_model": "publish",
     "report_folder": "report",
@@ -56,6 +58,7 @@ __all__ = [
     "evaluate_model",
     "export_dense",
     "fit_routers",
+    "fit_thresholds",
     "lora_config",
     "publish_model",
     "report_folder",

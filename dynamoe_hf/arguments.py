@@ -150,7 +150,7 @@ class EvaluateArguments:
     text: Files | None = None
     """Held-out text files. Without them: the held-out split of Python's own documentation topics."""
     budget: OneOrMoreNumbers | None = None
-    """Calibrated mean shares of MLP width."""
+    """Calibrated mean shares of the MLPs' weights."""
     sensitivity: OneOrMoreNumbers | None = None
     """Thresholds in (0, 1]; 1 is the dense model."""
     force_expert: int | None = None
@@ -176,7 +176,7 @@ class GenerateArguments:
     """Settings of `generate_text`. At most one of `budget` and `sensitivity`; without them, the config's."""
 
     budget: float | None = None
-    """Calibrated mean share of MLP width."""
+    """Calibrated mean share of the MLPs' weights."""
     sensitivity: float | None = None
     """Threshold in (0, 1]; 1 is the dense model."""
     max_new_tokens: Count = 64
@@ -185,6 +185,8 @@ class GenerateArguments:
     """Temperature of sampling; 0 is greedy."""
     chat: bool = False
     """Treat the prompt as a question, through the chat template."""
+    int8: bool = False
+    """Decode from int8 weights, on a CPU: a token reads only the rows of what it keeps."""
     seed: int = 0
     """Seed of sampling."""
 
@@ -196,7 +198,7 @@ class BenchArguments:
     budgets: Numbers | None = None
     """Budgets to time. Without them: all calibrated ones."""
     shares: Numbers = ()
-    """Mean shares of MLP width to time decoding and prefill at besides, reached on the timed text itself."""
+    """Mean shares of the MLPs' weights to time decoding and prefill at besides, reached on the timed text itself."""
     threads: Count = 1
     """Threads of torch. On a busy machine two can be a hundred times slower than one."""
     rounds: Count = 5
@@ -260,7 +262,7 @@ class DemoArguments:
     out: str | Path = "runs/demo"
     """Folder for everything that is made."""
     budgets: Numbers = (0.9, 0.75, 0.6, 0.5)
-    """Mean shares of MLP width."""
+    """Mean shares of the MLPs' weights."""
     max_tokens: Count = 65_536
     """Training tokens."""
 

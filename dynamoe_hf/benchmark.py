@@ -26,7 +26,7 @@ from .data import documents_for, token_blocks
 from .folder import BENCHMARK, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.mlp_backends import Decision, run_experts
-from .observe import bisect_rising, expert_shares, run_routers, shares_taken
+from .observe import bisect_rising, expert_shares, run_routers, shares_read, shares_taken
 
 
 # (hidden size, MLP width) of what people serve. Mistral-7B's MLPs have the shape of Llama-3.1-8B's.
@@ -60,7 +60,7 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
 
     Returns:
         `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for.
-        A row has `share` (of MLP width), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached`
+        A row has `share` (of the MLPs' weights), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached`
         (limit / ratio: 1 is perfect), and `energy_ratio` where the machine counts energy.
 
     Raises:
@@ -269,7 +269,7 @@ def bench_decode(
 
     The limit counts bytes: all weights that a step reads, of the MLPs the widest expert that a sequence of the batch takes.
     With `compile`, both sides are compiled whole (`fullgraph`) and use static caches. Besides `sensitivities`, by name, those
-    are timed at which the decoded tokens take these mean `shares` of the MLPs' width.
+    are timed at which the decoded tokens take these mean `shares` of the MLPs' weights.
     """
     dense, start = dense_prefix(model, 1.0), tokens.shape[1] - new_tokens
     prompt, steps = tokens[:, :start], tokens[:, start:].split(1, dim=1)
@@ -320,7 +320,7 @@ def bench_prefill(
 ) -> list[dict]:
     """
     One pass over token ids (B, S), logits of the last position only. The limit counts FLOPs, attention scores included.
-    Besides `sensitivities`, by name, those are timed at which the tokens take these mean `shares` of the MLPs' width.
+    Besides `sensitivities`, by name, those are timed at which the tokens take these mean `shares` of the MLPs' weights.
     """
     dense = dense_prefix(model, 1.0)
 
@@ -398,11 +398,12 @@ def _dial(shares, share_at):
 
 def _decode_shares(model, prompt, steps, theta):
     """Mean share of the decoded tokens, and mean over steps and layers of the widest expert in the batch."""
-    shares, mean, widest = expert_shares(model), [], []
+    mean, widest = [], []
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     for step in steps:
-        seen = model(step, past_key_values=cache, use_cache=True, sensitivity=theta, output_router_logits=True)
-        taken = shares_taken(shares, seen.expert_indices)
-        mean.append(taken.mean().item())
+        with model.routing(records=[]) as routing:
+            model(step, past_key_values=cache, use_cache=True, sensitivity=theta)
+        mean.append(shares_read(routing.records).mean().item())
+        taken = shares_taken(expert_shares(model), [record.expert for record in routing.records])
         widest.append(taken.flatten(1).max(1).values.mean().item())
     return statistics.fmean(mean), statistics.fmean(widest)

@@ -142,7 +142,7 @@ def compare_mixes(model: DynaMoEForCausalLM, blocks: torch.Tensor, logits_LTE: t
         for width in WIDTHS
         for density in densities
     ]
-    shares_LE, full = expert_shares(model), {"force_expert": model.config.expert_count - 1}
+    full = {"force_expert": model.config.expert_count - 1}
     for batch in tqdm(blocks.split(1), desc="Comparing mixes", leave=False):
         batch = batch.to(model.device)
         with model.routing(**full):
@@ -151,7 +151,7 @@ def compare_mixes(model: DynaMoEForCausalLM, blocks: torch.Tensor, logits_LTE: t
             records: list = []
             with model.routing(sensitivity=mix["sensitivity"], density=mix["density"], records=records):
                 found = model(batch, use_cache=False).logits[0].float().log_softmax(-1)
-            mix["share"] += shares_read(shares_LE, records).mean().item() / len(blocks)
+            mix["share"] += shares_read(records).mean().item() / len(blocks)
             mix["kl"] += F.kl_div(found, expected, log_target=True, reduction="batchmean").item() / len(blocks)
     return mixes
 
@@ -182,6 +182,30 @@ def cheapest_mixes(mixes: list[dict], budgets: Sequence[float], sensitivity_of) 
         chosen.append((sensitivity_of(fine_w[row]), float(min(density, density_limit))))
         row_limit, density_limit = max(1, row), chosen[-1][1]
     return chosen
+
+
+def sensitivity_at(
+    model: DynaMoEForCausalLM,
+    blocks: torch.Tensor,
+    share: float,
+    batch_size: int = 4,
+    tolerance: float = NEAR,
+    rounds: int = 8,
+) -> float:
+    """The sensitivity at which token ids (N, S) read a mean `share` of the MLPs' weights, along the dial as it is calibrated."""
+    low, high = (-16.0, expert_shares(model)[:, 0].mean().item()), (16.0, 1.0)
+    guess, nearest = 0.0, (1.0, 1.0)
+    for _ in range(rounds):
+        sensitivity = torch.tensor(guess, dtype=torch.float64).sigmoid().item()
+        reached = run_routers(model, blocks, expert_shares(model), sensitivity, batch_size).share_N.mean().item()
+        if abs(reached - share) < abs(nearest[1] - share):
+            nearest = (sensitivity, reached)
+        if abs(reached - share) < tolerance:
+            break
+        low, high = (low, (guess, reached)) if reached > share else ((guess, reached), high)
+        part = (share - low[1]) / (high[1] - low[1])
+        guess = low[0] + min(max(part, 0.1), 0.9) * (high[0] - low[0])
+    return nearest[0]
 
 
 def _solve(model, blocks, budget, start, above: Place | None, batch_size, rounds=6) -> Place:

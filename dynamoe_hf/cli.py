@@ -34,6 +34,7 @@ from .screens import (
     show_benchmark,
     show_calibration,
     show_evaluation,
+    show_generation,
     show_inspection,
     show_json,
     show_paths,
@@ -103,7 +104,7 @@ STAGES = {
     ),
     "calibrate": Stage(
         "calibrate", "calibrate_budgets", CalibrateArguments, {"folder": "trained model folder"}, show_calibration,
-        "Budgets (mean share of MLP width) -> sensitivities, written into the folder's config.",
+        "Budgets (mean share of the MLPs' weights) -> sensitivities, written into the folder's config.",
         ["dynamoe calibrate trained --budgets 0.5,0.6,0.75,0.9"],
     ),
     "evaluate": Stage(
@@ -116,10 +117,11 @@ STAGES = {
     ),
     "generate": Stage(
         "generate", "generate_text", GenerateArguments,
-        {"folder": "model folder or Hub id", "prompt": "text to continue, or a question with --chat"}, print,
+        {"folder": "model folder or Hub id", "prompt": "text to continue, or a question with --chat"}, show_generation,
         "Continue a prompt at a setting of the dial.",
         ['dynamoe generate trained "The with statement" --budget 0.5',
-         'dynamoe generate trained "What is a prime number?" --chat'],
+         'dynamoe generate trained "What is a prime number?" --chat',
+         'dynamoe generate trained "The with statement" --budget 0.5 --int8     # on a CPU'],
         exclusive=["budget", "sensitivity"],
     ),
     "inspect": Stage(

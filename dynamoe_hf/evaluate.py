@@ -180,13 +180,13 @@ def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Eva
     Run a DynaMoE model on blocks (N, S) with `routing` (fields of `Routing`). `agreement` is None without `needs_labels`.
     """
     experts, values, agreement, read = model.config.expert_count, [], [], []
-    use, shares_LE = torch.zeros(len(model.nested_mlps), experts), expert_shares(model)
+    use = torch.zeros(len(model.nested_mlps), experts)
 
     def run(batch):
         values.extend(_nll_of(model, batch))
 
     for records in watch(model, blocks, batch_size, description, run, needs_labels=needs_labels, **routing):
-        read.append(shares_read(shares_LE, records).mean((0, 2)))
+        read.append(shares_read(records).mean((0, 2)))
         for index, record in enumerate(records):
             use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
             if needs_labels:

@@ -60,10 +60,9 @@ def shares_taken(shares_LE: torch.Tensor, experts: list[torch.Tensor]) -> torch.
     return torch.stack([shares[expert.cpu()] for shares, expert in zip(shares_LE, experts)])
 
 
-def shares_read(shares_LE: torch.Tensor, records: list[LayerRecord]) -> torch.Tensor:
-    """Share of the MLP's weights that each token reads in each layer, sparsity included: (L, E), L records -> (L, B, S)."""
-    widths = shares_taken(shares_LE, [record.expert for record in records])
-    return torch.stack([w if record.share is None else record.share.cpu() for w, record in zip(widths, records)])
+def shares_read(records: list[LayerRecord]) -> torch.Tensor:
+    """Share of the MLP's weights that each token reads in each layer, sparsity included: L records -> (L, B, S)."""
+    return torch.stack([record.share.cpu() for record in records])
 
 
 def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_size: int = 4, **routing) -> torch.Tensor:
@@ -97,7 +96,7 @@ def run_routers(
     """Run the blocks (N, S) at a sensitivity; `density` by default as the dial says."""
     read, width, logits = [], [], []
     for records in watch(model, blocks, batch_size, "Running routers", sensitivity=sensitivity, density=density):
-        read.append(shares_read(shares_LE, records))
+        read.append(shares_read(records))
         width.append(shares_taken(shares_LE, [record.expert for record in records]))
         logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in records]))
     return RouterRun(torch.cat(read, 1).mean((0, 2)), torch.cat(width, 1).mean().item(), torch.cat(logits, 1))

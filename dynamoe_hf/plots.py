@@ -160,7 +160,7 @@ def _style_panel(axis, panel, text):
     _note(axis, subtitle, (0, 1), (-18, 8))
     claim = textwrap.fill(_claim(panel), int(11 * panel.inches))
     _note(axis, claim, (0, 1), (-18, 26 + 13 * subtitle.count("\n")), color=INK, fontsize=11, fontweight="bold")
-    axis.set_xlabel("Share of the MLP width that a token uses, on average", color=FAINT, fontsize=9.5)
+    axis.set_xlabel("Share of the MLPs' weights that a token reads, on average", color=FAINT, fontsize=9.5)
     axis.grid(axis="y", color="#e6e9ed", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(which="both", colors=FAINT, labelsize=9.5, length=0)
@@ -176,7 +176,9 @@ def _claim(panel):
     cheapest = panel.series["router"][0]
     static = cheapest.get("baselines", {}).get("static")
     against = " the dense" if panel.unit else ""
-    claim = f"{cheapest['mean_share']:.0%} of the MLP width gives {cheapest[panel.value]:.2f}{panel.unit}{against} perplexity"
+    claim = (
+        f"{cheapest['mean_share']:.0%} of the MLPs' weights gives {cheapest[panel.value]:.2f}{panel.unit}{against} perplexity"
+    )
     return claim + (f", one width for all tokens {static[panel.value]:.2f}{panel.unit}" if static else "")
 
 
@@ -239,9 +241,9 @@ def colour_scale(means_T: torch.Tensor) -> ColourScale:
     as the first token, do not determine it.
     """
     low, high = torch.quantile(means_T, torch.tensor([0.02, 0.98])).tolist()
-    summary = f"Easy tokens take {low:.0%} of the MLP width, hard ones {high:.0%}, and the average {means_T.mean():.0%}"
+    summary = f"Easy tokens take {low:.0%} of the MLPs' weights, hard ones {high:.0%}, and the average {means_T.mean():.0%}"
     if high - low <= 0.001:
-        low, summary = high - 0.001, f"Every token takes {means_T.mean():.0%} of the MLP width"
+        low, summary = high - 0.001, f"Every token takes {means_T.mean():.0%} of the MLPs' weights"
     return ColourScale(low, high, ((means_T - low) / (high - low)).clamp(0, 1).tolist(), summary)
 
 

@@ -15,7 +15,8 @@ from .arguments import ReportArguments, resolve
 from .data import documents_for
 from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, read_json
 from .modeling import DynaMoEForCausalLM
-from .observe import expert_shares
+from .modeling.routing import LayerRecord
+from .observe import expert_shares, shares_read
 from .plots import PAPER, colour_scale, draw_experts, draw_frontier, draw_tokens, new_figure
 from .tables import by_text, render_template, setting_label
 
@@ -69,7 +70,7 @@ def token_difficulty(
     model: DynaMoEForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, sensitivity: float | None = None
 ) -> tuple[list[str], torch.Tensor]:
     """
-    The tokens of a text, and the share of MLP width that each takes in each layer: T strings and (L, T) float32.
+    The tokens of a text, and the share of the MLPs' weights that each takes in each layer: T strings and (L, T) float32.
 
     The strings joined are `text`, character by character. Where a tokenizer cuts one character into several tokens, the
     first has the character and the others are empty.
@@ -95,9 +96,10 @@ def token_difficulty(
         tokens.append(text[start:end])
         start = max(start, end)
     ids = torch.tensor([encoded["input_ids"]], device=model.device)
-    outputs = model(ids, sensitivity=sensitivity, output_router_logits=True, use_cache=False, logits_to_keep=1)
-    experts_LT = torch.cat([expert.cpu() for expert in outputs.expert_indices])
-    return tokens, expert_shares(model).gather(1, experts_LT)
+    records: list[LayerRecord] = []
+    with model.routing(records=records):
+        model(ids, sensitivity=sensitivity, use_cache=False, logits_to_keep=1)
+    return tokens, shares_read(records)[:, 0]
 
 
 def _passage(text):

@@ -2,6 +2,7 @@
 """What the command line prints of a stage's result: one function for each kind of record."""
 
 import json
+import sys
 
 
 def show_json(result):
@@ -23,10 +24,13 @@ def show_training(record):
 
 
 def show_calibration(record):
-    print("budget  sensitivity  mean share reached (95%)")
+    print("budget  sensitivity  density  mean share reached (95%)   of the width")
     for budget, entry in record["budgets"].items():
         interval = "" if entry["interval"] is None else " ({:.1%} to {:.1%})".format(*entry["interval"])
-        print(f"{float(budget):6.0%}  {entry['sensitivity']:11.4f}  {entry['mean_share']:.1%}{interval}")
+        print(
+            f"{float(budget):6.0%}  {entry['sensitivity']:11.4f}  {entry['density']:7.2f}  {entry['mean_share']:.1%}{interval}   "
+            f"{entry['mean_width']:.1%}"
+        )
     largest = max(record["budgets"], key=float)
     print(f"Without further settings the model now uses budget {float(largest):.0%}.")
 
@@ -35,6 +39,12 @@ def show_evaluation(entries):
     from .tables import evaluation_table  # with jinja2, which `--help` does without
 
     print(evaluation_table(entries))
+
+
+def show_generation(generation):
+    print(generation.text)
+    asked = "" if generation.budget is None else f", at a budget of {generation.budget:.0%}"
+    print(f"A token read {generation.share:.0%} of the MLPs' weights{asked}.", file=sys.stderr)
 
 
 def show_benchmark(record):

@@ -100,16 +100,19 @@ def join_records(evaluations: list[dict], budgets: dict[str, float], benchmark: 
 
 def evaluation_table(entries: list[dict]) -> str:
     """The evaluations as a text table for a terminal, each with its baselines and tasks below it."""
-    lines = [f"{'setting':20} {'MLP share':>9} {'active':>9} {'perplexity (95%)':>26} {'to dense (95%)':>24} {'agreement':>9}"]
+    lines = [
+        f"{'setting':20} {'MLP share':>9} {'width':>6} {'active':>9} {'perplexity (95%)':>26} {'to dense (95%)':>24} {'agreement':>9}"
+    ]
     for entry in entries:
         agreement = "" if entry["router_agreement"] is None else f"{entry['router_agreement']:.0%}"
         lines.append(
-            f"{entry['setting']:20} {entry['mean_share']:9.1%} {entry['active_parameters'] / 1e6:7.1f} M "
+            f"{entry['setting']:20} {entry['mean_share']:9.1%} {entry.get('mean_width', entry['mean_share']):6.1%} "
+            f"{entry['active_parameters'] / 1e6:7.1f} M "
             f"{entry['perplexity']:8.2f} ({interval(entry['perplexity_interval'])}) {ratio_text(entry):>24} {agreement:>9}"
         )
         for kind, point in entry["baselines"].items():
             ratio = point.get("ratio_to_dense", math.nan)
-            lines.append(f"  {kind:18} {point['mean_share']:9.1%} {'':9} {point['perplexity']:8.2f}   ratio {ratio:.3f}")
+            lines.append(f"  {kind:18} {point['mean_share']:9.1%} {'':16} {point['perplexity']:8.2f}   ratio {ratio:.3f}")
         for task, metrics in entry.get("tasks", {}).items():
             lines.append(f"  {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     return "\n".join(lines)

@@ -249,7 +249,7 @@ class DynaMoETrainer(Trainer):
         used_LE = (F.one_hot(expert_LBS, self.expert_shares.shape[1]) * mask[..., None]).sum((1, 2))
         tokens = (mask.sum() * len(records)).clamp_min(1)
         metrics = {**losses, "mean_width": (used_LE * self.expert_shares.to(mask.device)).sum() / tokens}
-        if records[0].share is not None:
+        if self.density_range is not None:
             metrics["mean_share"] = sum((record.share.to(mask.device) * mask).sum() for record in records) / tokens
         if records[0].label is not None:
             agreement = 0.0

@@ -6,7 +6,7 @@ LoRA with PEFT: fine-tune a model folder to Python source code, adapters on the 
     python examples/lora.py FOLDER OUT --steps 100
 
 Prints what is trained and what that saves, then perplexity on source files that were not trained on, before and after, at
-each calibrated budget, with the share of MLP width that it took there: marks calibrated on prose are off on code, and the
+each calibrated budget, with the share of the MLPs' weights that it took there: marks calibrated on prose are off on code, and the
 new ones hold. `dynamoe train FOLDER OUT --train lora` trains the same in one command, with records for the model card.
 """
 
@@ -89,7 +89,7 @@ def main():
 
 
 def measure(model, blocks, budget):
-    """Perplexity on token blocks (N, S) at a budget, and the mean share of MLP width that it really took."""
+    """Perplexity on token blocks (N, S) at a budget, and the mean share of the MLPs' weights that it really took."""
     found = routed_nll(model, blocks, sensitivity=model.config.sensitivity_of(budget))
     return found.nll.mean().exp().item(), found.share
 

@@ -6,7 +6,7 @@ TRL's SFTTrainer on chats: experts and routers learn to answer, then the dial is
 
 The chats ask what functions of Python's standard library do, and its own docstrings answer; the modules asked about at the end
 are others than those trained on. Prints the parts of the loss and the share of MLP width while training, then the loss of the
-answers before and after, at each calibrated budget, with the share of MLP width that chats took there.
+answers before and after, at each calibrated budget, with the share of the MLPs' weights that chats took there.
 
 Prompts are masked (label -100), and the mask holds for every loss: routers learn from the tokens that answers are predicted
 from, and from no others. Prompts are routed all the same, by what the routers knew before.
@@ -110,7 +110,7 @@ def rendered(rows, tokenizer):
 
 
 def measure(trainer, blocks, budget):
-    """Mean loss of the answers' tokens at a budget, and the mean share of MLP width that chats (N, S) took."""
+    """Mean loss of the answers' tokens at a budget, and the mean share of the MLPs' weights that chats (N, S) took."""
     model = trainer.model
     model.set_budget(budget)
     loss = trainer.evaluate()["eval_loss"]

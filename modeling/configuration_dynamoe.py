@@ -68,7 +68,14 @@ class DynaMoEConfig(PreTrainedConfig):
 
     model_type = "dynamoe"
     sub_configs = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "expert_indices", "router_loss", "lm_loss"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "router_logits",
+        "expert_indices",
+        "mlp_shares",
+        "router_loss",
+        "lm_loss",
+    ]
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .packed_weights import FEW_TOKENS
-from .routing import LayerRecord, Routing, TokenRouter, has_hooks, plain_parameters
+from .routing import Routing, TokenRouter, has_hooks, plain_parameters
 from .sparsity import keep_large
 
 
@@ -23,9 +23,7 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
     tokens = x.shape[0] * x.shape[1]
     if tokens > FEW or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or mlp.training:
         return None
-    if routing.needs_labels or routing.route != "router" or routing.temperature is not None:
-        return None
-    if routing.records is not None and routing.thresholds is not None:  # what is read is counted the general way
+    if routing.records is not None or routing.needs_labels or routing.route != "router" or routing.temperature is not None:
         return None
     router = mlp._modules["router"]
     if routing.force_expert is not None or router.is_off(routing.sensitivity):
@@ -41,11 +39,9 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
     logits = router.logits_of(F.linear(hidden, second["weight"], second["bias"]))
     expert = router.choose(logits, routing.sensitivity)
     thresholds = None if routing.thresholds is None else routing.thresholds[mlp.layer]
-    if routing.records is not None:
-        routing.records.append(LayerRecord(logits, expert))
-    widths = [mlp.widths[index] for index in expert.flatten().tolist()]
     if packed is not None:
-        return packed.run(x.flatten(0, 1), widths, thresholds).view_as(x)
+        return packed.run(x, expert, mlp.widths, thresholds)
+    widths = [mlp.widths[index] for index in expert.flatten().tolist()]
     widest = max(widths)
     assert tensors is not None
     prefix = tensors.block(0, widest)

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .dense_base import Projections
 from .nested_mlp_triton import triton_mlp
+from .sparse_decode_triton import runs_sparse_decode, sparse_decode
 from .sparsity import Thresholds, keep_large
 
 
@@ -102,13 +103,16 @@ class Call:
 
     def __init__(self, x: torch.Tensor, decision: Decision, weights: Weights):
         self.decision, self.weights, self.thresholds = decision, weights, decision.thresholds
-        self.x = x if self.thresholds is None or weights.packed is not None else keep_large(x, self.thresholds.input)
+        self.given = x
         self.expert, self.tensors = decision.expert, weights.tensors
 
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """What the projections read: x without what is under the threshold."""
+        return self.given if self.thresholds is None else keep_large(self.given, self.thresholds.input)
+
     def kept(self, hidden: torch.Tensor, order_T: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Activations (..., H) without those under the threshold. `order_T`: which tokens the rows of `hidden` (T, H) are.
-        """
+        """Activations (..., H) without those under the threshold. `order_T`: which tokens the rows of `hidden` (T, H) are."""
         if self.thresholds is None:
             return hidden
         threshold = self.thresholds.hidden
@@ -132,7 +136,7 @@ class Call:
     @property
     def multiplications(self) -> int:
         """Of all tokens and neurons, in one projection."""
-        return self.x.numel() * self.weights.widths[-1]
+        return self.given.numel() * self.weights.widths[-1]
 
     @cached_property
     def counts(self) -> list[int]:
@@ -224,9 +228,14 @@ def run_staircase(call: Call) -> torch.Tensor:
 
 def run_bags(call: Call) -> torch.Tensor:
     """Few tokens, each of which reads only the packed rows of what it keeps."""
-    widths = call.weights.widths
-    taken = call.expert_T.tolist() if call.routed else [call.expert] * len(call.x_TD)
-    return call.weights.packed.run(call.x_TD, [widths[expert] for expert in taken], call.thresholds).view_as(call.x)
+    return call.weights.packed.run(call.given, call.expert, call.weights.widths, call.thresholds)
+
+
+def run_sparse_decode(call: Call) -> torch.Tensor:
+    """Few tokens on a GPU, which read the weights of what they keep, tested there."""
+    weights = call.weights
+    assert call.thresholds is not None and weights.activation is not None
+    return sparse_decode(call.given, call.expert, call.thresholds, call.tensors, weights.activation, weights.widths)
 
 
 def run_triton(call: Call) -> torch.Tensor:
@@ -256,7 +265,8 @@ def run_operator(call: Call) -> torch.Tensor:
 
 
 def _all_full(call):
-    return not call.routed and call.expert == len(call.weights.widths) - 1 and call.decision.gates is None
+    full = not call.routed and call.expert == len(call.weights.widths) - 1
+    return full and call.decision.gates is None and call.thresholds is None
 
 
 def _packed(call):
@@ -265,6 +275,11 @@ def _packed(call):
 
 def _all_neurons_needed(call):
     return call.decision.hidden is not None or call.weights.tensors is None or call.weights.training and call.routed
+
+
+def _sparse_on_triton(call):
+    sparse = call.thresholds is not None and call.weights.triton
+    return sparse and runs_sparse_decode(call.given, call.tensors, call.weights.activation)
 
 
 def _on_triton(call):
@@ -309,6 +324,7 @@ EXECUTIONS = (
     Execution("gated", lambda call: call.decision.gates is not None, run_gated, "gates need a gradient through every block"),
     Execution("masked", _all_neurons_needed, run_masked,
               "labels have computed all neurons; in training reading the routes would wait for the device; or the MLP cannot be cut"),
+    Execution("sparse triton", _sparse_on_triton, run_sparse_decode, "few tokens need few weights, and routes never leave the GPU"),
     Execution("triton", _on_triton, run_triton, "routes never leave the GPU"),
     Execution("sliced", _single_token_compiled, run_sliced, "a compiled graph may hold one number that is read when it runs"),
     Execution("operator", _compiled, run_operator, "what is computed depends on numbers that a compiler does not have"),

@@ -47,10 +47,11 @@ MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 @dataclass
 class DynaMoEModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, and `router_logits` and `expert_indices` as in `DynaMoECausalLMOutputWithPast`."""
+    """`BaseModelOutputWithPast`, and the last three of `DynaMoECausalLMOutputWithPast`."""
 
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
+    mlp_shares: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -63,12 +64,14 @@ class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits (`tuple` of (B, S, E - 1), or (B, S, E) with the argmax router): with `output_router_logits=True`, one
         for each layer. The sigmoid of a profile router's logits is the predicted similarity of each smaller expert.
     expert_indices (`tuple` of (B, S) int64): the experts taken, one for each layer, with `output_router_logits=True`.
+    mlp_shares (`tuple` of (B, S)): with `output_router_logits=True`, the share of each MLP's weights that a token read.
     """
 
     lm_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
+    mlp_shares: tuple[torch.FloatTensor, ...] | None = None
 
 
 class DynaMoEPreTrainedModel(PreTrainedModel):
@@ -177,10 +180,6 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         """
         batch = inputs.shape[0]
         sensitivity, density = _checked("sensitivity", sensitivity, batch), _checked("density", density, batch)
-        if density is not None and self.config.thresholds is None:
-            raise ValueError(
-                f"`density` needs thresholds, found density={density} and none in the config. `dynamoe calibrate` fits them."
-            )
         if route is not None and route not in ROUTES:
             raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
         asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
@@ -230,19 +229,19 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def pack(self, kind: str = "int8") -> "DynaMoEPreTrainedModel":
         """
-        Replace the float weights by packed ones, for decoding on a CPU: a token then reads, of the MLPs, the rows of what it keeps.
+        Lay the weights out for decoding with sparsity: a token then reads, of the MLPs, only the weights of what it keeps.
 
         Args:
-            kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`.
+            kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`; or `"transposed"`, the numbers as they are,
+                laid out for the sparse Triton kernel on a GPU.
 
         Returns:
-            This model, which can no longer be trained or saved: its folder stays as it is.
+            This model. In int8 or bfloat16 it can no longer be trained or saved: its folder stays as it is.
 
         Raises:
-            ValueError: an unknown kind, a model on another device, or MLPs that are wrapped, quantised or packed already.
+            ValueError: an unknown kind, another device, or MLPs that are wrapped, quantised or packed.
         """
-        pack_model(self, self.nested_mlps, kind)
-        return self.requires_grad_(False)
+        return pack_model(self, self.nested_mlps, kind)
 
     def save_pretrained(self, *args, **kwargs):
         """As the base class; refused where weights are packed, which have no place in a folder."""
@@ -439,6 +438,7 @@ def _experts_of(routing):
     return {
         "router_logits": tuple(record.router_logits for record in records),
         "expert_indices": tuple(record.expert for record in records),
+        "mlp_shares": tuple(record.share for record in records),
     }
 
 

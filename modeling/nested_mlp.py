@@ -115,15 +115,15 @@ class NestedMLP(nn.Module):
         if gates is not None:
             parts = zip(gates.unbind(-1), block_sizes(self.widths))
             width = sum(gate * (size / self.widths[-1]) for gate, size in parts)
-        share = None
+        taken = torch.zeros_like(expert)
+        for index, size in enumerate(block_sizes(self.widths)):
+            taken += (expert >= index) * size
+        share = taken / self.widths[-1]
         if thresholds is not None:
             assert hidden is not None, "`decide` computes all neurons where records of what is read are wanted"
-            taken = torch.zeros_like(expert)
-            for index, size in enumerate(block_sizes(self.widths)):
-                taken += (expert >= index) * size
             share = share_read(keep_large(x, thresholds.input), hidden, taken, 1 if self.layout.ungated else 2)
         assert logits is not None, "`decide` asks the router where records are wanted"
-        return LayerRecord(logits, expert, profile, label, loss, width, share)
+        return LayerRecord(logits, expert, share, profile, label, loss, width)
 
     def weights(self, x: torch.Tensor, decision: Decision | None = None) -> Weights:
         """This MLP as `run_experts` takes it, for an input like `x`. At full width for all it is called as modules, not cut."""
@@ -131,7 +131,7 @@ class NestedMLP(nn.Module):
         full_width = not isinstance(expert, torch.Tensor) and expert == len(self.widths) - 1
         full_width = full_width and (decision is None or decision.thresholds is None)
         few = self.packed is not None and x.shape[0] * x.shape[1] <= FEW_TOKENS and not torch.is_grad_enabled()
-        if few and not torch.compiler.is_compiling():
+        if few:
             return Weights(self.hidden, self.down_linear, None, self.widths, self.act_name, self.training, packed=self.packed)
         tensors = None if full_width else self.tensors(x)
         triton = tensors is not None and type(tensors.down) in (torch.Tensor, nn.Parameter) and self._uses_triton(x)
@@ -154,7 +154,7 @@ class NestedMLP(nn.Module):
 
     def pack(self, kind: str) -> None:
         """Let packed weights (`packed_weights.py`) replace the float ones, in `"int8"` or `"bfloat16"`."""
-        self.packed = pack_mlp(self, self.layout, self.widths, kind)
+        self.packed = pack_mlp(self, self.layout, self.widths, kind, self.act_name)
 
     def _apply(self, *args, **kwargs):
         self.quantized_slices = QuantizedSlices()  # torch swaps the tensors that it moves, and needs to be their only holder

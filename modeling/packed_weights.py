@@ -9,119 +9,83 @@ the first chunks; those of down into S parts, so that threads share the work.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .dense_base import Layout, Projections
+from .mlp_backends import activation_of
 from .routing import plain_parameters
+from .sparse_decode_triton import lay_by_inputs
 from .sparsity import Thresholds
 
 
-KINDS = ("int8", "bfloat16")
+KINDS = ("int8", "bfloat16", "transposed")
 FEW_TOKENS = 4  # tokens up to which each reads its own rows; from there on one product serves all
 SMALLEST_CHUNK = 64  # neurons: shorter rows cost more than what they save
 PART = 512  # outputs of the down projection in one row, at least
 BLOCK = 1024  # outputs of another linear layer in one row, at most where they divide
 
 
-class Table(nn.Module):
-    """Rows of numbers (R, C) in int8 with a scale and an offset each, or in bfloat16, and weighted sums of them."""
-
-    rows: torch.Tensor
-
-    def __init__(self, rows: torch.Tensor, kind: str):
-        super().__init__()
-        self.kind, self.width = kind, rows.shape[1]
-        packed = (
-            torch.ops.quantized.embedding_bag_byte_prepack(rows.float().contiguous()) if kind == "int8" else rows.bfloat16()
-        )
-        self.register_buffer("rows", packed.contiguous(), persistent=False)
-
-    def dense(self) -> torch.Tensor:
-        """All rows, (R, C) float32 or bfloat16."""
-        return torch.ops.quantized.embedding_bag_byte_unpack(self.rows) if self.kind == "int8" else self.rows
-
-    def sums(self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of rows, one for each of `offsets` (B,) where its rows begin in `indices` (N,): (B, C) float32."""
-        if self.kind == "int8":
-            bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-            return bag(self.rows, indices, offsets, False, 0, False, weights)
-        rows = F.embedding_bag(indices, self.rows, offsets, mode="sum", per_sample_weights=weights.bfloat16())
-        return rows.float()
+def pack_rows(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    """Rows of numbers (R, C) in int8, each followed by its own scale and offset, (R, C + 8) uint8; or in bfloat16."""
+    if kind == "int8":
+        return torch.ops.quantized.embedding_bag_byte_prepack(rows.float().contiguous())
+    return rows.bfloat16().contiguous()
 
 
-class PackedMLP(nn.Module):
-    """The projections of one MLP, packed."""
+def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
+    """The numbers of packed rows, (R, C) float32 or bfloat16."""
+    return torch.ops.quantized.embedding_bag_byte_unpack(packed) if packed.dtype == torch.uint8 else packed
 
-    chunk_starts: torch.Tensor  # first row of each chunk of `inputs`
-    part_starts: torch.Tensor  # first row of each part of `outputs`
-    gate_bias: torch.Tensor | None
-    up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
 
-    def __init__(self, tensors: Projections, widths: list[int], kind: str):
-        super().__init__()
-        hidden_size, neurons = tensors.down.shape
-        chunk = math.gcd(*widths)
-        self.chunk = chunk if chunk >= SMALLEST_CHUNK else neurons
-        parts = max(1, hidden_size // PART)
-        self.parts = parts if hidden_size % parts == 0 else 1
-        inputs = [weight for weight in (tensors.gate, tensors.up) if weight is not None]
-        chunks_GCND = torch.stack([weight.view(-1, self.chunk, hidden_size) for weight in inputs])
-        self.inputs = Table(chunks_GCND.permute(1, 3, 0, 2).flatten(0, 1).flatten(1), kind)
-        self.outputs = Table(tensors.down.t().view(neurons, self.parts, -1).transpose(0, 1).flatten(0, 1), kind)
-        for name in ("gate_bias", "up_bias", "down_bias"):
-            bias = getattr(tensors, name)
-            self.register_buffer(name, None if bias is None else bias.float(), persistent=False)
-        self.act, self.gated = tensors.act, tensors.gate is not None
-        starts = torch.arange(neurons // self.chunk)[:, None] * hidden_size
-        self.register_buffer("chunk_starts", starts, persistent=False)
-        self.register_buffer("part_starts", torch.arange(self.parts)[:, None] * neurons, persistent=False)
+def row_sums(packed: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of rows, one for each of `offsets` (B,) where its rows begin in `indices` (N,): (B, C) float32."""
+    if packed.dtype == torch.uint8:
+        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+        return bag(packed, indices, offsets, False, 0, False, weights)
+    return F.embedding_bag(indices, packed, offsets, mode="sum", per_sample_weights=weights.bfloat16()).float()
 
-    def tensors(self, dtype: torch.dtype) -> Projections:
-        """The weights as plain tensors, made anew: for calls of many tokens, which they cost little beside."""
-        hidden_size = self.inputs.rows.shape[0] // len(self.chunk_starts)
-        chunks = self.inputs.dense().to(dtype).view(len(self.chunk_starts), hidden_size, -1, self.chunk)
-        weights = chunks.permute(2, 0, 3, 1).flatten(1, 2)
-        gate, up = (weights[0], weights[1]) if self.gated else (None, weights[0])
-        down = self.outputs.dense().to(dtype).view(self.parts, -1, hidden_size // self.parts).transpose(0, 1).flatten(1).t()
-        biases: list[Any] = [
-            None if bias is None else bias.to(dtype) for bias in (self.gate_bias, self.up_bias, self.down_bias)
-        ]
-        return Projections(gate, biases[0], up, biases[1], down, biases[2], self.act)
 
-    def run(self, x: torch.Tensor, widths: list[int], thresholds: Thresholds | None) -> torch.Tensor:
-        """Few tokens, each through its own prefix without what is small: (T, D) -> (T, D)."""
-        limits: list[list[float]] = [[0.0] * len(x)] * 2
-        if thresholds is not None:
-            limits = [torch.as_tensor(value).expand(len(x), 1, 1).flatten().tolist() for value in thresholds]
-        rows = [self._token(*each) for each in zip(x.float(), widths, *limits)]
+class Tables(NamedTuple):
+    """The projections of one MLP as packed rows."""
+
+    inputs: torch.Tensor  # rows of gate and up: the neurons of one chunk, for one input
+    outputs: torch.Tensor  # rows of down: one part of the outputs, for one neuron
+    gate_bias: torch.Tensor | None  # (H,)
+    up_bias: torch.Tensor | None  # (H,)
+    down_bias: torch.Tensor | None  # (D,)
+    act: Callable[[torch.Tensor], torch.Tensor]
+    gated: bool
+    chunk: int  # neurons
+    parts: int
+
+    def run(self, x: torch.Tensor, widths: list[int], thresholds: list[list[float]]) -> torch.Tensor:
+        """Few tokens, each through its own prefix, without what is under its own thresholds: (T, D) -> (T, D)."""
+        rows = [self._token(*each) for each in zip(x.float(), widths, *thresholds)]
         return _stacked(rows).to(x.dtype)
 
     def _token(self, x, width, least_input, least_hidden):
-        y = self._output(self._hidden(x, width, least_input), least_hidden)
+        parts = torch.arange(self.parts)[:, None] * (self.outputs.shape[0] // self.parts)
+        y = _sums(self.outputs, self._hidden(x, width, least_input), least_hidden, parts).flatten()
         return y if self.down_bias is None else y + self.down_bias
 
     def _hidden(self, x, width, least):
         """Activations of the first `width` neurons: (D,) -> (width,)."""
         if width == 0:
             return x[:0]
-        chunks = -(-width // self.chunk)
-        both = _sums(self.inputs, x, least, self.chunk_starts[:chunks]).view(chunks, -1, self.chunk)
-        gate = both[:, 0].flatten()[:width]
-        if self.gate_bias is not None:
-            gate = gate + self.gate_bias[:width]
+        chunks = torch.arange(-(-width // self.chunk))[:, None] * len(x)
+        both = _sums(self.inputs, x, least, chunks).view(len(chunks), -1, self.chunk)
+        first = both[:, 0].flatten()[:width]
         if not self.gated:
-            return self.act(gate if self.up_bias is None else gate + self.up_bias[:width])
+            return self.act(first if self.up_bias is None else first + self.up_bias[:width])
         up = both[:, 1].flatten()[:width]
-        return self.act(gate) * (up if self.up_bias is None else up + self.up_bias[:width])
-
-    def _output(self, hidden, least):
-        """(width,) -> (D,)."""
-        return _sums(self.outputs, hidden, least, self.part_starts).flatten()
+        if self.gate_bias is not None and self.up_bias is not None:
+            first, up = first + self.gate_bias[:width], up + self.up_bias[:width]
+        return self.act(first) * up
 
 
 def _stacked(rows):
@@ -129,7 +93,7 @@ def _stacked(rows):
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _sums(table, values, least, starts):
+def _sums(packed, values, least, starts):
     """For each block of rows that begins at `starts` (B, 1): the sum of its rows, times the values (N,) that are not small."""
     blocks, kept = len(starts), None
     if least > 0:
@@ -137,13 +101,115 @@ def _sums(table, values, least, starts):
         values = values[kept]
     count = len(values)
     if count == 0:
-        return values.new_zeros(blocks, table.width)
+        return values.new_zeros(blocks, packed.shape[1] - 8 * (packed.dtype == torch.uint8))
     kept = torch.arange(count) if kept is None else kept
     if blocks == 1:
-        return table.sums(kept, starts[0], values)
+        return row_sums(packed, kept, starts[0], values)
     # The trap: of a single value `reshape` gives a view without a stride, which the kernel reads as if it were contiguous.
     weights = values.expand(blocks, -1).reshape(-1).contiguous()
-    return table.sums((starts + kept).flatten(), torch.arange(0, blocks * count, count), weights)
+    return row_sums(packed, (starts + kept).flatten(), torch.arange(0, blocks * count, count), weights)
+
+
+class PackedMLP(nn.Module):
+    """The projections of one MLP, packed."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    gate_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+    def __init__(self, tensors: Projections, widths: list[int], kind: str, activation: str | None):
+        super().__init__()
+        (hidden_size, neurons), chunk, parts = tensors.down.shape, math.gcd(*widths), max(1, tensors.down.shape[0] // PART)
+        self.chunk = chunk if chunk >= SMALLEST_CHUNK else neurons
+        self.parts = parts if hidden_size % parts == 0 else 1
+        self.hidden_size, self.act, self.activation, self.gated = (
+            hidden_size,
+            tensors.act,
+            activation,
+            tensors.gate is not None,
+        )
+        weights = [weight for weight in (tensors.gate, tensors.up) if weight is not None]
+        chunks_GCND = torch.stack([weight.view(-1, self.chunk, hidden_size) for weight in weights])
+        parts_PHD = tensors.down.t().view(neurons, self.parts, -1).transpose(0, 1)
+        self.register_buffer(
+            "inputs", pack_rows(chunks_GCND.permute(1, 3, 0, 2).flatten(0, 1).flatten(1), kind), persistent=False
+        )
+        self.register_buffer("outputs", pack_rows(parts_PHD.flatten(0, 1), kind), persistent=False)
+        for name in ("gate_bias", "up_bias", "down_bias"):
+            bias = getattr(tensors, name)
+            self.register_buffer(name, None if bias is None else bias.float(), persistent=False)
+
+    @property
+    def tables(self) -> Tables:
+        """What a token reads."""
+        biases = self.gate_bias, self.up_bias, self.down_bias
+        return Tables(self.inputs, self.outputs, *biases, self.act, self.gated, self.chunk, self.parts)
+
+    def tensors(self, dtype: torch.dtype) -> Projections:
+        """The weights as plain tensors, made anew: for calls of many tokens, which they cost little beside."""
+        chunks = unpack_rows(self.inputs).to(dtype).view(-1, self.hidden_size, 1 + self.gated, self.chunk)
+        weights = chunks.permute(2, 0, 3, 1).flatten(1, 2)
+        gate, up = (weights[0], weights[1]) if self.gated else (None, weights[0])
+        parts = unpack_rows(self.outputs).to(dtype).view(self.parts, -1, self.hidden_size // self.parts)
+        biases = (self.gate_bias, self.up_bias, self.down_bias)
+        gate_bias, up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in biases)
+        return Projections(gate, gate_bias, up, up_bias, parts.transpose(0, 1).flatten(1).t(), down_bias, self.act)
+
+    def run(
+        self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
+    ) -> torch.Tensor:
+        """Few tokens, each through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
+        if not torch.compiler.is_compiling():
+            taken = expert.flatten().tolist() if isinstance(expert, torch.Tensor) else [expert] * (x.shape[0] * x.shape[1])
+            least = _least(thresholds, x.shape[:2])
+            return self.tables.run(x.flatten(0, 1), [widths[index] for index in taken], least).view_as(x)
+        if not isinstance(expert, torch.Tensor):
+            expert = torch.full(x.shape[:2], expert)
+        of_each = [
+            None if thresholds is None else torch.as_tensor(value, dtype=torch.float32) for value in thresholds or (0, 0)
+        ]
+        *tables, _, gated, chunk, parts = self.tables
+        return packed_mlp_op(x, expert, *of_each, *tables, self.activation, gated, chunk, parts, widths)
+
+
+def _least(thresholds, shape):
+    """The thresholds of x and of h of each token, as lists."""
+    if thresholds is None:
+        return [[0.0] * (shape[0] * shape[1])] * 2
+    if not isinstance(thresholds.input, torch.Tensor):
+        return [[value] * (shape[0] * shape[1]) for value in thresholds]
+    return [value.expand(*shape, 1).flatten().tolist() for value in thresholds]
+
+
+@torch.library.custom_op("dynamoe::packed_mlp", mutates_args=())
+def packed_mlp_op(
+    x: torch.Tensor,
+    expert: torch.Tensor,
+    least_input: torch.Tensor | None,
+    least_hidden: torch.Tensor | None,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    chunk: int,
+    parts: int,
+    widths: list[int],
+) -> torch.Tensor:
+    """`PackedMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D)."""
+    tables = Tables(inputs, outputs, gate_bias, up_bias, down_bias, activation_of(activation), gated, chunk, parts)
+    thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
+    taken = [widths[index] for index in expert.flatten().tolist()]
+    return tables.run(x.flatten(0, 1), taken, _least(thresholds, x.shape[:2])).view(x.shape)
+
+
+@packed_mlp_op.register_fake
+def _(x, *inputs):
+    return torch.empty_like(x)
 
 
 class PackedProjection(nn.Module):
@@ -178,47 +244,59 @@ class PackedProjection(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer with packed weights: (..., in) -> (..., out). Its outputs are cut into blocks, the rows of a table."""
 
+    rows: torch.Tensor  # (blocks * in, out / blocks), packed
     bias: torch.Tensor | None
-    indices: torch.Tensor  # of all rows of all blocks
-    offsets: torch.Tensor  # where those of each block begin
 
     def __init__(self, linear: nn.Linear, kind: str):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.blocks = next(count for count in range(-(-self.out_features // BLOCK), 0, -1) if self.out_features % count == 0)
         blocks = linear.weight.detach().view(self.blocks, -1, self.in_features)
-        self.table = Table(blocks.transpose(1, 2).flatten(0, 1), kind)
+        self.register_buffer("rows", pack_rows(blocks.transpose(1, 2).flatten(0, 1), kind), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
-        self.register_buffer("indices", torch.arange(self.blocks * self.in_features), persistent=False)
-        self.register_buffer("offsets", torch.arange(self.blocks) * self.in_features, persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
         """(out, in), made anew."""
-        return self.table.dense().view(self.blocks, self.in_features, -1).transpose(1, 2).flatten(0, 1)
+        return unpack_rows(self.rows).view(self.blocks, self.in_features, -1).transpose(1, 2).flatten(0, 1)
 
     def forward(self, x):
-        flat = x.reshape(-1, self.in_features).float()
+        flat = x.reshape(-1, self.in_features)
         if len(flat) > FEW_TOKENS:
-            return F.linear(flat, self.weight.float(), self.bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y = _stacked([self._token(token) for token in flat])
-        y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def _token(self, x):
-        weights = x if self.blocks == 1 else x.expand(self.blocks, -1).reshape(-1).contiguous()
-        return self.table.sums(self.indices, self.offsets, weights).flatten()
+            return F.linear(flat.float(), self.weight.float(), self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+        run = packed_linear_op if torch.compiler.is_compiling() else packed_linear
+        return run(flat, self.rows, self.bias, self.blocks).view(*x.shape[:-1], -1)
 
 
-def pack_model(model: Any, mlps: list[Any], kind: str) -> None:
+def packed_linear(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, blocks: int) -> torch.Tensor:
+    """(T, in) -> (T, out), token by token."""
+    starts = torch.arange(blocks)[:, None] * x.shape[1]
+    y = _stacked([_sums(rows, token, 0.0, starts).flatten() for token in x.float()])
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@torch.library.custom_op("dynamoe::packed_linear", mutates_args=())
+def packed_linear_op(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, blocks: int) -> torch.Tensor:
+    """`packed_linear` as one node of a compiled graph."""
+    return packed_linear(x, rows, bias, blocks)
+
+
+@packed_linear_op.register_fake
+def _(x, rows, bias, blocks):
+    return x.new_empty(x.shape[0], blocks * (rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
+
+
+def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
     """
-    Pack the nested MLPs of a model, and all its other linear layers but the routers. Raises `ValueError`, before anything is
-    changed, where that cannot be done.
+    Pack the nested MLPs of a model, and all its other linear layers but the routers, and return it. Raises `ValueError`, before
+    anything is changed, where that cannot be done.
     """
     if kind not in KINDS:
         raise ValueError(f"The kind of packing is unknown: found {kind!r}. Choose one of {', '.join(KINDS)}.")
-    if model.device.type != "cpu":
-        raise ValueError(f"Packed weights are for the CPU, found a model on {model.device}. Move it with `model.to('cpu')`.")
+    if model.device.type != "cpu" and kind != "transposed":
+        raise ValueError(
+            f"Packed weights are for the CPU, found a model on {model.device}. Move it with `model.to('cpu')`, or pack it 'transposed'."
+        )
     for mlp in mlps:
         if plain_parameters([getattr(mlp, name) for name in mlp.layout.projections], model.device) is None:
             raise ValueError(
@@ -226,14 +304,21 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> None:
                 "Merge adapters (`merge_and_unload`), or load the model anew."
             )
     for mlp in mlps:
-        mlp.pack(kind)
-    pack_linears(model, kind, tuple({type(mlp) for mlp in mlps}))
+        if kind == "transposed":
+            for name in mlp.layout.projections:
+                lay_by_inputs(getattr(mlp, name))
+        else:
+            mlp.pack(kind)
+    if kind != "transposed":
+        pack_linears(model, kind, tuple({type(mlp) for mlp in mlps}))
+        model.requires_grad_(False)
+    return model
 
 
-def pack_mlp(mlp: nn.Module, layout: Layout, widths: list[int], kind: str) -> PackedMLP:
+def pack_mlp(mlp: nn.Module, layout: Layout, widths: list[int], kind: str, activation: str | None) -> PackedMLP:
     """The packed form of an MLP, whose projections become `PackedProjection`; the float weights are let go."""
     with torch.no_grad():
-        packed = PackedMLP(layout.tensors(mlp), widths, kind)
+        packed = PackedMLP(layout.tensors(mlp), widths, kind, activation)
     places = {layout.up: "both" if layout.fused else "up", layout.down: "down"}
     if layout.gate:
         places[layout.gate] = "gate"

@@ -28,11 +28,11 @@ class LayerRecord(NamedTuple):
 
     router_logits: torch.Tensor  # (B, S, E - 1); (B, S, E) with the argmax router
     expert: torch.Tensor  # (B, S) int64
+    share: torch.Tensor  # (B, S) share of the MLP's weights that the token reads, float32
     profile: Any = None  # (B, S, E) true similarities
     label: Any = None  # (B, S) int64
     router_loss: Any = None  # (B, S)
     width: Any = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
-    share: Any = None  # (B, S) share of the MLP's weights that is read, where sparsity leaves some out; else it is the width's
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,13 @@ class Routing:
         if self.sensitivity is None:
             forced = config.force_expert if self.force_expert is None else self.force_expert
             routing = replace(self, sensitivity=config.sensitivity, force_expert=forced)
-        if config.thresholds is None:
-            return routing
         density = routing.density
+        if config.thresholds is None:
+            if isinstance(density, torch.Tensor) or density not in (None, 1):
+                raise ValueError(
+                    f"`density` needs thresholds, found density={density} and none in the config. `dynamoe calibrate` fits them."
+                )
+            return routing
         if density is None:
             if routing.force_expert is not None:
                 return routing

@@ -23,6 +23,14 @@ def nested_mlp(mlp, x_TD, expert_T):
     return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
 
 
+def in_a_gap(values, low, high):
+    """A threshold that rounding takes no value across: the middle of the largest gap between their sizes."""
+    sizes = values.abs().flatten().sort().values
+    sizes = sizes[(sizes > low) & (sizes < high)]
+    gap = (sizes[1:] - sizes[:-1]).argmax()
+    return ((sizes[gap] + sizes[gap + 1]) / 2).item()
+
+
 def sparse_mlp(mlp, x_TD, expert_T, input_T, hidden_T, gates_TE=None):
     """
     As `nested_mlp`, without the numbers that are smaller than a threshold, one for each token: of x, and of the activations.

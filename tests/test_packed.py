@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import run_mlp, tiny_dynamoe
-from reference import assert_close, sparse_mlp
+from reference import assert_close, in_a_gap, sparse_mlp
 from test_sparsity import PATH, TABLE
 
 from dynamoe_hf.modeling import packed_weights
 from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution
-from dynamoe_hf.modeling.packed_weights import FEW_TOKENS, PackedLinear, Table
+from dynamoe_hf.modeling.packed_weights import FEW_TOKENS, PackedLinear, pack_rows, row_sums, unpack_rows
 from dynamoe_hf.modeling.sparsity import Thresholds
 
 
@@ -54,20 +54,12 @@ def plain(mlp):
 def test_a_table_sums_its_rows(kind):
     torch.manual_seed(0)
     rows = torch.randn(12, 24)
-    table = Table(rows, kind)
-    largest = rows.abs().max().item()
-    assert_close("rows", table.dense().float(), rows, atol=largest / 100)
+    packed = pack_rows(rows, kind)
+    largest, dense = rows.abs().max().item(), unpack_rows(packed).float()
+    assert_close("rows", dense, rows, atol=largest / 100)
     indices, weights = torch.tensor([3, 5, 7, 0, 1]), torch.randn(5)
-    expected = torch.stack([weights[:2] @ table.dense()[[3, 5]].float(), weights[2:] @ table.dense()[[7, 0, 1]].float()])
-    assert_close("sums", table.sums(indices, torch.tensor([0, 2]), weights), expected, atol=0.02 * largest, rtol=0.02)
-
-
-def in_a_gap(values, low, high):
-    """A threshold that rounding takes no value across: the middle of the largest gap between their sizes."""
-    sizes = values.abs().flatten().sort().values
-    sizes = sizes[(sizes > low) & (sizes < high)]
-    gap = (sizes[1:] - sizes[:-1]).argmax()
-    return ((sizes[gap] + sizes[gap + 1]) / 2).item()
+    expected = torch.stack([weights[:2] @ dense[[3, 5]], weights[2:] @ dense[[7, 0, 1]]])
+    assert_close("sums", row_sums(packed, indices, torch.tensor([0, 2]), weights), expected, atol=0.02 * largest, rtol=0.02)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense experts", "thresholds"])
@@ -169,3 +161,15 @@ def test_widths_without_a_common_chunk():
     with torch.no_grad():
         y, expected = run_mlp(mlp, x, torch.tensor([[0, 1]])), run_mlp(plain(mlp), x, torch.tensor([[0, 1]]))
     assert_close("output", y, expected, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dial", [1.0, 0.5, torch.tensor([0.4])], ids=["full width", "routed", "of each sequence"])
+def test_compiled_in_one_graph(kind, dial, token_ids):
+    packed, step = model("gated with biases").pack(kind), token_ids[:1, :1]
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = packed(step, sensitivity=dial, use_cache=False).logits
+        logits = compiled(step, sensitivity=dial, use_cache=False).logits
+    assert_close("logits", logits, expected, atol=1e-4 * expected.abs().max().item())

@@ -134,7 +134,7 @@ def test_page_holds_the_exact_numbers():
     page = tokens_page(["a", "\n", "<"], shares, "budget 0.5")
     assert "const rows = [[250,750,750],[250,1000,500],[250,500,1000]]" in page
     titles = re.findall(r'title="([^"]+)"', page)
-    assert titles[1] == "75.0% of the MLP width, mean over 2 layers (50% to 100%)"
+    assert titles[1] == "75.0% of the MLPs' weights, mean over 2 layers (50% to 100%)"
     assert shown_text(page) == "a\n<"
     # The colour is the mean: lightest for the easiest token, the same for equal means.
     assert re.findall(r"--share:([\d.]+)", page) == ["0.000", "1.000", "1.000"]
@@ -225,7 +225,7 @@ def test_frontier_falls_back_to_perplexity():
     points = {tuple(line.get_xdata()): tuple(line.get_ydata()) for line in axis.lines if line.get_marker() in "os"}
     assert points == {(50.0, 75.0): (21.0, 17.5), (25.0, 50.0): (24.5, 35.0)}
     assert any(list(line.get_ydata()) == [14.0, 14.0] for line in axis.lines), "the dense model is drawn"
-    assert "50% of the MLP width gives 21.00 perplexity" in " ".join(axis.texts[-1].get_text().split())
+    assert "50% of the MLPs' weights gives 21.00 perplexity" in " ".join(axis.texts[-1].get_text().split())
 
 
 @pytest.mark.parametrize("experts", [4, 8])

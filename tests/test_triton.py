@@ -11,13 +11,17 @@ import sys
 import pytest
 import torch
 from conftest import run_mlp, tiny_dynamoe
-from reference import assert_close, nested_mlp
+from reference import assert_close, in_a_gap, nested_mlp, sparse_mlp
+from test_sparsity import PATH, TABLE
 from transformers.activations import ACT2FN
 
 
 triton = pytest.importorskip("triton")
 from dynamoe_hf.modeling import nested_mlp_triton as kernels  # noqa: E402
 from dynamoe_hf.modeling.dense_base import Projections  # noqa: E402
+from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution  # noqa: E402
+from dynamoe_hf.modeling.sparse_decode_triton import lay_by_inputs, sparse_decode  # noqa: E402
+from dynamoe_hf.modeling.sparsity import Thresholds  # noqa: E402
 
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
@@ -396,3 +400,70 @@ def test_cuda_graphs(tokens):
             expert.random_(4)
             graph.replay()
             assert_close(f"replay {seed}", y, run_mlp(mlp, x, expert))
+
+
+SPARSE_CASES = {**CASES, "relu": {"family": "starcoder2", "hidden_act": "relu"}}
+
+
+@pytest.mark.parametrize("of_each", [False, True], ids=["one threshold", "thresholds of each sequence"])
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize("case", SPARSE_CASES)
+def test_sparse_decoding_equals_the_plain_loop(case, tokens, of_each, fresh_memory_holds_nan):
+    mlp = tiny_mlp(**SPARSE_CASES[case])
+    for name in mlp.layout.projections:
+        lay_by_inputs(getattr(mlp, name))
+    torch.manual_seed(tokens)
+    x, experts = torch.randn(tokens, 1, 72).to(DEVICE), len(mlp.widths)
+    least_input = in_a_gap(x, 0.2, 0.9)
+    hidden = mlp.hidden(x * (x.abs() >= least_input))
+    values = (least_input, in_a_gap(hidden, 0.01, 2.0))
+    thresholds = Thresholds(*values)
+    if of_each:
+        thresholds = Thresholds(*(torch.full((tokens, 1, 1), value, device=DEVICE) for value in values))
+    for expert in (torch.arange(tokens, device=DEVICE).view(-1, 1) % experts, experts - 1, 0):
+        own = expert.flatten() if isinstance(expert, torch.Tensor) else torch.full((tokens,), expert)
+        with torch.no_grad():
+            call = Call(x, Decision(expert, thresholds=thresholds), mlp.weights(x, Decision(expert, thresholds=thresholds)))
+            assert choose_execution(call).name == "sparse triton"
+            y = choose_execution(call).run(call)[:, 0]
+            expected, _ = sparse_mlp(mlp.double(), x[:, 0].double(), own, *([value] * tokens for value in values))
+            mlp.float()
+            for name in mlp.layout.projections:
+                lay_by_inputs(getattr(mlp, name))
+        assert_close(f"{tokens} tokens, {expert}", y.double(), expected, atol=1e-5 * expected.abs().max().item() + 1e-7)
+
+
+def test_what_is_left_out_is_not_read():
+    """Weights of inputs and neurons that are left out, and beyond the prefix, may be anything."""
+    mlp = tiny_mlp()
+    x = torch.zeros(1, 1, 72, device=DEVICE)
+    x[..., ::3] = torch.linspace(1, 2, 24, device=DEVICE)
+    thresholds, width = Thresholds(0.5, 0.0), mlp.widths[1]
+    for name in mlp.layout.projections:
+        lay_by_inputs(getattr(mlp, name))
+    with torch.no_grad():
+        run = sparse_decode(x, 1, thresholds, mlp.tensors(x), mlp.act_name, mlp.widths)
+        left_out = torch.ones(72, dtype=torch.bool, device=DEVICE)
+        left_out[::3] = False
+        mlp.gate_proj.weight[:, left_out] = mlp.up_proj.weight[:, left_out] = float("nan")
+        mlp.gate_proj.weight[width:] = mlp.up_proj.weight[width:] = float("nan")
+        mlp.down_proj.weight[:, width:] = float("nan")
+        again = sparse_decode(x, 1, thresholds, mlp.tensors(x), mlp.act_name, mlp.widths)
+    assert torch.equal(run, again)
+
+
+@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+def test_a_transposed_model_is_the_same(family, token_ids):
+    settings = {"thresholds": TABLE, "density_path": PATH}
+    plain, model = (tiny_dynamoe(family, **settings).to(DEVICE) for _ in range(2))
+    model.pack("transposed").set_mlp_implementation("triton")
+    ids = token_ids.to(DEVICE)
+    with torch.no_grad():
+        for dial in (0.5, torch.tensor([0.35, 0.9], device=DEVICE)):
+            expected, caches = plain(ids, sensitivity=dial).logits, None
+            steps = []
+            for step in ids.split(1, dim=1):
+                out = model(step, past_key_values=caches, use_cache=True, sensitivity=dial)
+                caches = out.past_key_values
+                steps.append(out.logits)
+            assert (torch.cat(steps, 1) - expected).norm() < 0.02 * expected.norm()
