@@ -25,7 +25,7 @@ if TRITON:
     import triton.language as tl
 
 FEW = 4  # tokens: each further one is likely to need what the others leave out
-BLOCK_INPUTS, BLOCK_NEURONS, BLOCK_OUTPUTS = 16, 128, 128
+READ, WRITTEN = 16, 128  # rows of weights in a block, and what they give; of several tokens half of it, or registers spill
 SPLIT = 8  # parts of a sum
 
 
@@ -98,7 +98,7 @@ def _output_kernel(
         here = live[:, None] & row_live[None, :]
         first = tl.zeros((TOKENS, BLOCK_H), tl.float32)
         up = tl.zeros((TOKENS, BLOCK_H), tl.float32)
-        for other in tl.static_range(SPLIT):
+        for other in range(SPLIT):
             place = (other * 2 * T + token[:, None]) * H + row[None, :]
             if GATED:
                 first += tl.load(part_ptr + place, here, 0.0)
@@ -126,14 +126,15 @@ def _forward(x_TD, expert_T, least_input, least_hidden, gate, gate_bias, up, up_
     y = x_TD.new_empty(SPLIT, T, D, dtype=torch.float32)
     gated, first = gate is not None, up if gate is None else gate
     sizes = {"GATED": gated, "TOKENS": tokens, "SPLIT": SPLIT}
+    block = WRITTEN if tokens == 1 else WRITTEN // 2
     with torch.cuda.device_of(x_TD):
-        _input_kernel[triton.cdiv(H, BLOCK_NEURONS), SPLIT](
+        _input_kernel[triton.cdiv(H, block), SPLIT](
             x_TD, expert_T, least_input, first, up, parts, T, D, H, first.stride(1), up.stride(1), tuple(widths),
-            **sizes, BLOCK_D=BLOCK_INPUTS, BLOCK_H=BLOCK_NEURONS,
+            **sizes, BLOCK_D=READ, BLOCK_H=block,
         )  # fmt: skip
-        _output_kernel[triton.cdiv(D, BLOCK_OUTPUTS), SPLIT](
+        _output_kernel[triton.cdiv(D, block), SPLIT](
             parts, expert_T, least_hidden, gate_bias, up_bias, down, y, T, D, H, down.stride(1), tuple(widths),
-            ACT=ACTIVATIONS[act], **sizes, BLOCK_H=BLOCK_INPUTS, BLOCK_D=BLOCK_OUTPUTS,
+            ACT=ACTIVATIONS[act], **sizes, BLOCK_H=READ, BLOCK_D=block,
         )  # fmt: skip
     y = y.sum(0)
     return (y if down_bias is None else y + down_bias).to(x_TD.dtype)
