@@ -24,14 +24,14 @@ from dynamoe_hf.benchmark import COLD_BYTES, SHAPES, interleaved, machine, torch
 from dynamoe_hf.convert import dense_prefix
 from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.folder import load_model, load_tokenizer, write_json
-from dynamoe_hf.modeling.mlp_backends import Decision, Weights, run_experts
+from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
 from dynamoe_hf.modeling.sparsity import thresholds_at
 from dynamoe_hf.threshold_fit import fit_thresholds
 
 
 WIDTH, DENSITY = 5, 2 / 3  # the expert of 3/4 of the width, and the share of its weights that is kept: half of all
 PROMPT = 64
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def random_model(hidden_size, mlp_width, layers, **settings):
@@ -92,16 +92,13 @@ def batches(rounds, name="Llama-3.2-1B"):
             for mlp in model.nested_mlps:
                 mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
 
-        def own_rows(x=x):
+        def packed_tables(together, x=x):
             for mlp, both in zip(packed, thresholds):
-                mlp.packed.run(x, WIDTH, mlp.widths, both)
+                tables, least = mlp.packed.tables, [[float(value)] * len(x[0]) for value in both]
+                (tables.run_together if together else tables.run)(x[0], [mlp.widths[WIDTH]] * len(x[0]), least)
 
-        def unpacked(x=x):
-            for mlp, both in zip(packed, thresholds):
-                weights = Weights.of_tensors(mlp.packed.tensors(x.dtype), mlp.widths)
-                run_experts(x, Decision(WIDTH, thresholds=both), weights)
-
-        runs = {"float32": [dense], "rows of its own": [own_rows], "unpacked": [unpacked]}
+        own, together = partial(packed_tables, False), partial(packed_tables, True)
+        runs = {"float32": [dense], "rows of its own": [own], "together": [together]}
         for case, row in interleaved(runs, rounds, f"{tokens} tokens").items():
             rows[f"{tokens} tokens, {case}"] = row
     return rows

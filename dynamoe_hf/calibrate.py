@@ -24,6 +24,7 @@ from .threshold_fit import fit_thresholds
 
 TOLERANCE = 0.02  # a budget is reached when the mean share is this near on the calibration text
 NEAR = 0.004  # when the search for it stops
+STEP = 1e-4  # between the sensitivities of two budgets, at least
 WIDTHS = (1.0, 0.85, 0.7, 0.55, 0.4)  # mean shares of the width at which mixes are tried
 DENSITIES = (1.0, 0.85, 0.7, 0.55, 0.4)  # inside them
 MIX_TOKENS = 2048  # on which mixes are compared
@@ -81,7 +82,7 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
         starts = cheapest_mixes(mixes, budgets, lambda width: start_sensitivity(model, logits_LTE, width))
     places: list[Place] = []
     for budget, start in zip(tqdm(budgets, desc="Calibrating", leave=False), starts):
-        places.append(_solve(model, blocks, budget, start, places[-1] if places else None, batch_size))
+        places.append(_solve(model, blocks, budget, start, places[-1] if places else None, lowest, batch_size))
     found = dict(sorted(((f"{b:g}", _entry(place)) for b, place in zip(budgets, places)), key=lambda item: float(item[0])))
     path = [[entry["sensitivity"], entry["density"]] for entry in found.values()]
     record = {
@@ -208,13 +209,13 @@ def sensitivity_at(
     return nearest[0]
 
 
-def _solve(model, blocks, budget, start, above: Place | None, batch_size, rounds=6) -> Place:
+def _solve(model, blocks, budget, start, above: Place | None, lowest, batch_size, rounds=6) -> Place:
     """
-    The place nearest to `budget`, from the mix `start`, below the place `above`. The density is moved while it is under that of
-    `above`, else the sensitivity.
+    The place nearest to `budget`, from the mix `start`, with less sensitivity than `above` and no more density. The density is
+    moved while it may be, between `lowest` and that of `above`; else the sensitivity.
     """
-    sensitivity, density = start
-    highest = above.density if above else 1.0
+    limit, highest = (above.sensitivity - STEP, above.density) if above else (1.0, 1.0)
+    sensitivity, density = min(start[0], limit), min(start[1], highest)
     shares, best = expert_shares(model), None
     for _ in range(rounds):
         run = run_routers(model, blocks, shares, sensitivity, batch_size, density)
@@ -224,22 +225,16 @@ def _solve(model, blocks, budget, start, above: Place | None, batch_size, rounds
         if abs(reached - budget) < NEAR:
             break
         wanted = density * budget / reached
-        if density < highest and wanted < highest:
-            density = wanted
-        else:
-            density = min(density, highest)
-            sensitivity = start_sensitivity(model, run.logits_LTE, run.width * budget / reached)
+        density = min(max(wanted, lowest), highest)
+        if density != wanted:
+            width = run.width * wanted / density
+            sensitivity = min(start_sensitivity(model, run.logits_LTE, width), limit)
     assert best is not None
     reached = best.run.share_N.mean().item()
     if abs(reached - budget) > TOLERANCE:
         raise ValueError(
             f"budget={budget:g} cannot be reached: the nearest mean share is {reached:.3f}, at sensitivity {best.sensitivity:.4f}. "
             "Routers that see no difference between tokens cannot divide them: run `dynamoe train` first, or train longer."
-        )
-    if above and best.sensitivity >= above.sensitivity:
-        raise ValueError(
-            f"The dial is not monotone: budget={budget:g} needs sensitivity {best.sensitivity:.4f}, and the larger budget before it "
-            f"{above.sensitivity:.4f}. Train longer, or calibrate budgets that are further apart."
         )
     return best
 

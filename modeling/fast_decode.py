@@ -10,7 +10,6 @@ To do without it, delete the line that calls it in `NestedMLP.forward`. It steps
 import torch
 import torch.nn.functional as F
 
-from .packed_weights import FEW_TOKENS
 from .routing import Routing, TokenRouter, has_hooks, plain_parameters
 from .sparsity import keep_large
 
@@ -30,7 +29,7 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
         return None
     own = getattr(type(router), "forward", None) is not TokenRouter.forward  # wrapped, or a rule with a `forward` of its own
     layers = plain_parameters([router._modules.get("input"), router._modules.get("output")], x.device)
-    packed = mlp.packed if tokens <= FEW_TOKENS else None
+    packed = mlp.packed
     tensors = None if packed else mlp.tensors(x)
     if own or layers is None or has_hooks(router) or (packed or tensors) is None:
         return None

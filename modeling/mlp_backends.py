@@ -226,8 +226,8 @@ def run_staircase(call: Call) -> torch.Tensor:
     return y_TD.index_select(0, order_T.argsort()).view(*call.x.shape[:-1], -1)
 
 
-def run_bags(call: Call) -> torch.Tensor:
-    """Few tokens, each of which reads only the packed rows of what it keeps."""
+def run_packed(call: Call) -> torch.Tensor:
+    """By packed weights: few tokens read only the rows of what they keep."""
     return call.weights.packed.run(call.given, call.expert, call.weights.widths, call.thresholds)
 
 
@@ -319,7 +319,7 @@ class Execution(NamedTuple):
 
 
 EXECUTIONS = (
-    Execution("bags", _packed, run_bags, "decoding waits for weights from memory, and packed ones are few bytes, of kept rows alone"),
+    Execution("packed", _packed, run_packed, "decoding waits for weights from memory, and packed ones are few bytes, of kept rows alone"),
     Execution("dense", _all_full, run_dense, "nothing to leave out: the base's own modules, in its own order"),
     Execution("gated", lambda call: call.decision.gates is not None, run_gated, "gates need a gradient through every block"),
     Execution("masked", _all_neurons_needed, run_masked,

@@ -16,7 +16,7 @@ from .difficulty import label_of, similarity_profile
 from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
 from .nested_mlp_triton import runs_triton, triton_is_faster
-from .packed_weights import FEW_TOKENS, PackedMLP, pack_mlp
+from .packed_weights import PackedMLP, pack_mlp
 from .quantized_slices import QuantizedSlices
 from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
 from .sparsity import Thresholds, keep_large, share_read
@@ -130,8 +130,7 @@ class NestedMLP(nn.Module):
         expert = None if decision is None else decision.expert
         full_width = not isinstance(expert, torch.Tensor) and expert == len(self.widths) - 1
         full_width = full_width and (decision is None or decision.thresholds is None)
-        few = self.packed is not None and x.shape[0] * x.shape[1] <= FEW_TOKENS and not torch.is_grad_enabled()
-        if few:
+        if self.packed is not None and not torch.is_grad_enabled():
             return Weights(self.hidden, self.down_linear, None, self.widths, self.act_name, self.training, packed=self.packed)
         tensors = None if full_width else self.tensors(x)
         triton = tensors is not None and type(tensors.down) in (torch.Tensor, nn.Parameter) and self._uses_triton(x)

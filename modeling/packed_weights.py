@@ -20,11 +20,13 @@ from .dense_base import Layout, Projections
 from .mlp_backends import activation_of
 from .routing import plain_parameters
 from .sparse_decode_triton import lay_by_inputs
-from .sparsity import Thresholds
+from .sparsity import Thresholds, keep_large
 
 
 KINDS = ("int8", "bfloat16", "transposed")
-FEW_TOKENS = 4  # tokens up to which each reads its own rows; from there on one product serves all
+# Tokens up to which each reads its own rows; more take one product together. On an EPYC that is faster from 8 tokens on at
+# SmolLM2-135M's shape, from 40 on at Llama-3.2-1B's (`benchmarks/packed.py`).
+FEW_TOKENS = 16
 SMALLEST_CHUNK = 64  # neurons: shorter rows cost more than what they save
 PART = 512  # outputs of the down projection in one row, at least
 BLOCK = 1024  # outputs of another linear layer in one row, at most where they divide
@@ -68,6 +70,31 @@ class Tables(NamedTuple):
         rows = [self._token(*each) for each in zip(x.float(), widths, *thresholds)]
         return _stacked(rows).to(x.dtype)
 
+    def run_together(self, x: torch.Tensor, widths: list[int], thresholds: list[list[float]]) -> torch.Tensor:
+        """As `run`, with one product of the widest prefix for all: each piece of the weights is unpacked once, in cache."""
+        widest, inputs, outputs = max(widths), self.inputs, self.outputs
+        least_input, least_hidden = (torch.tensor(least)[:, None] for least in thresholds)
+        kept, hidden = keep_large(x.float(), least_input), [x.new_zeros(len(x), 0, dtype=torch.float32)]
+        size = x.shape[1]
+        for low in range(0, widest, self.chunk):
+            start = low // self.chunk * size
+            both = (kept @ unpack_rows(inputs[start : start + size]).float()).view(len(x), -1, self.chunk)
+            hidden.append(self._activated(both[:, 0], both[:, -1], slice(low, low + self.chunk)))
+        prefix = torch.arange(widest) < torch.tensor(widths)[:, None]
+        hidden_TH = keep_large(torch.cat(hidden, 1)[:, :widest] * prefix, least_hidden)
+        neurons = outputs.shape[0] // self.parts
+        starts = range(0, len(outputs), neurons)
+        y = torch.cat([hidden_TH @ unpack_rows(outputs[start : start + widest]).float() for start in starts], 1)
+        return (y if self.down_bias is None else y + self.down_bias).to(x.dtype)
+
+    def _activated(self, first, up, neurons: slice):
+        """Activations of some neurons, from the products of gate (or of up, where there is no gate) and up."""
+        if not self.gated:
+            return self.act(up if self.up_bias is None else up + self.up_bias[neurons])
+        if self.gate_bias is not None and self.up_bias is not None:
+            first, up = first + self.gate_bias[neurons], up + self.up_bias[neurons]
+        return self.act(first) * up
+
     def _token(self, x, width, least_input, least_hidden):
         parts = torch.arange(self.parts)[:, None] * (self.outputs.shape[0] // self.parts)
         y = _sums(self.outputs, self._hidden(x, width, least_input), least_hidden, parts).flatten()
@@ -79,13 +106,7 @@ class Tables(NamedTuple):
             return x[:0]
         chunks = torch.arange(-(-width // self.chunk))[:, None] * len(x)
         both = _sums(self.inputs, x, least, chunks).view(len(chunks), -1, self.chunk)
-        first = both[:, 0].flatten()[:width]
-        if not self.gated:
-            return self.act(first if self.up_bias is None else first + self.up_bias[:width])
-        up = both[:, 1].flatten()[:width]
-        if self.gate_bias is not None and self.up_bias is not None:
-            first, up = first + self.gate_bias[:width], up + self.up_bias[:width]
-        return self.act(first) * up
+        return self._activated(both[:, 0].flatten()[:width], both[:, -1].flatten()[:width], slice(width))
 
 
 def _stacked(rows):
@@ -160,11 +181,12 @@ class PackedMLP(nn.Module):
     def run(
         self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
     ) -> torch.Tensor:
-        """Few tokens, each through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
+        """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
         if not torch.compiler.is_compiling():
             taken = expert.flatten().tolist() if isinstance(expert, torch.Tensor) else [expert] * (x.shape[0] * x.shape[1])
             least = _least(thresholds, x.shape[:2])
-            return self.tables.run(x.flatten(0, 1), [widths[index] for index in taken], least).view_as(x)
+            run = self.tables.run if len(taken) <= FEW_TOKENS else self.tables.run_together
+            return run(x.flatten(0, 1), [widths[index] for index in taken], least).view_as(x)
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
         of_each = [
@@ -204,7 +226,8 @@ def packed_mlp_op(
     tables = Tables(inputs, outputs, gate_bias, up_bias, down_bias, activation_of(activation), gated, chunk, parts)
     thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
     taken = [widths[index] for index in expert.flatten().tolist()]
-    return tables.run(x.flatten(0, 1), taken, _least(thresholds, x.shape[:2])).view(x.shape)
+    run = tables.run if len(taken) <= FEW_TOKENS else tables.run_together
+    return run(x.flatten(0, 1), taken, _least(thresholds, x.shape[:2])).view(x.shape)
 
 
 @packed_mlp_op.register_fake
@@ -246,6 +269,8 @@ class PackedLinear(nn.Module):
 
     rows: torch.Tensor  # (blocks * in, out / blocks), packed
     bias: torch.Tensor | None
+    indices: torch.Tensor
+    offsets: torch.Tensor
 
     def __init__(self, linear: nn.Linear, kind: str):
         super().__init__()
@@ -254,6 +279,8 @@ class PackedLinear(nn.Module):
         blocks = linear.weight.detach().view(self.blocks, -1, self.in_features)
         self.register_buffer("rows", pack_rows(blocks.transpose(1, 2).flatten(0, 1), kind), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+        self.register_buffer("indices", torch.arange(self.blocks * self.in_features), persistent=False)
+        self.register_buffer("offsets", torch.arange(self.blocks) * self.in_features, persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -263,27 +290,34 @@ class PackedLinear(nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, self.in_features)
         if len(flat) > FEW_TOKENS:
-            return F.linear(flat.float(), self.weight.float(), self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+            pieces = (unpack_rows(piece).float() for piece in self.rows.chunk(self.blocks))
+            y = torch.cat([flat.float() @ piece for piece in pieces], 1)
+            return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
         run = packed_linear_op if torch.compiler.is_compiling() else packed_linear
-        return run(flat, self.rows, self.bias, self.blocks).view(*x.shape[:-1], -1)
+        return run(flat, self.rows, self.bias, self.indices, self.offsets).view(*x.shape[:-1], -1)
 
 
-def packed_linear(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, blocks: int) -> torch.Tensor:
-    """(T, in) -> (T, out), token by token."""
-    starts = torch.arange(blocks)[:, None] * x.shape[1]
-    y = _stacked([_sums(rows, token, 0.0, starts).flatten() for token in x.float()])
+def packed_linear(
+    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, indices: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """(T, in) -> (T, out), token by token. `indices`: of all rows of all blocks; `offsets`: where those of each block begin."""
+    blocks = len(offsets)
+    weights = x.float() if blocks == 1 else x.float().repeat(1, blocks)
+    y = _stacked([row_sums(rows, indices, offsets, token).flatten() for token in weights])
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 @torch.library.custom_op("dynamoe::packed_linear", mutates_args=())
-def packed_linear_op(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, blocks: int) -> torch.Tensor:
+def packed_linear_op(
+    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, indices: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
     """`packed_linear` as one node of a compiled graph."""
-    return packed_linear(x, rows, bias, blocks)
+    return packed_linear(x, rows, bias, indices, offsets)
 
 
 @packed_linear_op.register_fake
-def _(x, rows, bias, blocks):
-    return x.new_empty(x.shape[0], blocks * (rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
+def _(x, rows, bias, indices, offsets):
+    return x.new_empty(x.shape[0], len(offsets) * (rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
 
 
 def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:

@@ -115,17 +115,12 @@ def test_generate_and_records(token_ids):
     assert all(0 < record.share.max() < 1 for record in routing.records)
 
 
-def test_bags_are_for_few_tokens():
-    mlp = model().model.layers[1].mlp
+def test_packed_weights_are_for_inference():
+    mlp, x = model().model.layers[1].mlp, torch.randn(1, 3, 32)
     mlp.pack("int8")
-
-    def chosen(tokens):
-        x = torch.randn(1, tokens, 32)
-        return choose_execution(Call(x, Decision(2), mlp.weights(x))).name
-
     with torch.no_grad():
-        assert chosen(1) == chosen(FEW_TOKENS) == "bags"
-        assert chosen(FEW_TOKENS + 1) == "prefix"
+        assert choose_execution(Call(x, Decision(2), mlp.weights(x))).name == "packed"
+    assert choose_execution(Call(x, Decision(2), mlp.weights(x))).name == "prefix"
 
 
 def test_float_weights_are_gone(token_ids, tmp_path):
