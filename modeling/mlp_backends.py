@@ -104,12 +104,9 @@ class Call:
     def __init__(self, x: torch.Tensor, decision: Decision, weights: Weights):
         self.decision, self.weights, self.thresholds = decision, weights, decision.thresholds
         self.given = x
+        # What the projections read. Not a `cached_property`, whose lock compilers do not trace.
+        self.x = x if self.thresholds is None or weights.packed is not None else keep_large(x, self.thresholds.input)
         self.expert, self.tensors = decision.expert, weights.tensors
-
-    @cached_property
-    def x(self) -> torch.Tensor:
-        """What the projections read: x without what is under the threshold."""
-        return self.given if self.thresholds is None else keep_large(self.given, self.thresholds.input)
 
     def kept(self, hidden: torch.Tensor, order_T: torch.Tensor | None = None) -> torch.Tensor:
         """Activations (..., H) without those under the threshold. `order_T`: which tokens the rows of `hidden` (T, H) are."""
