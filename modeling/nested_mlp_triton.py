@@ -20,7 +20,7 @@ try:
 
     jit, constexpr, _ = triton.jit, tl.constexpr, tl.tuple  # kernels take tuples of numbers since Triton 3.3
 except (ImportError, AttributeError):  # the CPU build of torch comes without Triton; nothing calls the kernels then
-    triton = constexpr = None
+    triton = constexpr = tl = None
 
     def jit(function):
         return function

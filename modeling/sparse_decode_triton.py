@@ -16,13 +16,9 @@ import torch
 from torch import nn
 
 from .dense_base import Projections
-from .nested_mlp_triton import ACTIVATIONS, TRITON, _activate, _width, constexpr, jit, runs_triton
+from .nested_mlp_triton import ACTIVATIONS, _activate, _width, constexpr, jit, runs_triton, tl, triton
 from .sparsity import Thresholds
 
-
-if TRITON:
-    import triton
-    import triton.language as tl
 
 FEW = 4  # tokens: each further one is likely to need what the others leave out
 READ, WRITTEN = 16, 128  # rows of weights in a block, and what they give; of several tokens half of it, or registers spill
@@ -119,7 +115,8 @@ def _output_kernel(
     tl.store(y_ptr + (part * T + token[:, None]) * D + output[None, :], y, written)
 
 
-def _forward(x_TD, expert_T, least_input, least_hidden, gate, gate_bias, up, up_bias, down, down_bias, act, widths):
+def _forward(x_TD, expert_T, least, weights, act, widths):
+    (least_input, least_hidden), (gate, gate_bias, up, up_bias, down, down_bias) = least, weights
     (T, D), H = x_TD.shape, up.shape[0]
     x_TD, expert_T, tokens = x_TD.contiguous(), expert_T.contiguous(), triton.next_power_of_2(len(x_TD))
     parts = x_TD.new_empty(SPLIT, 2, T, H, dtype=torch.float32)
@@ -156,7 +153,8 @@ def sparse_decode_op(
     widths: list[int],
 ) -> torch.Tensor:
     """Few tokens, each through its prefix without what is under its thresholds (T,): (T, D), (T,) int -> (T, D)."""
-    return _forward(x_TD, expert_T, least_input, least_hidden, gate, gate_bias, up, up_bias, down, down_bias, act, widths)
+    weights = (gate, gate_bias, up, up_bias, down, down_bias)
+    return _forward(x_TD, expert_T, (least_input, least_hidden), weights, act, widths)
 
 
 @sparse_decode_op.register_fake
@@ -183,9 +181,9 @@ def sparse_decode(
         else torch.full((len(x_TD),), value, device=x.device)
         for value in thresholds
     ]
-    inputs = (x_TD, expert_T, *least, *weights[:6], act, widths)
-    y = sparse_decode_op(*inputs) if torch.compiler.is_compiling() else _forward(*inputs)
-    return y.view_as(x)
+    if torch.compiler.is_compiling():
+        return sparse_decode_op(x_TD, expert_T, *least, *weights[:6], act, widths).view_as(x)
+    return _forward(x_TD, expert_T, least, weights[:6], act, widths).view_as(x)
 
 
 def runs_sparse_decode(x: torch.Tensor, weights: Projections, act: str) -> bool:

@@ -131,7 +131,7 @@ def test_a_share_out_of_reach(folder, monkeypatch):
         "dynamoe_hf.benchmark.interleaved", lambda *args: pytest.fail("timed before the shares were looked at")
     )
     with pytest.raises(
-        ValueError, match=r"share=0.2 is out of reach: the smallest experts take 0.25 of .* Choose shares between"
+        ValueError, match=r"share=0.2 is out of reach: the smallest experts read 0.25 of .* Choose shares between"
     ):
         bench_folder(folder, shares=(0.5, 0.2))
 

@@ -270,8 +270,8 @@ class TestBadInput:
     def test_newer_format(self, converted, tmp_path):
         shutil.copytree(converted, tmp_path / "newer")
         config = tmp_path / "newer" / "config.json"
-        config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 99'))
-        with pytest.raises(ValueError, match=r"format_version=99.*reads up to 1"):
+        config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 99'))
+        with pytest.raises(ValueError, match=r"format_version=99.*reads up to 2"):
             load_model(tmp_path / "newer")
 
     def test_full_disk(self, dense_folder, tmp_path):

@@ -168,14 +168,14 @@ def test_evaluation_table():
     ]
     del entries[1]["ratio_to_dense"]
     assert evaluation_table(entries).splitlines() == [
-        "setting              MLP share    active           perplexity (95%)           to dense (95%) agreement",
-        "budget 0.5               50.0%     0.1 M    21.00 (18.90 to 23.10)   1.500 (1.400 to 1.600)       70%",
-        "  static                 50.0%              35.00   ratio 2.500",
-        "  random                 50.0%              28.00   ratio 2.000",
-        "  label                  50.0%              17.50   ratio 1.250",
+        "setting              MLP share  width    active           perplexity (95%)           to dense (95%) agreement",
+        "budget 0.5               50.0%  50.0%     0.1 M    21.00 (18.90 to 23.10)   1.500 (1.400 to 1.600)       70%",
+        "  static                 50.0%                     35.00   ratio 2.500",
+        "  random                 50.0%                     28.00   ratio 2.000",
+        "  label                  50.0%                     17.50   ratio 1.250",
         "  arc_easy: acc,none 0.3141, acc_stderr,none 0.01, sample_len 100",
-        "expert 0                 25.0%   123.5 M    24.50 (22.05 to 26.95)             not measured          ",
-        "  static                 50.0%               3.00   ratio nan",
+        "expert 0                 25.0%  25.0%   123.5 M    24.50 (22.05 to 26.95)             not measured          ",
+        "  static                 50.0%                      3.00   ratio nan",
     ]
 
 

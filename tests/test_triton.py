@@ -330,7 +330,7 @@ for tokens in (1, 4):
     x, expert = torch.empty(tokens, D, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.long)
     least = torch.empty(tokens)
     with Calls():
-        sparse._forward(x, expert, least, least, gate, None, up, None, down, None, "silu", widths)
+        sparse._forward(x, expert, (least, least), (gate, None, up, None, down, None), "silu", widths)
 expert = torch.zeros(8, dtype=torch.long)
 x, up, down, bias, D_bias = (torch.empty(*s, dtype=torch.bfloat16) for s in ((8, 64), (256, 64), (64, 256), (256,), (64,)))
 for act in ("gelu", "gelu_new", "relu", "relu2"):
