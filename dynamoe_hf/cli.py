@@ -158,7 +158,7 @@ STAGES = {
     ),
     "demo": Stage(
         "demo", "run_demo", DemoArguments, {}, lambda rows: None,
-        "The whole way on SmolLM2-135M-Instruct: about a quarter of an hour on two cores.",
+        "The whole way on SmolLM2-135M-Instruct: about 20 minutes on two cores.",
         ["dynamoe demo --out runs/demo"],
     ),
 }  # fmt: skip

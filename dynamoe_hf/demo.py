@@ -37,7 +37,7 @@ PROMPT = "The with statement in Python is used to"
 
 def run_demo(arguments: DemoArguments | None = None, **settings: Any) -> list[dict]:
     """
-    Run the whole way on SmolLM2-135M-Instruct and print one table. About 13 minutes on two cores after the download.
+    Run the whole way on SmolLM2-135M-Instruct and print one table. About 20 minutes on two cores after the download.
 
     Args:
         arguments, settings: the fields of `DemoArguments`, as one object or by name.
