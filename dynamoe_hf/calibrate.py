@@ -17,6 +17,7 @@ from .arguments import CalibrateArguments, resolve
 from .data import documents_for, text_names, token_blocks
 from .folder import CALIBRATION, load_model, load_tokenizer, update_config, write_json
 from .modeling import DynaMoEForCausalLM
+from .modeling.configuration_dynamoe import FORMAT_VERSION
 from .observe import RouterRun, bisect_rising, expert_shares, run_routers, shares_read
 from .threshold_fit import DENSITIES as FITTED
 from .threshold_fit import fit_thresholds
@@ -94,7 +95,7 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
     }
     written = {"budgets": {budget: entry["sensitivity"] for budget, entry in found.items()}, "sensitivity": path[-1][0]}
     written |= {"thresholds": model.config.thresholds, "density_path": path if model.config.thresholds else []}
-    update_config(folder, **written, format_version=model.config.format_version)
+    update_config(folder, **written, format_version=FORMAT_VERSION)  # earlier code would not see the thresholds
     write_json(Path(folder) / CALIBRATION, record)
     return record
 

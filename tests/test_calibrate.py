@@ -74,8 +74,11 @@ def test_dense_experts(folder):
 
 def test_the_dial_of_budgets(folder):
     """What is written is what a model reads: the sensitivity of a budget brings its density along."""
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 1'))
     record = calibrate_budgets(folder, budgets=(0.4, 0.75), **FAST)
     config = load_model(folder).config
+    assert config.format_version == 2, "earlier code would read the folder without its thresholds"
     for entry in record["budgets"].values():
         assert entry["mean_share"] < entry["mean_width"], "sparsity takes part"
         assert density_at(config.density_path, entry["sensitivity"]) == pytest.approx(entry["density"], abs=1e-4)
