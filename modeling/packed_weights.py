@@ -118,7 +118,8 @@ def _sums(packed, values, least, starts):
     """For each block of rows that begins at `starts` (B, 1): the sum of its rows, times the values (N,) that are not small."""
     blocks, kept = len(starts), None
     if least > 0:
-        kept = (values.abs() >= least).nonzero().flatten()
+        # Not `>=`: what is not a number is kept, to be seen in the output.
+        kept = (values.abs() < least).logical_not().nonzero().flatten()
         values = values[kept]
     count = len(values)
     if count == 0:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .dense_base import Projections
-from .nested_mlp_triton import ACTIVATIONS, _activate, _width, constexpr, jit, runs_triton, tl, triton
+from .nested_mlp_triton import ACTIVATIONS, _activate, _tokens, constexpr, jit, runs_triton, tl, triton
 from .sparsity import Thresholds
 
 
@@ -29,7 +29,7 @@ SPLIT = 8  # parts of a sum
 def _kept(values, least_ptr, row, live):
     """The values (T, K) of tokens that are not smaller than the token's threshold, the others as zeros."""
     least = tl.load(least_ptr + row, live, 0.0)
-    return tl.where(tl.abs(values) >= least[:, None], values, 0.0)
+    return tl.where(tl.abs(values) < least[:, None], 0.0, values)  # what is not a number stays, to be seen in the output
 
 
 @jit
@@ -37,7 +37,7 @@ def _products(values, weight_ptr, stride, row, column, row_live, column_live):
     """
     values (T, K) by the block of weights with K rows: (T, N). Rows that no token keeps are not read.
     """
-    needed = (tl.max(tl.abs(values), 0) > 0) & row_live
+    needed = (tl.max((values != 0).to(tl.int32), 0) > 0) & row_live
     offset = row.to(tl.int64)[:, None] * stride + column[None, :]
     block = tl.load(weight_ptr + offset, needed[:, None] & column_live[None, :], 0.0).to(tl.float32)
     return tl.sum(values[:, :, None] * block[None, :, :], 1)
@@ -51,9 +51,7 @@ def _input_kernel(
     """One part of x gate' and x up': (P, 2, T, H) float32. What lies beyond a token's prefix is not written."""
     neuron = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     part = tl.program_id(1)
-    token = tl.arange(0, TOKENS)
-    live = token < T
-    width = _width(expert_ptr, token, live, widths)
+    token, live, width = _tokens(expert_ptr, 0, T, widths, TOKENS)
     widest = tl.max(width, 0)
     if tl.program_id(0) * BLOCK_H >= widest:
         return
@@ -83,9 +81,7 @@ def _output_kernel(
     """One part of hidden down': (P, T, D) float32."""
     output = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     part = tl.program_id(1)
-    token = tl.arange(0, TOKENS)
-    live = token < T
-    width = _width(expert_ptr, token, live, widths)
+    token, live, width = _tokens(expert_ptr, 0, T, widths, TOKENS)
     widest = tl.max(width, 0)
     y = tl.zeros((TOKENS, BLOCK_D), tl.float32)
     for start in range(part * BLOCK_H, widest, SPLIT * BLOCK_H):
@@ -169,7 +165,7 @@ def sparse_decode(
     Few tokens, each through its expert without what is small: (B, S, D), an index or (B, S) -> (B, S, D).
 
     Args:
-        weights: of the whole MLP, as `lays_by_inputs` wants them.
+        weights: of the whole MLP, laid out by `lay_by_inputs`.
         act: name of the activation, one of `ACTIVATIONS`.
     """
     x_TD, shape = x.flatten(0, 1), x.shape[:2]

@@ -147,6 +147,16 @@ def test_labels_of_a_packed_model(token_ids):
         assert torch.equal(record.expert, record.label)
 
 
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS + 1])
+def test_what_is_not_a_number_is_seen(tokens):
+    """A threshold must not hide a broken input."""
+    mlp, x = model().model.layers[1].mlp, torch.randn(1, tokens, 32)
+    mlp.pack("int8")
+    x[0, 0, 3] = float("nan")
+    with torch.no_grad():
+        assert run_mlp(mlp, x, 3, thresholds=Thresholds(0.4, 0.5))[0, 0].isnan().all()
+
+
 def test_widths_without_a_common_chunk():
     """One chunk, cut behind the product: the same numbers."""
     mlp = model(expert_widths=[0.3, 0.7, 1]).model.layers[1].mlp

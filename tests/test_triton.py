@@ -463,6 +463,17 @@ def test_what_is_left_out_is_not_read():
     assert torch.equal(run, again)
 
 
+def test_what_is_not_a_number_is_seen():
+    """A threshold must not hide a broken input."""
+    mlp, x = tiny_mlp(), torch.randn(2, 1, 72, device=DEVICE)
+    for name in mlp.layout.projections:
+        lay_by_inputs(getattr(mlp, name))
+    x[0, 0, 3] = float("nan")
+    with torch.no_grad():
+        y = sparse_decode(x, 3, Thresholds(0.5, 0.1), mlp.tensors(x), mlp.act_name, mlp.widths)
+    assert y[0].isnan().all() and y[1].isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
 def test_a_transposed_model_is_the_same(family, token_ids):
     settings = {"thresholds": TABLE, "density_path": PATH}
