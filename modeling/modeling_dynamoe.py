@@ -36,6 +36,7 @@ from .dense_base import (
     nested_class,
     take_over,
 )
+from .engine_layers import prepare_for_engine
 from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
 from .packed_weights import pack_model
@@ -286,6 +287,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         for mlp in self.nested_mlps:
             mlp.router.reset()
             mlp.router.to(mlp.down_linear.weight.device, mlp.down_linear.weight.dtype)
+        prepare_for_engine(config, self.nested_mlps)
 
     def forward(
         self,
@@ -434,12 +436,8 @@ def _checked(name, value, batch):
 
 def _experts_of(routing):
     """The outputs that tell which experts the tokens took."""
-    records = routing.records
-    return {
-        "router_logits": tuple(record.router_logits for record in records),
-        "expert_indices": tuple(record.expert for record in records),
-        "mlp_shares": tuple(record.share for record in records),
-    }
+    names = {"router_logits": "router_logits", "expert_indices": "expert", "mlp_shares": "share"}
+    return {name: tuple(getattr(record, field) for record in routing.records) for name, field in names.items()}
 
 
 def _discarded(records):

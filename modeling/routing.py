@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .nested_mlp_triton import triton_choose
+from .engine_layers import EngineLinear
 from .sparsity import Thresholds, density_at, thresholds_at
 
 
@@ -208,6 +208,9 @@ class ProfileRouter(TokenRouter):
         return (logits.float() < logit_of(sensitivity, logits.device)).sum(-1)
 
     def choose_fused(self, x, sensitivity):
+        # The trap: vLLM pickles the config's module by value, with all that it refers to, and Triton's kernels cannot be pickled.
+        from .nested_mlp_triton import triton_choose
+
         first, second = self.input, self.output
         if plain_parameters([first, second], x.device) is None or second.out_features == 0:
             return None
@@ -275,12 +278,12 @@ def logit_of(sensitivity: float | torch.Tensor, device) -> float | torch.Tensor:
 
 def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] | None:
     """
-    The parameters of linear layers whose weights may be read instead of calling the layers: bare `nn.Linear` on `device`,
-    neither wrapped (LoRA), nor offloaded, nor quantised, and without hooks, which a call fires. `None` if one is not like that.
+    The parameters of linear layers whose weights may be read instead of calling the layers: bare ones on `device`, neither
+    wrapped (LoRA), nor offloaded, nor quantised, and without hooks, which a call fires. `None` if one is not like that.
     """
     found = []
     for linear in linears:
-        if type(linear) is not nn.Linear or has_hooks(linear):
+        if linear is None or type(linear) not in (nn.Linear, EngineLinear) or has_hooks(linear):
             return None
         weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.device != device:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What changes where an inference engine builds the model. vLLM and SGLang set an attention of their own and then replace every
+`nn.Linear` by a layer that cannot be cut (on a CPU vLLM even gives its weights away), so nested MLPs keep layers that engines leave
+alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# Names of attention implementations that say who builds the model.
+ENGINES = ("vllm", "sglang")
+# Engines multiply logits by `config.logit_scale`, as Cohere does. These families scale them by `logits_scaling`, to this power.
+LOGITS_SCALING = {"granite": -1, "granite_swa": -1, "hyperclovax": 1}
+
+
+class EngineLinear(nn.Module):
+    """A linear layer that holds the parameters of an `nn.Linear` and is none: (..., D) -> (..., H)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
+    """
+    Keep the linear layers of `nested_mlps` from being replaced, where an engine builds the model, and tell it the scale of logits.
+
+    Raises:
+        ValueError: the base scales its logits in a way that engines are not told of.
+    """
+    if config._attn_implementation not in ENGINES:
+        return
+    scaling, family = getattr(config, "logits_scaling", 1), config.base_config.model_type
+    if scaling != 1:
+        if family not in LOGITS_SCALING:
+            raise ValueError(
+                f"The engine would leave out the scale of the logits: found logits_scaling={scaling} in a base of the family "
+                f"{family!r}. Serve it with transformers, or export one width (`dynamoe export`)."
+            )
+        config.logit_scale = scaling ** LOGITS_SCALING[family]
+    for mlp in nested_mlps:
+        for owner in list(mlp.modules()):
+            for name, child in list(owner.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(owner, name, EngineLinear(child))

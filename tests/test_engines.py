@@ -1,0 +1,86 @@
+"""What outsiders find: PEFT and engines that read the config flat, and engines that replace linear layers."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_dense, tiny_dynamoe
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from reference import assert_close
+from torch import nn
+
+from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
+from dynamoe_hf.modeling.engine_layers import EngineLinear, prepare_for_engine
+
+
+def test_the_bases_fields_are_at_the_top_of_the_config(tmp_path):
+    config = DynaMoEConfig(base_config=tiny_config("qwen3", tie_word_embeddings=True))
+    fields = config.to_dict()
+    base = fields["base_config"]
+    assert fields["hidden_size"] == base["hidden_size"] == 32 and fields["tie_word_embeddings"] is True
+    assert fields["model_type"] == "dynamoe" and base["model_type"] == "qwen3"
+    assert set(base) <= set(fields)
+    config.save_pretrained(tmp_path)
+    again = DynaMoEConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == {**fields, "transformers_version": again.to_dict()["transformers_version"]}
+    assert DynaMoEConfig.from_pretrained(tmp_path, vocab_size=64).base_config.vocab_size == 64
+
+
+def test_a_field_that_says_two_things_is_refused():
+    fields = DynaMoEConfig(base_config=tiny_config()).to_dict()
+    with pytest.raises(ValueError, match="`hidden_size` is there twice and differs: found 48, and 32 in `base_config`"):
+        DynaMoEConfig(**{**fields, "hidden_size": 48})
+
+
+def test_adapters_of_tied_tokens_merge(token_ids):
+    """PEFT asks `config.to_dict()` whether embeddings are tied, and how large a model is."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(tie_word_embeddings=True))
+    adapter = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6, 7], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, adapter).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(1.0)
+        before = adapted(token_ids).logits
+        assert_close("merged", adapted.merge_and_unload()(token_ids).logits, before)
+
+
+def test_prompt_tuning_finds_the_models_size(token_ids):
+    tuned = get_peft_model(tiny_dynamoe(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert tuned(token_ids).logits.shape[1] == token_ids.shape[1] + 4
+
+
+def test_plan_for_tensor_parallelism_copies_the_mlps():
+    plan = DynaMoEConfig(base_config=tiny_config("llama")).base_model_tp_plan
+    assert plan["layers.*.self_attn.q_proj"] == "colwise" and not any("mlp" in key for key in plan)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
+def test_engines_leave_the_layers_of_nested_mlps_alone(family, token_ids):
+    model = tiny_dynamoe(family).eval()
+    with torch.no_grad():
+        expected = model(token_ids, sensitivity=0.6).logits
+        few = model(token_ids[:1, :3], sensitivity=0.6).logits
+    model.config._attn_implementation = "vllm"
+    prepare_for_engine(model.config, model.nested_mlps)
+    model.config._attn_implementation = "sdpa"
+    layers = [module for mlp in model.nested_mlps for module in mlp.modules()]
+    assert not any(isinstance(module, nn.Linear) for module in layers) and any(isinstance(m, EngineLinear) for m in layers)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids, sensitivity=0.6).logits, expected)
+        assert torch.equal(model(token_ids[:1, :3], sensitivity=0.6).logits, few)
+    x = torch.zeros(1, 1, 32)
+    assert all(mlp.tensors(x) is not None for mlp in model.nested_mlps)  # they can still be cut
+
+
+@pytest.mark.parametrize(("family", "settings", "scale"), [("granite", {"logits_scaling": 8.0}, 1 / 8), ("llama", {}, None)])
+def test_engines_are_told_the_scale_of_logits(family, settings, scale):
+    config = DynaMoEConfig(base_config=tiny_config(family, **settings))
+    config._attn_implementation = "vllm"
+    prepare_for_engine(config, [])
+    assert getattr(config, "logit_scale", None) == scale
+
+
+def test_a_scale_that_engines_are_not_told_of_is_refused():
+    config = DynaMoEConfig(base_config=tiny_config("llama", logits_scaling=2.0))
+    config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="found logits_scaling=2.0 in a base of the family 'llama'"):
+        prepare_for_engine(config, [])

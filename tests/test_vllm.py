@@ -1,0 +1,158 @@
+"""A DynaMoE folder served by vLLM, over HTTP on loopback. `make test-vllm` runs these in an environment of their own."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_dynamoe, tiny_tokenizer
+
+from dynamoe_hf import DynaMoEForCausalLM
+
+
+pytestmark = pytest.mark.vllm
+SENSITIVITY = 0.6
+# vLLM's attention wants heads of 32.
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+REMOTE_CODE = ["--trust-remote-code"]
+PLUG_IN: list[str] = []
+
+
+@contextmanager
+def served(folder, log, *flags, **environment):
+    """A server of `folder` and a client for it."""
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Not the command `vllm`, which the CPU build's wheel breaks: it asks for the version of a package of another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(folder), "--dtype", "float32", "--max-model-len", "256", "--served-model-name", "model", *flags]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1", **environment}
+    with open(log, "w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
+    try:
+        for _ in range(600):
+            assert server.poll() is None, Path(log).read_text()[-4000:]
+            try:
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 128, (20, 100), generator=generator).tolist()
+
+
+def saved(folder, family="llama", **settings):
+    model = tiny_dynamoe(family, dense_settings={**SIZES, **settings})
+    model.set_sensitivity(SENSITIVITY)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def answer(client, prompt, **settings):
+    return client.completions.create(
+        model="model", prompt=prompt, temperature=0, extra_body=settings.pop("extra", {}), **settings
+    )
+
+
+def assert_like_transformers(client, folder, prompts):
+    """Log-probabilities of 2,000 tokens, and greedy answers."""
+    model = DynaMoEForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(prompts)).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, torch.tensor(prompts)[:, 1:, None]).squeeze(-1)
+    experts = model.generate(torch.tensor(prompts), max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for row, prompt in enumerate(prompts):
+        extra = {"prompt_logprobs": 0, "ignore_eos": True, "return_token_ids": True}
+        choice = answer(client, prompt, max_tokens=16, extra=extra).choices[0]
+        found = [at[str(token)]["logprob"] for at, token in zip(choice.prompt_logprobs[1:], prompt[1:])]
+        torch.testing.assert_close(torch.tensor(found), expected[row], atol=1e-3, rtol=0)
+        assert choice.token_ids == experts[row, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugins"),
+    [
+        pytest.param([*REMOTE_CODE, "--enforce-eager"], "", id="remote-code"),
+        pytest.param(PLUG_IN, "dynamoe", id="plug-in-compiled"),
+    ],
+)
+def test_served_like_transformers(flags, plugins, folder, prompts, tmp_path):
+    log = tmp_path / "log"
+    with served(folder, log, *flags, VLLM_PLUGINS=plugins) as client:
+        assert_like_transformers(client, folder, prompts)
+    assert "every neuron is computed" not in log.read_text()  # prefixes, not masks
+
+
+@pytest.mark.parametrize(("family", "settings"), [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25})])
+def test_scales_of_logits_are_kept(family, settings, prompts, tmp_path):
+    folder = saved(tmp_path / "model", family, **settings)
+    with served(folder, tmp_path / "log", *REMOTE_CODE, "--enforce-eager", VLLM_PLUGINS="") as client:
+        assert_like_transformers(client, folder, prompts[:4])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
+def test_the_parts_of_the_ranks_add_up(family, monkeypatch):
+    """Each rank holds its part of every expert, and the sum of their outputs is that of the whole MLP."""
+    from dynamoe_hf import vllm_model
+
+    monkeypatch.setattr(vllm_model, "tensor_model_parallel_all_reduce", lambda output: output)
+    model = tiny_dynamoe(family, dense_settings=SIZES).eval()
+    mlp, x = model.nested_mlps[0], torch.randn(2, 40, SIZES["hidden_size"])
+    with torch.no_grad(), model.routing(sensitivity=SENSITIVITY):
+        expected, total = mlp(x), 0
+        for rank in range(2):
+            part = copy.deepcopy(mlp)
+            part.slot = mlp.slot
+            vllm_model.divide(part, rank, 2)
+            vllm_model.load_part(part, rank, 2)
+            for name, parameter in part.named_parameters():
+                if hasattr(parameter, "weight_loader"):
+                    parameter.weight_loader(parameter, mlp.get_parameter(name))
+            assert part.widths == [width // 2 for width in mlp.widths]
+            assert part.down_linear.weight.shape[1] * 2 == mlp.down_linear.weight.shape[1]
+            total = total + part(x)
+    torch.testing.assert_close(total, expected)
+
+
+def test_two_ranks_divide_every_expert(folder, prompts, tmp_path):
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_PLUGINS": "dynamoe"}
+    with served(folder, tmp_path / "log", "--enforce-eager", "--tensor-parallel-size", "2", **threads) as client:
+        assert_like_transformers(client, folder, prompts)
+
+
+def test_the_dial_of_a_server(folder, prompts, tmp_path):
+    overrides = ["--hf-overrides", '{"sensitivity": 1.0}']
+    model = DynaMoEForCausalLM.from_pretrained(folder).eval()
+    model.set_sensitivity(1.0)
+    expected = model.generate(torch.tensor(prompts[:1]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with served(folder, tmp_path / "log", "--enforce-eager", *overrides) as client:
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        found = answer(client, prompts[0], max_tokens=16, extra=extra).choices[0].token_ids
+        streamed = answer(client, prompts[0], max_tokens=16, stream=True, extra=extra)
+        in_pieces = [token for part in streamed for token in part.choices[0].token_ids or []]
+    assert found == expected[0, len(prompts[0]) :].tolist()
+    assert in_pieces == found
