@@ -6,6 +6,7 @@ The neurons of an MLP are dealt to the ranks in turn, so that each rank holds it
 neurons r, r + R, r + 2R, ..., and a prefix of all neurons is a prefix of each rank's.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+from .modeling.onednn_weights import is_available
 
 
 class DynaMoEForCausalLM(TransformersForCausalLM):
@@ -28,6 +31,14 @@ class DynaMoEForCausalLM(TransformersForCausalLM):
         if ranks > 1:
             for mlp in self.model.nested_mlps:
                 load_part(mlp, rank, ranks)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As the base class; on a CPU the MLPs are then laid out for oneDNN, as vLLM does with its own layers."""
+        loaded = super().load_weights(weights)
+        if self.device_config.device.type == "cpu" and is_available(self.model_config.dtype):
+            for mlp in self.model.nested_mlps:
+                mlp.pack("onednn")
+        return loaded
 
 
 def divide(mlp: Any, rank: int, ranks: int) -> None:

@@ -233,11 +233,11 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         Lay the weights out for decoding with sparsity: a token then reads, of the MLPs, only the weights of what it keeps.
 
         Args:
-            kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`; or `"transposed"`, the numbers as they are,
-                laid out for the sparse Triton kernel on a GPU.
+            kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`, for few tokens on a CPU; `"onednn"`, the
+                numbers as they are, for any number of tokens on a CPU; `"transposed"`, for the sparse Triton kernel on a GPU.
 
         Returns:
-            This model. In int8 or bfloat16 it can no longer be trained or saved: its folder stays as it is.
+            This model. But for "transposed" it can no longer be trained or saved: its folder stays as it is.
 
         Raises:
             ValueError: an unknown kind, another device, or MLPs that are wrapped, quantised or packed.

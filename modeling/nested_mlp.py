@@ -16,6 +16,7 @@ from .difficulty import label_of, similarity_profile
 from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
 from .nested_mlp_triton import runs_triton, triton_is_faster
+from .onednn_weights import OneDnnMLP
 from .packed_weights import PackedMLP, pack_mlp
 from .quantized_slices import QuantizedSlices
 from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
@@ -40,7 +41,7 @@ class NestedMLP(nn.Module):
         self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
-        self.packed: PackedMLP | None = None
+        self.packed: PackedMLP | OneDnnMLP | None = None
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
         router_dim = config.router_dim or default_router_dim(width)
@@ -152,7 +153,7 @@ class NestedMLP(nn.Module):
         return None
 
     def pack(self, kind: str) -> None:
-        """Let packed weights (`packed_weights.py`) replace the float ones, in `"int8"` or `"bfloat16"`."""
+        """Let packed weights (`packed_weights.py`) replace the plain ones, in `"int8"`, `"bfloat16"` or `"onednn"`."""
         self.packed = pack_mlp(self, self.layout, self.widths, kind, self.act_name)
 
     def _apply(self, *args, **kwargs):

@@ -18,12 +18,13 @@ from torch import nn
 
 from .dense_base import Layout, Projections
 from .mlp_backends import activation_of
+from .onednn_weights import OneDnnLinear, OneDnnMLP, is_available
 from .routing import plain_parameters
 from .sparse_decode_triton import lay_by_inputs
 from .sparsity import Thresholds, keep_large
 
 
-KINDS = ("int8", "bfloat16", "transposed")
+KINDS = ("int8", "bfloat16", "onednn", "transposed")
 # Tokens up to which each reads its own rows; more take one product together. On an EPYC that is faster from 8 tokens on at
 # SmolLM2-135M's shape, from 40 on at Llama-3.2-1B's (`benchmarks/packed.py`).
 FEW_TOKENS = 16
@@ -239,7 +240,7 @@ def _(x, *inputs):
 class PackedProjection(nn.Module):
     """One projection of a packed MLP, for what asks for it by its name: hooks, labels, shapes."""
 
-    def __init__(self, mlp: PackedMLP, place: str, like: nn.Linear):
+    def __init__(self, mlp: PackedMLP | OneDnnMLP, place: str, like: nn.Linear):
         super().__init__()
         self.holder = (mlp,)  # not a child: the tables belong to the MLP
         self.place, self.dtype = place, like.weight.dtype
@@ -254,12 +255,10 @@ class PackedProjection(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         """(outputs,), or `None`."""
-        mlp: Any = self.holder[0]
+        tensors: Any = self.holder[0].tensors(self.dtype)
         if self.place == "both":
-            bias = None if mlp.gate_bias is None else torch.cat([mlp.gate_bias, mlp.up_bias])
-        else:
-            bias = getattr(mlp, f"{self.place}_bias")
-        return None if bias is None else bias.to(self.dtype)
+            return None if tensors.up_bias is None else torch.cat([tensors.gate_bias, tensors.up_bias])
+        return getattr(tensors, f"{self.place}_bias")
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
@@ -332,6 +331,11 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
         raise ValueError(
             f"Packed weights are for the CPU, found a model on {model.device}. Move it with `model.to('cpu')`, or pack it 'transposed'."
         )
+    if kind == "onednn" and not is_available(model.dtype):
+        raise ValueError(
+            f"Weights cannot be laid out for oneDNN: found {model.dtype}, and this PyTorch and processor offer it for float32, and for "
+            'bfloat16 where the processor has it. Load the model in another dtype, or pack it "int8".'
+        )
     for mlp in mlps:
         if plain_parameters([getattr(mlp, name) for name in mlp.layout.projections], model.device) is None:
             raise ValueError(
@@ -350,10 +354,11 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
     return model
 
 
-def pack_mlp(mlp: nn.Module, layout: Layout, widths: list[int], kind: str, activation: str | None) -> PackedMLP:
-    """The packed form of an MLP, whose projections become `PackedProjection`; the float weights are let go."""
+def pack_mlp(mlp: nn.Module, layout: Layout, widths: list[int], kind: str, activation: str | None) -> PackedMLP | OneDnnMLP:
+    """The packed form of an MLP, whose projections become `PackedProjection`; the plain weights are let go."""
+    tensors = layout.tensors(mlp)
     with torch.no_grad():
-        packed = PackedMLP(layout.tensors(mlp), widths, kind, activation)
+        packed = OneDnnMLP(tensors, widths, activation) if kind == "onednn" else PackedMLP(tensors, widths, kind, activation)
     places = {layout.up: "both" if layout.fused else "up", layout.down: "down"}
     if layout.gate:
         places[layout.gate] = "gate"
@@ -363,11 +368,11 @@ def pack_mlp(mlp: nn.Module, layout: Layout, widths: list[int], kind: str, activ
 
 
 def pack_linears(module: nn.Module, kind: str, spared: tuple[type, ...]) -> None:
-    """Every linear layer below `module` becomes a `PackedLinear`, but for those inside of modules of the types `spared`."""
+    """Every linear layer below `module` is packed, but for those inside of modules of the types `spared`."""
     for name, child in module.named_children():
         if isinstance(child, spared):
             continue
         if type(child) is nn.Linear:
-            setattr(module, name, PackedLinear(child, kind))
+            setattr(module, name, OneDnnLinear(child) if kind == "onednn" else PackedLinear(child, kind))
         else:
             pack_linears(child, kind, spared)

@@ -1,4 +1,4 @@
-"""Packed weights: int8 and bfloat16 rows compute what the same numbers compute in float, for few tokens and for many."""
+"""Packed weights: int8 and bfloat16 rows, and oneDNN's layout, compute what the same numbers compute, for few tokens and for many."""
 
 import copy
 
@@ -10,6 +10,7 @@ from test_sparsity import PATH, TABLE
 
 from dynamoe_hf.modeling import packed_weights
 from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution
+from dynamoe_hf.modeling.onednn_weights import EXACT_ROWS, OneDnnLinear
 from dynamoe_hf.modeling.packed_weights import FEW_TOKENS, PackedLinear, pack_rows, row_sums, unpack_rows
 from dynamoe_hf.modeling.sparsity import Thresholds
 
@@ -65,13 +66,14 @@ def test_a_table_sums_its_rows(kind):
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense experts", "thresholds"])
 @pytest.mark.parametrize("widths", [(0.25, 0.5, 0.75, 1), (0, 0.3, 1), (1,)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_token_reads_its_prefix(family, widths, sparse):
+@pytest.mark.parametrize("kind", ["int8", "onednn"])
+def test_every_token_reads_its_prefix(kind, family, widths, sparse):
     """Against the plain loop on the very numbers of the tables."""
     mlp = model(family, expert_widths=list(widths)).model.layers[1].mlp
-    mlp.pack("int8")
+    mlp.pack(kind)
     reference = plain(mlp)
     torch.manual_seed(0)
-    for tokens in (1, 3, FEW_TOKENS, FEW_TOKENS + 5):
+    for tokens in (1, 3, FEW_TOKENS, FEW_TOKENS + 5, 2 * EXACT_ROWS + 5):
         x, thresholds = torch.randn(1, tokens, 32), None
         if sparse:
             least_input = in_a_gap(x, 0.2, 0.6)
@@ -86,7 +88,7 @@ def test_every_token_reads_its_prefix(family, widths, sparse):
             assert_close(f"{tokens} tokens", y[0], expected, atol=1e-4 * expected.abs().max().item() + 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16", "onednn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_is_near_the_float_one(family, kind, token_ids):
     """A prompt, and then token by token: both near the float model, and int8 the same both ways."""
@@ -103,7 +105,9 @@ def test_a_packed_model_is_near_the_float_one(family, kind, token_ids):
         if isinstance(dial, float):  # else rounding may turn a choice of these wild routers
             assert (torch.cat(steps, 1) - expected).norm() < 0.2 * expected.norm()
             assert (whole - expected).norm() < 0.05 * expected.norm()
-        if kind == "int8" and isinstance(dial, float) and dial == 1:  # below, rounding may take a value across a threshold
+        if kind == "onednn":
+            assert_close("whole", whole, expected, atol=1e-4 * expected.abs().max().item())
+        if kind != "bfloat16" and isinstance(dial, float) and dial == 1:  # below, rounding may take a value across a threshold
             assert_close("step by step", torch.cat(steps, 1), whole, atol=1e-4 * expected.abs().max().item())
 
 
@@ -137,9 +141,10 @@ def test_float_weights_are_gone(token_ids, tmp_path):
         model().pack("int3")
 
 
-def test_labels_of_a_packed_model(token_ids):
+@pytest.mark.parametrize("kind", ["int8", "onednn"])
+def test_labels_of_a_packed_model(kind, token_ids):
     """What needs all neurons, such as the true difficulty, takes the numbers of the tables."""
-    packed = model().pack()
+    packed = model().pack(kind)
     with torch.no_grad(), packed.routing(route="label", records=[]) as routing:
         packed(token_ids, sensitivity=0.5)
     for record, mlp in zip(routing.records, packed.nested_mlps):
@@ -148,10 +153,11 @@ def test_labels_of_a_packed_model(token_ids):
 
 
 @pytest.mark.parametrize("tokens", [1, FEW_TOKENS + 1])
-def test_what_is_not_a_number_is_seen(tokens):
+@pytest.mark.parametrize("kind", ["int8", "onednn"])
+def test_what_is_not_a_number_is_seen(kind, tokens):
     """A threshold must not hide a broken input."""
     mlp, x = model().model.layers[1].mlp, torch.randn(1, tokens, 32)
-    mlp.pack("int8")
+    mlp.pack(kind)
     x[0, 0, 3] = float("nan")
     with torch.no_grad():
         assert run_mlp(mlp, x, 3, thresholds=Thresholds(0.4, 0.5))[0, 0].isnan().all()
@@ -168,7 +174,7 @@ def test_widths_without_a_common_chunk():
     assert_close("output", y, expected, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16", "onednn"])
 @pytest.mark.parametrize("dial", [1.0, 0.5, torch.tensor([0.4])], ids=["full width", "routed", "of each sequence"])
 def test_compiled_in_one_graph(kind, dial, token_ids):
     packed, step = model("gated with biases").pack(kind), token_ids[:1, :1]
@@ -178,3 +184,15 @@ def test_compiled_in_one_graph(kind, dial, token_ids):
         expected = packed(step, sensitivity=dial, use_cache=False).logits
         logits = compiled(step, sensitivity=dial, use_cache=False).logits
     assert_close("logits", logits, expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_laid_out_in_the_models_own_dtype(token_ids):
+    """bfloat16 is refused where the processor has none; copies of what never changes share it."""
+    packed = model().pack("onednn")
+    assert isinstance(packed.lm_head, OneDnnLinear)
+    assert torch.equal(packed.lm_head.weight, model().lm_head.weight)
+    again = copy.deepcopy(packed)
+    with torch.no_grad():
+        assert torch.equal(again(token_ids, sensitivity=0.5).logits, packed(token_ids, sensitivity=0.5).logits)
+    with pytest.raises(ValueError, match=r"cannot be laid out for oneDNN: found torch.float16"):
+        model().half().pack("onednn")

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Weights laid out for oneDNN on a CPU: the numbers of the model, in the order in which the processor multiplies them. PyTorch's float32
+products on AMD processors take two to three times as long as these, at any number of tokens (docs/notebook/sparsity.md).
+
+A layout cannot be cut afterwards, so each block of neurons between two widths has its own, gate above up, and a prefix is the first
+blocks.
+
+Shapes: T tokens, D hidden size, C neurons of a block.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .dense_base import Projections
+from .mlp_backends import activation_of
+from .sparsity import Thresholds, keep_large
+
+
+EXACT_ROWS = 32  # oneDNN prepares each number of rows once; above, numbers are rounded up to a few
+
+
+def lay_out(weight: torch.Tensor) -> torch.Tensor:
+    """(outputs, inputs) as oneDNN reads it: opaque, and of the same dtype."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(T, inputs) -> (T, outputs)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def add_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """y + product(x, weight)."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
+
+
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and this processor have the products, in that dtype."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Blocks(NamedTuple):
+    """The projections of one MLP. A block of no neurons (a null expert's) has no tensors."""
+
+    inputs: list[torch.Tensor]  # (2 C, D), or (C, D) without a gate
+    outputs: list[torch.Tensor]  # (D, C)
+    input_biases: list[torch.Tensor | None]
+    down_bias: torch.Tensor | None  # (D,)
+    act: Callable[[torch.Tensor], torch.Tensor]
+    gated: bool
+
+    def run(
+        self, x: torch.Tensor, expert: int | torch.Tensor, null: bool, thresholds: Thresholds | None, count: int
+    ) -> torch.Tensor:
+        """Each token through its expert of `count`: (B, S, D), an index or (B, S) -> (B, S, D). `null`: expert 0 has no neurons."""
+        least: Any = None
+        if thresholds is not None:
+            x, least = keep_large(x, thresholds.input), thresholds.hidden
+            if isinstance(least, torch.Tensor):
+                least = least.expand(*x.shape[:2], 1).flatten(0, 1)
+        x_TD = x.reshape(-1, x.shape[-1])
+        if isinstance(expert, torch.Tensor) and len(x_TD) > 1:
+            counts = torch.bincount(expert.flatten(), minlength=count).tolist()
+            if max(counts) < len(x_TD):
+                return self._staircase(x_TD, expert.flatten(), counts, null, least).view_as(x)
+            expert = counts.index(len(x_TD))
+        y_TD: Any = self._bias_alone(x_TD) if null else None
+        for block in range(int(expert) + 1 - null):
+            y_TD = self._added(y_TD, self._hidden(x_TD, block, least), block)
+        return y_TD.view_as(x)
+
+    def _staircase(self, x_TD, expert_T, counts, null, least):
+        """Tokens sorted by expert, widest first: the first rows take each block."""
+        order_T = torch.argsort(expert_T, descending=True, stable=True)
+        x_TD, tokens = x_TD.index_select(0, order_T), len(order_T)
+        if isinstance(least, torch.Tensor):
+            least = least.index_select(0, order_T)
+        y_TD: Any = self._bias_alone(x_TD) if null else None
+        for block, first in enumerate(range(null, len(counts))):
+            rows = sum(counts[first:])
+            if rows == 0:
+                break
+            taken = rounded(rows, tokens)
+            hidden = self._hidden(x_TD[:taken], block, least[:taken] if isinstance(least, torch.Tensor) else least)
+            hidden[rows:] = 0
+            if taken == tokens:
+                y_TD = self._added(y_TD, hidden, block)
+            else:
+                y_TD[:taken] = self._added(y_TD[:taken], hidden, block)
+        return y_TD.index_select(0, order_T.argsort())
+
+    def _hidden(self, x_TD, block, least):
+        """Activations of one block: (T, D) -> (T, C)."""
+        both = product(x_TD, self.inputs[block], self.input_biases[block])
+        if self.gated:
+            gate, up = both.chunk(2, -1)
+            hidden = self.act(gate) * up
+        else:
+            hidden = self.act(both)
+        return hidden if least is None else keep_large(hidden, least)
+
+    def _added(self, y_TD, hidden, block):
+        if y_TD is None:
+            return product(hidden, self.outputs[block], self.down_bias)
+        return add_product(y_TD, hidden, self.outputs[block])
+
+    def _bias_alone(self, x_TD):
+        y_TD = torch.zeros_like(x_TD)
+        return y_TD if self.down_bias is None else y_TD + self.down_bias
+
+
+def rounded(rows: int, tokens: int) -> int:
+    """Rows that a product takes for so many of all tokens: exact where there are few, else one of some eight numbers."""
+    if tokens <= EXACT_ROWS:
+        return rows
+    step = 1 << (tokens.bit_length() - 4)
+    return min(tokens, -(-rows // step) * step)
+
+
+class OneDnnMLP(nn.Module):
+    """The projections of one MLP, laid out for oneDNN: what `PackedMLP` is for int8."""
+
+    def __init__(self, tensors: Projections, widths: list[int], activation: str | None):
+        super().__init__()
+        self.null, self.widths, self.activation = widths[0] == 0, widths, activation
+        sides = [tensors.block(low, high) for low, high in zip([0, *widths], widths) if high > low]
+        gated = tensors.gate is not None
+        self.blocks = Blocks(
+            [lay_out(torch.cat([side.gate, side.up]) if side.gate is not None else side.up) for side in sides],
+            [lay_out(side.down) for side in sides],
+            [_joined(side.gate_bias, side.up_bias) for side in sides],
+            tensors.down_bias if tensors.down_bias is None else tensors.down_bias.detach(),
+            tensors.act,
+            gated,
+        )
+
+    def __deepcopy__(self, memo):
+        return self  # what is laid out never changes, and cannot be copied
+
+    def tensors(self, dtype: torch.dtype) -> Projections:
+        """The weights as plain tensors, made anew."""
+        blocks = self.blocks
+        inputs, sides = [weight.to_dense().to(dtype) for weight in blocks.inputs], 1 + blocks.gated
+        weights = [torch.cat([weight.chunk(sides)[side] for weight in inputs]) for side in range(sides)]
+        down = torch.cat([weight.to_dense().to(dtype) for weight in blocks.outputs], 1)
+        biases: list[torch.Tensor | None] = [None] * sides
+        if blocks.input_biases[0] is not None:
+            biases = [
+                torch.cat([bias.chunk(sides)[side] for bias in blocks.input_biases if bias is not None])
+                for side in range(sides)
+            ]
+        gate, gate_bias = (weights[0], biases[0]) if blocks.gated else (None, None)
+        return Projections(gate, gate_bias, weights[-1], biases[-1], down, blocks.down_bias, blocks.act)
+
+    def run(
+        self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
+    ) -> torch.Tensor:
+        """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
+        if not torch.compiler.is_compiling():
+            return self.blocks.run(x, expert, self.null, thresholds, len(widths))
+        if not isinstance(expert, torch.Tensor):
+            expert = torch.full(x.shape[:2], expert)
+        of_each = [None if thresholds is None else torch.as_tensor(value) for value in thresholds or (0, 0)]
+        *tensors, _, gated = self.blocks
+        return onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, self.null, len(widths))
+
+
+def _joined(first, second):
+    """The biases of gate and up as one."""
+    return second if first is None or second is None else torch.cat([first, second]).detach()
+
+
+@torch.library.custom_op("dynamoe::onednn_mlp", mutates_args=())
+def onednn_mlp_op(
+    x: torch.Tensor,
+    expert: torch.Tensor,
+    least_input: torch.Tensor | None,
+    least_hidden: torch.Tensor | None,
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    input_biases: list[torch.Tensor | None],
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    null: bool,
+    count: int,
+) -> torch.Tensor:
+    """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D)."""
+    blocks = Blocks(inputs, outputs, input_biases, down_bias, activation_of(activation), gated)
+    thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
+    return blocks.run(x, expert, null, thresholds, count)
+
+
+@onednn_mlp_op.register_fake
+def _(x, *inputs):
+    return torch.empty_like(x)
+
+
+class OneDnnLinear(nn.Module):
+    """A linear layer laid out for oneDNN: (..., in) -> (..., out)."""
+
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.laid_out = lay_out(linear.weight)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in), made anew."""
+        return self.laid_out.to_dense()
+
+    def forward(self, x):
+        return product(x, self.laid_out, self.bias)
