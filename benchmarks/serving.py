@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 
 
-REQUESTS, PROMPT, NEW_TOKENS, REPEATS = (1, 8, 32), 64, 64, 5
+REQUESTS, PROMPT, NEW_TOKENS, REPEATS = (1, 8, 32), 64, 32, 3
 
 
 def worker(folder, sensitivity, dtype, eager):
     """Seconds of each repeat, by number of requests: printed as one line of JSON."""
     from vllm import LLM, SamplingParams
 
-    overrides = {} if sensitivity is None else {"sensitivity": sensitivity}
+    overrides: dict = {} if sensitivity is None else {"sensitivity": sensitivity}
     engine = LLM(
         folder, dtype=dtype, enforce_eager=eager, hf_overrides=overrides, max_model_len=512, max_num_seqs=32,
         enable_prefix_caching=False, disable_log_stats=True,
@@ -100,6 +100,7 @@ def main():
         rows[-1]["ratio_to_dense"] = ratios
         speeds = {n: round(dense[-1][n]["median"], 1) for n in REQUESTS}
         print(f"budget {budget:g}: { ({n: round(r, 3) for n, r in ratios.items()}) }; dense {speeds} tokens/s", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     about = machine(torch.get_num_threads()) | {"model": args.folder.name, "dtype": args.dtype, "compiled": not args.eager}
     name = f"serving-{args.dtype}-{'eager' if args.eager else 'compiled'}_{about['name']}.json"
     write_json(args.out / name, {"machine": about, "dense": dense, "rows": rows})

@@ -35,7 +35,8 @@ class DynaMoEForCausalLM(TransformersForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As the base class; on a CPU the MLPs are then laid out for oneDNN, as vLLM does with its own layers."""
         loaded = super().load_weights(weights)
-        if self.device_config.device.type == "cpu" and is_available(self.model_config.dtype):
+        kept = not self.config.is_dense and self.device_config.device.type == "cpu" and is_available(self.model_config.dtype)
+        if kept:
             for mlp in self.model.nested_mlps:
                 mlp.pack("onednn")
         return loaded

@@ -186,6 +186,13 @@ class DynaMoEConfig(PreTrainedConfig):
         return self.router_class.has_dial
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every token takes the full width, unless a call says otherwise."""
+        if self.force_expert is not None:
+            return self.force_expert == self.expert_count - 1
+        return self.has_dial and self.sensitivity >= 1
+
+    @property
     def router_class(self) -> type[TokenRouter]:
         """The class of the routers."""
         return ROUTERS[self.router_type]

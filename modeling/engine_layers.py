@@ -47,6 +47,8 @@ def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
                 f"{family!r}. Serve it with transformers, or export one width (`dynamoe export`)."
             )
         config.logit_scale = scaling ** LOGITS_SCALING[family]
+    if config.is_dense:
+        return  # the engine's own layers are right then, and fast
     for mlp in nested_mlps:
         for owner in list(mlp.modules()):
             for name, child in list(owner.named_children()):

@@ -3,8 +3,8 @@
 Weights laid out for oneDNN on a CPU: the numbers of the model, in the order in which the processor multiplies them. PyTorch's float32
 products on AMD processors take two to three times as long as these, at any number of tokens (docs/notebook/sparsity.md).
 
-A layout cannot be cut afterwards, so each block of neurons between two widths has its own, gate above up, and a prefix is the first
-blocks.
+A layout cannot be cut afterwards, so blocks of neurons that end at widths have their own, gate above up, and a prefix is the first
+blocks. Where a width lies within a block, the block is computed and what is beyond is cleared.
 
 Shapes: T tokens, D hidden size, C neurons of a block.
 """
@@ -20,6 +20,7 @@ from .mlp_backends import activation_of
 from .sparsity import Thresholds, keep_large
 
 
+SMALLEST_BLOCK = 500_000  # weights: a call takes as long as reading a third of them
 EXACT_ROWS = 32  # oneDNN prepares each number of rows once; above, numbers are rounded up to a few
 
 
@@ -46,8 +47,9 @@ def is_available(dtype: torch.dtype) -> bool:
 
 
 class Blocks(NamedTuple):
-    """The projections of one MLP. A block of no neurons (a null expert's) has no tensors."""
+    """The projections of one MLP, in blocks of neurons that end at `ends`."""
 
+    ends: list[int]  # rising
     inputs: list[torch.Tensor]  # (2 C, D), or (C, D) without a gate
     outputs: list[torch.Tensor]  # (D, C)
     input_biases: list[torch.Tensor | None]
@@ -56,9 +58,9 @@ class Blocks(NamedTuple):
     gated: bool
 
     def run(
-        self, x: torch.Tensor, expert: int | torch.Tensor, null: bool, thresholds: Thresholds | None, count: int
+        self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
     ) -> torch.Tensor:
-        """Each token through its expert of `count`: (B, S, D), an index or (B, S) -> (B, S, D). `null`: expert 0 has no neurons."""
+        """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
         least: Any = None
         if thresholds is not None:
             x, least = keep_large(x, thresholds.input), thresholds.hidden
@@ -66,34 +68,43 @@ class Blocks(NamedTuple):
                 least = least.expand(*x.shape[:2], 1).flatten(0, 1)
         x_TD = x.reshape(-1, x.shape[-1])
         if isinstance(expert, torch.Tensor) and len(x_TD) > 1:
-            counts = torch.bincount(expert.flatten(), minlength=count).tolist()
+            counts = torch.bincount(expert.flatten(), minlength=len(widths)).tolist()
             if max(counts) < len(x_TD):
-                return self._staircase(x_TD, expert.flatten(), counts, null, least).view_as(x)
+                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], least).view_as(x)
             expert = counts.index(len(x_TD))
-        y_TD: Any = self._bias_alone(x_TD) if null else None
-        for block in range(int(expert) + 1 - null):
-            y_TD = self._added(y_TD, self._hidden(x_TD, block, least), block)
-        return y_TD.view_as(x)
+        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], least).view_as(x)
 
-    def _staircase(self, x_TD, expert_T, counts, null, least):
-        """Tokens sorted by expert, widest first: the first rows take each block."""
+    def _staircase(self, x_TD, expert_T, counts, least):
+        """Tokens of several experts: sorted, widest first."""
         order_T = torch.argsort(expert_T, descending=True, stable=True)
-        x_TD, tokens = x_TD.index_select(0, order_T), len(order_T)
         if isinstance(least, torch.Tensor):
             least = least.index_select(0, order_T)
-        y_TD: Any = self._bias_alone(x_TD) if null else None
-        for block, first in enumerate(range(null, len(counts))):
-            rows = sum(counts[first:])
+        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], least)
+        return y_TD.index_select(0, order_T.argsort())
+
+    def _blocks(self, x_TD, counts, least):
+        """Sorted tokens through the blocks that they need. `counts`: (width, tokens) of each expert, the widest first."""
+        y_TD: Any = None
+        tokens, low = len(x_TD), 0
+        for block, end in enumerate(self.ends):
+            rows = sum(count for width, count in counts if width > low)
+            if y_TD is None and rows < tokens:
+                y_TD = self._bias_alone(x_TD)
             if rows == 0:
                 break
             taken = rounded(rows, tokens)
             hidden = self._hidden(x_TD[:taken], block, least[:taken] if isinstance(least, torch.Tensor) else least)
-            hidden[rows:] = 0
+            first = 0
+            for width, count in counts:  # those that stop within this block, or before it
+                if count and width < end:
+                    hidden[first : first + count, max(0, width - low) :] = 0
+                first += count
             if taken == tokens:
                 y_TD = self._added(y_TD, hidden, block)
             else:
                 y_TD[:taken] = self._added(y_TD[:taken], hidden, block)
-        return y_TD.index_select(0, order_T.argsort())
+            low = end
+        return y_TD
 
     def _hidden(self, x_TD, block, least):
         """Activations of one block: (T, D) -> (T, C)."""
@@ -115,6 +126,15 @@ class Blocks(NamedTuple):
         return y_TD if self.down_bias is None else y_TD + self.down_bias
 
 
+def block_ends(widths: list[int], weights: int) -> list[int]:
+    """Where blocks end: at widths, and not before a block is worth its calls. `weights`: of one neuron."""
+    ends: list[int] = []
+    for width in widths:
+        if (width - (ends[-1] if ends else 0)) * weights >= SMALLEST_BLOCK:
+            ends.append(width)
+    return [*ends[:-1], widths[-1]]
+
+
 def rounded(rows: int, tokens: int) -> int:
     """Rows that a product takes for so many of all tokens: exact where there are few, else one of some eight numbers."""
     if tokens <= EXACT_ROWS:
@@ -128,16 +148,17 @@ class OneDnnMLP(nn.Module):
 
     def __init__(self, tensors: Projections, widths: list[int], activation: str | None):
         super().__init__()
-        self.null, self.widths, self.activation = widths[0] == 0, widths, activation
-        sides = [tensors.block(low, high) for low, high in zip([0, *widths], widths) if high > low]
-        gated = tensors.gate is not None
+        self.activation = activation
+        ends = block_ends(widths, tensors.down.shape[0] * (2 if tensors.gate is None else 3))
+        sides = [tensors.block(low, high) for low, high in zip([0, *ends], ends)]
         self.blocks = Blocks(
+            ends,
             [lay_out(torch.cat([side.gate, side.up]) if side.gate is not None else side.up) for side in sides],
             [lay_out(side.down) for side in sides],
             [_joined(side.gate_bias, side.up_bias) for side in sides],
-            tensors.down_bias if tensors.down_bias is None else tensors.down_bias.detach(),
+            None if tensors.down_bias is None else tensors.down_bias.detach(),
             tensors.act,
-            gated,
+            tensors.gate is not None,
         )
 
     def __deepcopy__(self, memo):
@@ -163,12 +184,12 @@ class OneDnnMLP(nn.Module):
     ) -> torch.Tensor:
         """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
         if not torch.compiler.is_compiling():
-            return self.blocks.run(x, expert, self.null, thresholds, len(widths))
+            return self.blocks.run(x, expert, widths, thresholds)
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
         of_each = [None if thresholds is None else torch.as_tensor(value) for value in thresholds or (0, 0)]
         *tensors, _, gated = self.blocks
-        return onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, self.null, len(widths))
+        return onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, widths)
 
 
 def _joined(first, second):
@@ -182,19 +203,19 @@ def onednn_mlp_op(
     expert: torch.Tensor,
     least_input: torch.Tensor | None,
     least_hidden: torch.Tensor | None,
+    ends: list[int],
     inputs: list[torch.Tensor],
     outputs: list[torch.Tensor],
     input_biases: list[torch.Tensor | None],
     down_bias: torch.Tensor | None,
     activation: str,
     gated: bool,
-    null: bool,
-    count: int,
+    widths: list[int],
 ) -> torch.Tensor:
     """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D)."""
-    blocks = Blocks(inputs, outputs, input_biases, down_bias, activation_of(activation), gated)
+    blocks = Blocks(ends, inputs, outputs, input_biases, down_bias, activation_of(activation), gated)
     thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
-    return blocks.run(x, expert, null, thresholds, count)
+    return blocks.run(x, expert, widths, thresholds)
 
 
 @onednn_mlp_op.register_fake

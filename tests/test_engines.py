@@ -56,10 +56,15 @@ def test_plan_for_tensor_parallelism_copies_the_mlps():
 @pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
 def test_engines_leave_the_layers_of_nested_mlps_alone(family, token_ids):
     model = tiny_dynamoe(family).eval()
+    model.config._attn_implementation = "vllm"
+    prepare_for_engine(
+        model.config, model.nested_mlps
+    )  # the engine's own layers are right where all tokens take the full width
+    assert all(isinstance(mlp.down_linear, nn.Linear) for mlp in model.nested_mlps)
+    model.set_sensitivity(0.6)
     with torch.no_grad():
         expected = model(token_ids, sensitivity=0.6).logits
         few = model(token_ids[:1, :3], sensitivity=0.6).logits
-    model.config._attn_implementation = "vllm"
     prepare_for_engine(model.config, model.nested_mlps)
     model.config._attn_implementation = "sdpa"
     layers = [module for mlp in model.nested_mlps for module in mlp.modules()]

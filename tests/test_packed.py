@@ -8,9 +8,9 @@ from conftest import run_mlp, tiny_dynamoe
 from reference import assert_close, in_a_gap, sparse_mlp
 from test_sparsity import PATH, TABLE
 
-from dynamoe_hf.modeling import packed_weights
+from dynamoe_hf.modeling import onednn_weights, packed_weights
 from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution
-from dynamoe_hf.modeling.onednn_weights import EXACT_ROWS, OneDnnLinear
+from dynamoe_hf.modeling.onednn_weights import EXACT_ROWS, OneDnnLinear, block_ends
 from dynamoe_hf.modeling.packed_weights import FEW_TOKENS, PackedLinear, pack_rows, row_sums, unpack_rows
 from dynamoe_hf.modeling.sparsity import Thresholds
 
@@ -27,6 +27,7 @@ FAMILIES = {
 def small_sizes(monkeypatch):
     """Several chunks, parts and blocks in tiny models."""
     monkeypatch.setattr(packed_weights, "SMALLEST_CHUNK", 8)
+    monkeypatch.setattr(onednn_weights, "SMALLEST_BLOCK", 32 * 3 * 20)
     monkeypatch.setattr(packed_weights, "PART", 16)
     monkeypatch.setattr(packed_weights, "BLOCK", 32)
 
@@ -196,3 +197,12 @@ def test_laid_out_in_the_models_own_dtype(token_ids):
         assert torch.equal(again(token_ids, sensitivity=0.5).logits, packed(token_ids, sensitivity=0.5).logits)
     with pytest.raises(ValueError, match=r"cannot be laid out for oneDNN: found torch.float16"):
         model().half().pack("onednn")
+
+
+def test_blocks_end_at_widths_and_are_worth_their_calls(monkeypatch):
+    monkeypatch.setattr(onednn_weights, "SMALLEST_BLOCK", 1000)
+    assert block_ends([16, 32, 48, 64], 100) == [16, 32, 48, 64]
+    assert block_ends([16, 32, 48, 64], 40) == [32, 64]
+    assert block_ends([0, 5, 64], 100) == [64]
+    assert block_ends([16, 32, 60, 64], 40) == [32, 64]
+    assert block_ends([4, 8], 1) == [8]
