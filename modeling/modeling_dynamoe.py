@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -40,6 +39,7 @@ from .engine_layers import prepare_for_engine
 from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
 from .packed_weights import pack_model
+from .request_dials import RequestDials
 from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, loss_mask, mean_router_loss
 
 
@@ -179,8 +179,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             record: whether records are needed.
             train: whether routers are trained in this pass: labels, and a sensitivity drawn for each sequence.
         """
-        batch = inputs.shape[0]
-        sensitivity, density = _checked("sensitivity", sensitivity, batch), _checked("density", density, batch)
+        batch, shape = inputs.shape[0], inputs.shape[:2]
+        sensitivity, density = _checked("sensitivity", sensitivity, shape), _checked("density", density, shape)
         if route is not None and route not in ROUTES:
             raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
         asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
@@ -318,7 +318,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         return self._returned(outputs, return_dict)
 
 
-class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
+class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials):
     """
     A dense causal language model of any supported family, its MLPs replaced by nested experts. Build one from a dense model
     in memory with `from_dense`.
@@ -382,9 +382,9 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         As the base's `forward`, and:
 
         Args:
-            sensitivity (`float` or `torch.Tensor` of shape (B,), *optional*):
-                For this call only; a tensor gives each sequence its own. Defaults to `config.sensitivity`.
-            density (`float` or `torch.Tensor` of shape (B,), *optional*):
+            sensitivity (`float` or `torch.Tensor` of shape (B,) or (B, S), *optional*):
+                For this call only; a tensor gives each sequence, or each token, its own. Defaults to `config.sensitivity`.
+            density (`float` or `torch.Tensor` of shape (B,) or (B, S), *optional*):
                 For this call only: share of an expert's weights that sparsity leaves. By default what the dial joins to the
                 sensitivity.
             force_expert (`int`, *optional*): one expert for every token, for this call only.
@@ -421,17 +421,19 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         return self.base_class.forward(AfterBackbone(self, hidden_states), return_dict=True).logits
 
 
-def _checked(name, value, batch):
-    """A sensitivity or density of one call: `None`, a number, or (B,)."""
+def _checked(name, value, shape):
+    """A sensitivity or density of one call: `None`, a number, (B,) or (B, S)."""
     if not isinstance(value, torch.Tensor):
         if name == "sensitivity" and value is not None:
             check_sensitivity(value)
         elif value is not None and not 0 < value <= 1:
             raise ValueError(f"`density` must be in (0, 1], found {value!r}. 1 leaves experts dense.")
         return value
-    if value.shape not in ((batch,), ()):
-        raise ValueError(f"`{name}` must be a number or one for each of {batch} sequences, found {tuple(value.shape)}.")
-    return value.expand(batch)
+    if value.shape not in (shape, shape[:1], ()):
+        raise ValueError(
+            f"`{name}` must be a number, or one for each sequence or token of {tuple(shape)}: found {tuple(value.shape)}."
+        )
+    return value if value.ndim else value.expand(shape[0])
 
 
 def _experts_of(routing):

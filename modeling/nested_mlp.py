@@ -207,5 +207,5 @@ class NestedMLP(nn.Module):
 
     def _of_each_token(self, sensitivity, x):
         if isinstance(sensitivity, torch.Tensor):
-            return sensitivity.to(x.device, torch.float32).view(-1, 1).expand(x.shape[:2]).flatten()
+            return sensitivity.to(x.device, torch.float32).view(len(x), -1).expand(x.shape[:2]).flatten()
         return sensitivity

@@ -41,8 +41,8 @@ class Routing:
     How the tokens of one forward pass find their experts. It is resolved once a pass and does not change within it.
 
     Args:
-        sensitivity: a number, or (B,) with one for each sequence. `None`: as the config says.
-        density: share of an expert's weights that is read, a number or (B,). `None`: what the dial joins to the sensitivity, and
+        sensitivity: a number, or one for each sequence, (B,), or token, (B, S). `None`: as the config says.
+        density: share of an expert's weights that is read, likewise. `None`: what the dial joins to the sensitivity, and
             1 where an expert is forced.
         force_expert: one expert for every token.
         route: one of `ROUTES`: the router's choice, the true label, or drawn at random.
@@ -270,9 +270,9 @@ def _binary_cross_entropy(logits, target):
 
 
 def logit_of(sensitivity: float | torch.Tensor, device) -> float | torch.Tensor:
-    """The logit that a predicted similarity must reach: a number, or (B,) -> (B, 1, 1). Infinite at sensitivity 1."""
+    """The logit that a predicted similarity must reach: a number, or (B,) or (B, S) -> (B, 1 or S, 1). Infinite at sensitivity 1."""
     if isinstance(sensitivity, torch.Tensor):
-        return torch.logit(sensitivity.to(device, torch.float32)).view(-1, 1, 1)
+        return torch.logit(sensitivity.to(device, torch.float32)).view(len(sensitivity), -1, 1)
     return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
 
 

@@ -35,11 +35,11 @@ def thresholds_at(table: dict[str, list], density: float | torch.Tensor) -> tupl
 
     Args:
         table: `density` (K,) rising and below 1, `input` and `hidden` (K, L), falling along K.
-        density: a number, or (B,), which gives thresholds (B, 1, 1).
+        density: a number, or (B,) or (B, S), which gives thresholds (B, 1 or S, 1).
     """
     known = [*table["density"], 1.0]
     if isinstance(density, torch.Tensor):
-        return _thresholds_of_each(table, known, density.float())
+        return _thresholds_of_each(table, known, density.float().view(len(density), -1))
     if density >= 1:
         return None
     high = next(index for index, value in enumerate(known) if density <= value)
@@ -52,15 +52,15 @@ def thresholds_at(table: dict[str, list], density: float | torch.Tensor) -> tupl
     return tuple(map(Thresholds, *layers))
 
 
-def _thresholds_of_each(table, known, density_B):
-    known_K = torch.tensor(known, device=density_B.device)
-    high_B = torch.searchsorted(known_K, density_B.clamp(known[0], 1.0)).clamp(min=1)
-    low_B = high_B - 1
-    part_B = ((density_B - known_K[low_B]) / (known_K[high_B] - known_K[low_B])).clamp(0, 1)[:, None]
+def _thresholds_of_each(table, known, density_BS):
+    known_K = torch.tensor(known, device=density_BS.device)
+    high_BS = torch.searchsorted(known_K, density_BS.clamp(known[0], 1.0)).clamp(min=1)
+    low_BS = high_BS - 1
+    part_BS = ((density_BS - known_K[low_BS]) / (known_K[high_BS] - known_K[low_BS])).clamp(0, 1)[..., None]
     per_layer = []
     for name in Thresholds._fields:
-        rows_KL = torch.tensor([*table[name], [0.0] * len(table[name][0])], device=density_B.device)
-        per_layer.append(torch.lerp(rows_KL[low_B], rows_KL[high_B], part_B).t()[..., None, None])
+        rows_KL = torch.tensor([*table[name], [0.0] * len(table[name][0])], device=density_BS.device)
+        per_layer.append(torch.lerp(rows_KL[low_BS], rows_KL[high_BS], part_BS).movedim(-1, 0)[..., None])
     return tuple(Thresholds(*pair) for pair in zip(*per_layer))
 
 

@@ -5,7 +5,9 @@ import torch
 from conftest import tiny_config, tiny_dense, tiny_dynamoe
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import assert_close
+from test_sparsity import PATH, TABLE
 from torch import nn
+from transformers import GenerationConfig
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling.engine_layers import EngineLinear, prepare_for_engine
@@ -61,10 +63,12 @@ def test_engines_leave_the_layers_of_nested_mlps_alone(family, token_ids):
         model.config, model.nested_mlps
     )  # the engine's own layers are right where all tokens take the full width
     assert all(isinstance(mlp.down_linear, nn.Linear) for mlp in model.nested_mlps)
+    model.config._attn_implementation = "sdpa"
     model.set_sensitivity(0.6)
     with torch.no_grad():
         expected = model(token_ids, sensitivity=0.6).logits
         few = model(token_ids[:1, :3], sensitivity=0.6).logits
+    model.config._attn_implementation = "vllm"
     prepare_for_engine(model.config, model.nested_mlps)
     model.config._attn_implementation = "sdpa"
     layers = [module for mlp in model.nested_mlps for module in mlp.modules()]
@@ -89,3 +93,69 @@ def test_a_scale_that_engines_are_not_told_of_is_refused():
     config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match="found logits_scaling=2.0 in a base of the family 'llama'"):
         prepare_for_engine(config, [])
+
+
+def test_a_dial_for_each_token(token_ids):
+    """(B, S): each token is routed, and its experts are sparse, as in a call with its own sensitivity alone."""
+    model = tiny_dynamoe(thresholds=TABLE, density_path=PATH).eval()
+    dials = torch.tensor([0.4, 0.9]).repeat(2, 6)  # token by token, in turn
+    with torch.no_grad(), model.routing(records=[]) as routing:
+        model(token_ids, sensitivity=dials)
+        mixed = [*routing.records]
+        for value, first in ((0.4, 0), (0.9, 1)):
+            model(token_ids, sensitivity=value)
+            # The first layer alone reads the same in both.
+            assert torch.equal(mixed[0].expert[:, first::2], routing.records[0].expert[:, first::2])
+            assert_close("share", mixed[0].share[:, first::2], routing.records[0].share[:, first::2])
+        with pytest.raises(ValueError, match=r"one for each sequence or token of \(2, 12\): found \(2, 5\)"):
+            model(token_ids, sensitivity=dials[:, :5])
+
+
+@pytest.fixture
+def greedy():
+    return GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
+
+
+def tokens_of(outputs):
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def test_continuous_batching_hears_the_dial(greedy):
+    """A number, and one for each prompt: each request gets what it gets alone, and the model's own dial stays."""
+    model = tiny_dynamoe().eval()
+    prompts = torch.randint(3, 127, (4, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    alone = {}
+    for dial in (0.05, 0.9, 1.0):
+        with torch.no_grad():
+            alone[dial] = [
+                model.generate(
+                    torch.tensor([prompt]),
+                    max_new_tokens=6,
+                    do_sample=False,
+                    sensitivity=dial,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[0, 9:].tolist()
+                for prompt in prompts
+            ]
+    assert len({str(tokens) for tokens in alone.values()}) == 3, "the dial must matter here"
+    assert tokens_of(model.generate_batch(prompts, greedy, sensitivity=0.05)) == alone[0.05]
+    dials = [0.05, 1.0, 0.9, 0.05]
+    found = tokens_of(model.generate_batch(prompts, greedy, sensitivity=dials))
+    assert found == [alone[dial][index] for index, dial in enumerate(dials)]
+    assert tokens_of(model.generate_batch(prompts, greedy)) == alone[1.0]
+    assert model.config.sensitivity == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sensitivity": 2.0}, r"must be in \(0, 1\], found 2.0"),
+        ({"sensitivity": [0.5]}, "one for each of 2 prompts: found 1"),
+        ({"density": 0.5}, "hears `sensitivity` alone, found density"),
+        ({"sensitivity": 0.5, "persistent_manager": True}, "would keep this call's sensitivity"),
+    ],
+)
+def test_what_continuous_batching_does_not_hear_is_refused(settings, message, greedy):
+    with pytest.raises(ValueError, match=message):
+        tiny_dynamoe().generate_batch([[3, 4], [5, 6]], greedy, **settings)
