@@ -33,6 +33,7 @@ TrainedParts = Literal["routers", "mlp", "layers", "all", "lora"]
 Teacher = Literal["frozen", "self", "none"]
 Route = Literal["router", "label", "random"]
 Harm = Literal["layer", "token"]
+Engine = Literal["auto", "vllm", "transformers"]
 
 EIGHTHS = tuple(eighth / 8 for eighth in range(1, 9))
 
@@ -189,6 +190,26 @@ class GenerateArguments:
     """Decode from int8 weights, on a CPU: a token reads only the rows of what it keeps."""
     seed: int = 0
     """Seed of sampling."""
+
+
+@dataclass(kw_only=True)
+class ServeArguments:
+    """Settings of `serve_folder`. At most one of `budget` and `sensitivity`; without them, the config's."""
+
+    budget: float | None = None
+    """Calibrated mean share of the MLPs' weights."""
+    sensitivity: float | None = None
+    """Threshold in (0, 1]; 1 is the dense model."""
+    engine: Engine = "auto"
+    """What serves; the best that is installed is vllm, then transformers."""
+    host: str = "127.0.0.1"
+    """Address to listen at. 0.0.0.0 lets other machines in."""
+    port: Count = 8000
+    """Port to listen at."""
+    dtype: str = "auto"
+    """Numbers to compute in, such as bfloat16."""
+    engine_flags: str = ""
+    """Further flags of the engine, as one text."""
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ from .arguments import (
     GenerateArguments,
     PublishArguments,
     ReportArguments,
+    ServeArguments,
     TrainArguments,
 )
 from .flags import command_type
@@ -122,6 +123,13 @@ STAGES = {
         ['dynamoe generate trained "The with statement" --budget 0.5',
          'dynamoe generate trained "What is a prime number?" --chat',
          'dynamoe generate trained "The with statement" --budget 0.5 --int8     # on a CPU'],
+        exclusive=["budget", "sensitivity"],
+    ),
+    "serve": Stage(
+        "serve", "serve_folder", ServeArguments, {"folder": "model folder or Hub id"}, lambda nothing: None,
+        "A server with OpenAI's API, by the best engine that is installed: vLLM, or transformers.",
+        ["dynamoe serve trained --budget 0.75",
+         "dynamoe serve trained --engine vllm --dtype bfloat16 --engine-flags='--max-model-len 2048'"],
         exclusive=["budget", "sensitivity"],
     ),
     "inspect": Stage(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -179,7 +180,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             record: whether records are needed.
             train: whether routers are trained in this pass: labels, and a sensitivity drawn for each sequence.
         """
-        batch, shape = inputs.shape[0], inputs.shape[:2]
+        shape = inputs.shape[:2]
         sensitivity, density = _checked("sensitivity", sensitivity, shape), _checked("density", density, shape)
         if route is not None and route not in ROUTES:
             raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
@@ -190,7 +191,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
                 routing = replace(routing, route=self.config.train_route)
             if routing.sensitivity is None:
                 low, high = self.config.train_sensitivity
-                routing = replace(routing, sensitivity=low + (high - low) * torch.rand(batch, device=inputs.device))
+                routing = replace(routing, sensitivity=low + (high - low) * torch.rand(shape[0], device=inputs.device))
             routing = replace(routing, needs_labels=True)
         if routing.records is not None:
             routing.records.clear()
@@ -318,7 +319,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         return self._returned(outputs, return_dict)
 
 
-class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials):
+class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, GenerationMixin):
     """
     A dense causal language model of any supported family, its MLPs replaced by nested experts. Build one from a dense model
     in memory with `from_dense`.

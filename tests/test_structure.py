@@ -16,7 +16,7 @@ ORDER = {
                  "configuration_dynamoe", "mlp_backends", "quantized_slices", "onednn_weights", "packed_weights", "fast_decode", "request_dials", "nested_mlp", "modeling_dynamoe", "__init__"],
     "dynamoe_hf": ["_version", "arguments", "modeling", "folder", "tables", "card", "data", "observe", "label", "convert", "losses",
                    "threshold_fit", "trainer", "router_fit", "self_text", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
-                   "vllm_plugin", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],
+                   "serve_transformers", "serve", "vllm_plugin", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],
 }  # fmt: skip
 FILES = {folder: [name for name in names if name != "modeling"] for folder, names in ORDER.items()}
 TRANSFORMERS_SIGNATURES = {

@@ -2,11 +2,13 @@
 
 import copy
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,7 @@ SENSITIVITY = 0.6
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 REMOTE_CODE = ["--trust-remote-code"]
 PLUG_IN: list[str] = []
+FEW_BLOCKS = ["--num-gpu-blocks-override", "128"]  # of the cache, so that all have been used once before memory is counted
 
 
 @contextmanager
@@ -47,7 +50,9 @@ def served(folder, log, *flags, **environment):
                 break
             except OSError:
                 time.sleep(1)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+        client.process = server.pid
+        yield client
     finally:
         server.terminate()
         server.wait(60)
@@ -156,3 +161,70 @@ def test_the_dial_of_a_server(folder, prompts, tmp_path):
         in_pieces = [token for part in streamed for token in part.choices[0].token_ids or []]
     assert found == expected[0, len(prompts[0]) :].tolist()
     assert in_pieces == found
+
+
+def memory_of(process):
+    """Bytes of a process and of all that it has started."""
+    import psutil
+
+    processes = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
+    return sum(each.memory_info().rss for each in processes)
+
+
+def test_five_hundred_requests_at_once(folder, prompts, tmp_path):
+    """32 at a time, of many lengths, one in ten cancelled midway: the answers of one at a time, and no memory kept."""
+    model = DynaMoEForCausalLM.from_pretrained(folder).eval()
+    asked = [(prompt[: 10 + 4 * index], 8 + index) for index, prompt in enumerate(prompts)]
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            0, len(prompt) :
+        ]
+        for prompt, new in asked
+    ]
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    with (
+        served(folder, tmp_path / "log", "--enforce-eager", "--max-num-seqs", "32", *FEW_BLOCKS) as client,
+        ThreadPoolExecutor(32) as pool,
+    ):
+
+        def request(number):
+            prompt, new = asked[number % len(asked)]
+            if number % 10 == 7:
+                with answer(client, prompt, max_tokens=100, stream=True, extra=extra) as stream:
+                    next(iter(stream))
+                return None
+            return answer(client, prompt, max_tokens=new, extra=extra).choices[0].token_ids
+
+        list(
+            pool.map(request, range(2000))
+        )  # oneDNN keeps what it prepares for each shape, up to a number: dense models do the same
+        warm = memory_of(client.process)
+        answers = list(pool.map(request, range(500)))
+        assert memory_of(client.process) < 1.02 * warm
+    wrong = [n for n, tokens in enumerate(answers) if tokens is not None and tokens != expected[n % len(asked)].tolist()]
+    assert not wrong and answers.count(None) == 50
+
+
+def test_dynamoe_serve_starts_it_and_stops_it(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dynamoe_hf.cli", "serve", str(folder), "--port", str(port), "--sensitivity", "0.6"]
+    command += ["--dtype", "float32", "--engine-flags=--enforce-eager --max-model-len 128"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    metrics = ""
+    for _ in range(120):
+        assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
+        try:
+            opener.open(f"http://127.0.0.1:{port}/health", timeout=5)
+            metrics = opener.open(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+            break
+        except OSError:
+            time.sleep(1)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+    assert "vllm:generation_tokens_total" in metrics
+    assert "with vllm at" in (tmp_path / "log").read_text()
