@@ -154,7 +154,7 @@ def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtyp
     Raises:
         ValueError: the difference is beyond rounding.
     """
-    difference = ((expected - actual).abs().max() / expected.abs().max()).item()
+    difference = ((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     bound = max(1e-4, 8 * torch.finfo(dtype).eps)
     if not difference <= bound:
         raise ValueError(

@@ -8,6 +8,7 @@ from training import LABELS, rows, tiny_model, train
 from transformers import Trainer
 
 from dynamoe_hf import DynaMoEForCausalLM, DynaMoETrainer, DynaMoETrainingArguments, fit_routers, lora_config
+from dynamoe_hf.losses import relative_error as errors_of
 from dynamoe_hf.modeling.mlp_backends import block_sizes
 from dynamoe_hf.modeling.routing import ProfileRouter
 from dynamoe_hf.trainer import ROUTER_TEMPERATURE, choose_trainable
@@ -384,6 +385,28 @@ def test_a_step_without_labels_changes_nothing(settings, accumulation, tmp_path)
         assert len(losses) == 6 and not any(losses.values()), log
         assert log["grad_norm"] == log["mean_width"] == 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_labels_changes_nothing_under_a_plain_trainer(accumulation, tmp_path):
+    examples = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows()]
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+    trainer = train(model, tmp_path, Trainer, examples=examples, **settings)
+    assert [log["loss"] for log in trainer.state.log_history[:2]] == [0, 0]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_hidden_states_that_are_zero_have_no_relative_error():
+    """Nothing divides by their size, and what they are masked with is 0, not NaN, in value and gradient."""
+    target = torch.zeros(1, 3, 4)
+    target[0, 0] = 2.0
+    state = torch.ones(1, 3, 4, requires_grad=True)
+    errors = errors_of([state, state], [target, target])
+    assert_close("errors", errors, torch.tensor([[0.25, 0.0, 0.0]]))
+    errors.sum().backward()
+    assert_close("gradient", state.grad[0], torch.tensor([[-0.125] * 4, [0.0] * 4, [0.0] * 4]))
 
 
 def test_several_gpus_need_a_launcher(tmp_path):
