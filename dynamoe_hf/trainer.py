@@ -85,7 +85,7 @@ class DynaMoETrainer(Trainer):
                 parameter.requires_grad_(False)
         self.teacher = None
         if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
-            self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
+            self.teacher = frozen_copy(core)
         self._parts: dict[str, list[torch.Tensor]] = {}  # losses and metrics since the last log; `_metrics` is a name of TRL
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:  # here, because the base class sets it to 1 for a model that is spread over several devices
@@ -197,6 +197,8 @@ class DynaMoETrainer(Trainer):
         watched = core.model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
         last = core.model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
         with last, layer_outputs(watched) as states:
+            # With a cache, models would not see where packed documents begin.
+            inputs = {**inputs, "use_cache": False}
             model(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device))
         return kept[0], states
 
@@ -308,6 +310,16 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
             'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
             'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
         )
+
+
+def frozen_copy(model: DynaMoEForCausalLM) -> DynaMoEForCausalLM:
+    """
+    A copy of the weights, in evaluation mode and without gradients. Its configs are those of `model` itself, so that what is set later,
+    by Trainer or by `set_attn_implementation`, holds for both.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs += [model.config.base_config]
+    return copy.deepcopy(model, {id(config): config for config in configs}).eval().requires_grad_(False)
 
 
 def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:

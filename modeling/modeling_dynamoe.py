@@ -15,7 +15,6 @@ Shapes: B batch, S sequence, D hidden size, V vocabulary, E experts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +38,7 @@ from .dense_base import (
 from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
 from .packed_weights import pack_model
-from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, loss_mask, mean_router_loss
+from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
 
 
 MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -135,23 +134,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
-        slot = self.slot
-
-        def checkpoint_with_routing(function, *args, **options):
-            # The trap: backward runs the layer again, after the pass and maybe in another thread. So carry the routing along.
-            again = None if slot.current is None else replace(slot.current, records=_discarded(slot.current.records))
-            routings = chain([slot.current], repeat(again))
-
-            def run(*inputs):
-                previous = slot.exchange(next(routings))
-                try:
-                    return function(*inputs)
-                finally:
-                    slot.exchange(previous)
-
-            return gradient_checkpointing_func(run, *args, **options)
-
-        super()._set_gradient_checkpointing(enable, checkpoint_with_routing if enable else checkpoint, *args, **kwargs)
+        function = checkpoint_with_routing(self.slot, gradient_checkpointing_func) if enable else checkpoint
+        super()._set_gradient_checkpointing(enable, function, *args, **kwargs)
 
     @contextmanager
     def routing(self, **settings) -> Iterator[Routing]:
@@ -440,11 +424,6 @@ def _experts_of(routing):
         "expert_indices": tuple(record.expert for record in records),
         "mlp_shares": tuple(record.share for record in records),
     }
-
-
-def _discarded(records):
-    """A list for what a layer records when backward runs it again: the pass has its records already."""
-    return None if records is None else []
 
 
 __all__ = ["DynaMoEForCausalLM", "DynaMoEModel"]

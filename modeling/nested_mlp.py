@@ -60,7 +60,7 @@ class NestedMLP(nn.Module):
         return [width / self.widths[-1] for width in self.widths]
 
     def forward(self, x):
-        routing = self.slot.current or self.slot.requested.with_defaults(self.config)
+        routing = self.slot.of_layer(self.config)
         if (y := run_few_tokens(self, x, routing)) is not None:
             return y
         decision = self.decide(x, routing)
