@@ -97,7 +97,7 @@ class DynaMoETrainer(Trainer):
         self.sensitivity_range = self.args.sensitivity_range or core.config.train_sensitivity
         self.density_range = density_range_of(core.config, self.args.density_range)
         if self.teacher is not None:
-            self.teacher.to(self.args.device)
+            self.teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers' decorator hides `to`
 
     def create_optimizer(self, model=None):
         """As the base class, with the routers in a group of their own, at `router_learning_rate`."""
