@@ -77,6 +77,10 @@ class DynaMoETrainer(Trainer):
     def __init__(self, model=None, args=None, **kwargs):
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_model(core, args, adapted=core is not model)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` does not go with the losses of this Trainer. Subclass it, and `compute_loss`."
+            )
         self.core = core
         choose_trainable(core, args.train_parts)
         if not (args.router_loss_coef or args.width_loss_coef):

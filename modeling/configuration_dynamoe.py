@@ -6,6 +6,7 @@ import copy
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import check_expert, check_sensitivity
 from .difficulty import SIMILARITIES
 from .routing import ROUTERS, TokenRouter
 from .sparsity import check_density_path, check_thresholds
@@ -166,11 +167,7 @@ class DynaMoEConfig(PreTrainedConfig):
             check_sensitivity(sensitivity)
         check_thresholds(self.thresholds, layers)
         check_density_path(self.density_path, self.thresholds)
-        if self.force_expert is not None and not 0 <= self.force_expert < self.expert_count:
-            raise ValueError(
-                f"`force_expert` must be an expert's index, found {self.force_expert}. This model has experts 0 to "
-                f"{self.expert_count - 1} (the last is the full width), or None to let the routers choose."
-            )
+        check_expert(self.force_expert, self.expert_count)
 
     @property
     def _per_layer(self):
@@ -248,15 +245,6 @@ class DynaMoEConfig(PreTrainedConfig):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
-
-
-def check_sensitivity(value):
-    """Raise `ValueError` unless `value` is a number in (0, 1]."""
-    if not isinstance(value, (int, float)) or not 0 < value <= 1:  # NaN fails the comparison
-        raise ValueError(
-            f"sensitivity must be in (0, 1], found {value!r}. 1 is the dense model; lower values let more tokens take "
-            "smaller experts. To aim at a share of compute instead, use `set_budget`."
-        )
 
 
 def _as_lists(widths):

@@ -23,7 +23,8 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
+from .checks import check_expert, check_labels_arrive, check_one_of, check_sensitivity, checked_dial, checked_request
+from .configuration_dynamoe import DynaMoEConfig
 from .dense_base import (
     AfterBackbone,
     backbone_class_of,
@@ -147,7 +148,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         ...     model(input_ids)
         >>> routing.records[0].expert  # (B, S) of layer 0
         """
-        with self.slot.request(Routing(**settings)) as routing:
+        with self.slot.request(Routing(**checked_request(settings, self.config.expert_count, ROUTES))) as routing:
             yield routing
 
     def resolve_routing(
@@ -163,9 +164,11 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             train: whether routers are trained in this pass: labels, and a sensitivity drawn for each sequence.
         """
         batch = inputs.shape[0]
-        sensitivity, density = _checked("sensitivity", sensitivity, batch), _checked("density", density, batch)
-        if route is not None and route not in ROUTES:
-            raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
+        sensitivity = checked_dial("sensitivity", sensitivity, batch)
+        density = checked_dial("density", density, batch)
+        check_expert(force_expert, self.config.expert_count)
+        if route is not None:
+            check_one_of("route", route, ROUTES)
         asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
         routing = replace(self.slot.requested, **{name: value for name, value in asked.items() if value is not None})
         if train:
@@ -382,6 +385,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, **kwargs}
         record = self.config.output_router_logits if output_router_logits is None else output_router_logits
         train = self.training and labels is not None and force_expert is None and self.config.force_expert is None
+        check_labels_arrive(labels, kwargs.get("num_items_in_batch"))
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, record, train)
         found = self._run_base(routing, inputs)
@@ -401,19 +405,6 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         take the positions in chunks, since the logits of a whole batch are the largest tensor of a training step.
         """
         return self.base_class.forward(AfterBackbone(self, hidden_states), return_dict=True).logits
-
-
-def _checked(name, value, batch):
-    """A sensitivity or density of one call: `None`, a number, or (B,)."""
-    if not isinstance(value, torch.Tensor):
-        if name == "sensitivity" and value is not None:
-            check_sensitivity(value)
-        elif value is not None and not 0 < value <= 1:
-            raise ValueError(f"`density` must be in (0, 1], found {value!r}. 1 leaves experts dense.")
-        return value
-    if value.shape not in ((batch,), ()):
-        raise ValueError(f"`{name}` must be a number or one for each of {batch} sequences, found {tuple(value.shape)}.")
-    return value.expand(batch)
 
 
 def _experts_of(routing):

@@ -372,6 +372,37 @@ def test_bad_sensitivity(value, token_ids):
         model(token_ids, sensitivity=value)
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         DynaMoEConfig(sensitivity=value)
+    for name in ("sensitivity", "density"):
+        found = [value] if value == "high" else [value, torch.tensor(value), torch.tensor([0.5, value])]
+        for each in found:
+            with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+                model(token_ids, **{name: each})
+            with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+                model.model(token_ids, **{name: each})
+            with pytest.raises(ValueError, match=r"must be in \(0, 1\]"), model.routing(**{name: each}):
+                pass
+
+
+@pytest.mark.parametrize("expert", [-1, 4, 1.5, True, "1"])
+def test_bad_expert(expert, token_ids):
+    model = tiny_dynamoe()
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"):
+        model(token_ids, force_expert=expert)
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"):
+        model.generate(token_ids, force_expert=expert, max_new_tokens=1)
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"), model.routing(force_expert=expert):
+        pass
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"):
+        DynaMoEConfig(force_expert=expert)
+
+
+def test_a_tensor_without_dimensions_is_a_number(token_ids):
+    model = tiny_dynamoe()
+    for sensitivity in (0.4, 1.0):
+        expected = model(token_ids, sensitivity=sensitivity).logits
+        assert torch.equal(model(token_ids, sensitivity=torch.tensor(sensitivity, dtype=torch.float64)).logits, expected)
+        with model.routing(sensitivity=torch.tensor(sensitivity, dtype=torch.float64)):
+            assert torch.equal(model(token_ids).logits, expected)
 
 
 def test_other_bad_settings(token_ids):
@@ -382,6 +413,8 @@ def test_other_bad_settings(token_ids):
         model(token_ids, sensitivity=torch.ones(3))
     with pytest.raises(ValueError, match="`route` is unknown"):
         model(token_ids, route="best")
+    with pytest.raises(ValueError, match="`route` is unknown"), model.routing(route="best"):
+        pass
     with pytest.raises(ValueError, match="`similarity` is unknown"):
         DynaMoEConfig(similarity="euclid")
     with pytest.raises(ValueError, match="format_version=99"):

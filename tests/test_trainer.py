@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny_dense
 from peft import PeftModel, get_peft_model
 from reference import assert_close, causal_losses, gates, relative_error
 from training import LABELS, rows, tiny_model, train
-from transformers import DataCollatorWithFlattening, Trainer, default_data_collator
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
 
 from dynamoe_hf import DynaMoEForCausalLM, DynaMoETrainer, DynaMoETrainingArguments, fit_routers, lora_config
 from dynamoe_hf.losses import relative_error as errors_of
@@ -298,6 +298,26 @@ def test_activation_checkpointing_gives_the_same_losses(tmp_path):
         trainer = train(tiny_model(), tmp_path, max_steps=4, gradient_checkpointing=checkpointing, lm_loss_coef=0.2)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda *args, **kwargs: None}])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_losses_that_keep_the_labels_from_the_model_are_refused(settings, adapted, tmp_path):
+    """In training and in evaluation, of a plain Trainer; `DynaMoETrainer` says so when it is made."""
+    model = get_peft_model(tiny_model(), lora_config()) if adapted else tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    smoothing = {name: value for name, value in settings.items() if name == "label_smoothing_factor"}
+    function = {name: value for name, value in settings.items() if name not in smoothing}
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_names=["labels"], **smoothing)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows(), **function)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="loss trains no router. Leave both out"):
+            run()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    if function:
+        args = DynaMoETrainingArguments(str(tmp_path), use_cpu=True, **LABELS)
+        with pytest.raises(ValueError, match="`compute_loss_func` does not go with"):
+            DynaMoETrainer(model=tiny_model(), args=args, train_dataset=rows(), **function)
 
 
 @pytest.mark.parametrize("parts", ["layers", "lora"])

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call may ask of a model, told before any work: places of the dial, an expert, labels that reach the model."""
+
+from typing import Any
+
+import torch
+
+
+def check_sensitivity(value: Any) -> None:
+    """Raise `ValueError` unless `value` is a number in (0, 1]."""
+    if not is_number(value) or not 0 < value <= 1:  # NaN fails the comparison
+        raise ValueError(
+            f"sensitivity must be in (0, 1], found {value!r}. 1 is the dense model; lower values let more tokens take "
+            "smaller experts. To aim at a share of compute instead, use `set_budget`."
+        )
+
+
+def check_density(value: Any) -> None:
+    """Raise `ValueError` unless `value` is a number in (0, 1]."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"`density` must be in (0, 1], found {value!r}. 1 leaves experts dense.")
+
+
+DIALS = {"sensitivity": check_sensitivity, "density": check_density}
+
+
+def check_expert(value: Any, experts: int) -> None:
+    """Raise `ValueError` unless `value` is `None` or the index of one of so many experts."""
+    if value is not None and not (is_whole(value) and 0 <= value < experts):
+        raise ValueError(
+            f"`force_expert` must be an expert's index, found {value!r}. This model has experts 0 to {experts - 1} (the last is the "
+            "full width), or None to let the routers choose."
+        )
+
+
+def check_one_of(name: str, value: Any, allowed: Any) -> None:
+    """Raise `ValueError` unless `value` is one of the strings in `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` is unknown: found {value!r}. Choose one of {', '.join(allowed)}.")
+
+
+def checked_dial(name: str, value: Any, batch: int | None = None) -> Any:
+    """
+    A sensitivity or density as a call takes it: `None`, a number, or a tensor with one for each sequence; a tensor without dimensions
+    is a number. `batch`: number of sequences, `None` where it is not known yet.
+
+    Raises:
+        ValueError: a number outside (0, 1], NaN too, or a tensor of another shape.
+    """
+    if value is None or not isinstance(value, torch.Tensor):
+        if value is not None:
+            DIALS[name](value)
+        return value
+    if value.ndim > 1 or value.ndim == 1 and batch is not None and len(value) != batch:
+        sequences = "each sequence" if batch is None else f"each of {batch} sequences"
+        raise ValueError(f"`{name}` must be a number or one for {sequences}, found shape {tuple(value.shape)}.")
+    if not _can_be_read(value):
+        return value if batch is None else value.expand(batch)
+    for number in value.flatten().tolist():
+        DIALS[name](number)
+    return value if value.ndim else value.item()
+
+
+def checked_request(settings: dict[str, Any], experts: int, routes: Any) -> dict[str, Any]:
+    """
+    The fields of a `Routing` that passes are to follow. Raises `ValueError` as `checked_dial`, and for an unknown expert or route.
+    Tensors on a GPU are taken as they are: to read them is to wait for it, at each step of a training.
+    """
+    check_expert(settings.get("force_expert"), experts)
+    check_one_of("route", settings.get("route", routes[0]), routes)
+    for name in DIALS.keys() & settings.keys():
+        if not (isinstance(settings[name], torch.Tensor) and settings[name].is_cuda):
+            settings = {**settings, name: checked_dial(name, settings[name])}
+    return settings
+
+
+def _can_be_read(tensor):
+    """Whether there are numbers to look at: a compiler and a CUDA graph in the making have none yet."""
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or tensor.is_meta or capturing)
+
+
+def check_labels_arrive(labels: torch.Tensor | None, num_items_in_batch: Any) -> None:
+    """Raise `ValueError` where a Trainer has counted the labels of a batch and kept them from the model."""
+    if labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            "The routers' loss needs the labels, and the Trainer has taken them out of the batch: found `label_smoothing_factor` or "
+            "`compute_loss_func`, whose loss trains no router. Leave both out, or train with `DynaMoETrainer`."
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, and not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
