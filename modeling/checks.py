@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call may ask of a model, told before any work: places of the dial, an expert, labels that reach the model."""
+"""What a call may ask of a model, told before any work: places of the dial, an expert, labels that reach the model, adapters."""
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -89,9 +91,55 @@ def check_labels_arrive(labels: torch.Tensor | None, num_items_in_batch: Any) ->
         )
 
 
+def check_model_type(found: str | None) -> None:
+    """Raise `ValueError` unless `found` is the model type of a DynaMoE config, or missing."""
+    if found not in (None, "", "dynamoe"):
+        raise ValueError(
+            f"This is a dense model, found model type {found!r}. Convert it: `dynamoe convert MODEL OUT`, or in memory "
+            "`DynaMoEForCausalLM.from_dense(AutoModelForCausalLM.from_pretrained(MODEL))`."
+        )
+
+
+def check_adapters(model: Any) -> None:
+    """
+    Raise `ValueError` where PEFT's adapters of the dense base sit on MLP projections. Conversion has put the neurons there in another
+    order, and adapters keep none. Adapters tell what they were trained on by its name alone.
+    """
+    base, own = str(model.config.base_config._name_or_path or ""), model.name_or_path
+    if not base or model.config.error_weights is None:  # `from_dense` leaves the order as it is
+        return
+    for name, config in model.__dict__.get("peft_config", {}).items():
+        found = str(getattr(config, "base_model_name_or_path", None) or "")
+        if found != own and _same_name(found, base) and any(_adapts(mlp, name) for mlp in model.nested_mlps):
+            raise ValueError(
+                f"Adapters of the dense base do not fit this model's MLPs, whose neurons have another order: found {name!r}, trained on "
+                f"{found}. Merge them into the base and convert the result; or, if they were trained on this model, write "
+                f"{own!r} into `base_model_name_or_path` of their adapter_config.json."
+            )
+
+
+def _same_name(found, base):
+    """Whether two names may be those of one model: a folder's last part is compared, since its place is not recorded."""
+    if all(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) for name in (found, base)):  # ids on the Hub
+        return found == base
+    return found.rstrip("/").split("/")[-1] == base.rstrip("/").split("/")[-1]
+
+
+def _adapts(mlp, adapter):
+    """Whether an adapter of this name sits on a projection of an MLP."""
+    projections = [mlp._modules[name] for name in mlp.layout.projections]
+    kinds = [getattr(module, kind) for module in projections for kind in getattr(module, "adapter_layer_names", ())]
+    return any(adapter in kind for kind in kinds)
+
+
 def is_number(value: Any) -> bool:
     """Whether this is a number, and not a truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_size(value: Any) -> bool:
+    """Whether this is a finite number of at least 0."""
+    return is_number(value) and 0 <= value < math.inf
 
 
 def is_whole(value: Any) -> bool:

@@ -23,7 +23,16 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .checks import check_expert, check_labels_arrive, check_one_of, check_sensitivity, checked_dial, checked_request
+from .checks import (
+    check_adapters,
+    check_expert,
+    check_labels_arrive,
+    check_model_type,
+    check_one_of,
+    check_sensitivity,
+    checked_dial,
+    checked_request,
+)
 from .configuration_dynamoe import DynaMoEConfig
 from .dense_base import (
     AfterBackbone,
@@ -100,6 +109,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config, *args, **kwargs):
         if cls.base_class is None:
+            check_model_type(config.model_type)
             cls = nested_class(cls, cls.base_class_of(config.base_config))  # type: ignore[arg-type]  # `cache` of a class
         return super().__new__(cls)
 
@@ -109,6 +119,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def _adopt(self, config, dense):
         """Hold the parts of `dense`, or of a fresh base."""
+        config.check()  # fields may have been set since the config was made
         # Not `super()`: the base's own `__init__` would build a second model.
         PreTrainedModel.__init__(self, config)
         if dense is None:
@@ -230,8 +241,24 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         """
         return pack_model(self, self.nested_mlps, kind)
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        check_adapters(self)  # PEFT injects its modules, then loads their weights
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def load_adapter(self, *args, **kwargs):
+        """As the base class. Raises `ValueError` for adapters of the dense base on MLP projections."""
+        found = super().load_adapter(*args, **kwargs)
+        check_adapters(self)
+        return found
+
     def save_pretrained(self, *args, **kwargs):
-        """As the base class; refused where weights are packed, which have no place in a folder."""
+        """As the base class; refused where weights are packed, which have no place in a folder, and where the folder could not be read."""
+        self.config.check()
+        if len(self.nested_mlps) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"The folder could not be read: found {len(self.nested_mlps)} layers, and num_hidden_layers="
+                f"{self.config.num_hidden_layers} in the config. Set it, and keep of each list of the config the entries of these layers."
+            )
         if any(mlp.packed is not None for mlp in self.nested_mlps):
             raise ValueError(
                 "A packed model cannot be saved: its float weights are gone. Copy the folder that it was loaded from."

@@ -10,6 +10,7 @@ from reference import assert_close, nested_mlp
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
+from dynamoe_hf.modeling import DynaMoEModel
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
@@ -359,7 +360,7 @@ def test_bad_widths(widths, message):
 def test_bad_budgets(share):
     with pytest.raises(ValueError, match=f"`budgets` must have shares.*found {share!r}"):
         tiny_dynamoe(budgets={share: 0.5})
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\], found 2"):
+    with pytest.raises(ValueError, match=r"`budgets` must have sensitivities in \(0, 1\] as values, found 2 for 0.5"):
         tiny_dynamoe(budgets={"0.5": 2})
 
 
@@ -471,3 +472,51 @@ def test_compiled_decoding_equals_eager(family, fullgraph, token_ids):
     assert not torch._dynamo.utils.counters["graph_break"]
     compiled(token_ids[:1, :1], sensitivity=0.9)
     assert model.slot.current is None, "the dial of a compiled call stays in force after it"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_model_is_not_loaded_as_a_llama(family, tmp_path):
+    """Its config has no `base_config`, whose default is a Llama's."""
+    dense = tiny_dense(family)
+    dense.save_pretrained(tmp_path)
+    config = dense.config
+    for load in (
+        lambda: DynaMoEForCausalLM.from_pretrained(tmp_path),
+        lambda: DynaMoEModel.from_pretrained(tmp_path),
+        lambda: DynaMoEForCausalLM.from_pretrained(tmp_path, config=config),
+        lambda: DynaMoEForCausalLM(config),
+        lambda: DynaMoEConfig.from_pretrained(tmp_path),
+        lambda: DynaMoEConfig.from_dict(config.to_dict()),
+    ):
+        with pytest.raises(ValueError, match=f"This is a dense model, found model type '{family}'. Convert it"):
+            load()
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path):
+    """Depth pruning, as of a dense model, leaves lists with an entry for each layer; a field may be set to anything."""
+    model = tiny_dynamoe(error_weights=[0.1, 0.2])
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="`error_weights` must have one entry for each of 1 layers, found 2"):
+        DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
+    shorter = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1, error_weights=[0.1])
+    shorter.save_pretrained(tmp_path / "shorter")
+    assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "shorter").nested_mlps) == 1
+    for name, value, message in (
+        ("sensitivity", 2.0, r"sensitivity must be in \(0, 1\], found 2.0"),
+        ("num_hidden_layers", 1, "`error_weights` must have one entry for each of 1 layers"),
+        ("error_weights", [0.1], "`error_weights` must have one entry for each of 2 layers"),
+        ("train_sensitivity", [0.9, 0.1], "`train_sensitivity` must be two numbers that rise"),
+    ):
+        model = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole")
+        setattr(model.config, name, value)
+        for save in (model.save_pretrained, model.config.save_pretrained):
+            with pytest.raises(ValueError, match=message):
+                save(tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
+    model = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole")
+    del model.model.layers[1]
+    with pytest.raises(ValueError, match="found 1 layers, and num_hidden_layers=2 in the config"):
+        model.save_pretrained(tmp_path / "wrong")
+    model.config.num_hidden_layers, model.config.error_weights = 1, [0.1]
+    model.save_pretrained(tmp_path / "pruned")
+    assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "pruned").nested_mlps) == 1
