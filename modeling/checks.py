@@ -76,6 +76,13 @@ def checked_request(settings: dict[str, Any], experts: int, routes: Any) -> dict
     return settings
 
 
+def each_of(value: Any, batch: int) -> Any:
+    """A number as it is, or a tensor with one for each of `batch` sequences, which may be beams or samples of those it was given for."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) == batch or len(value) == 0 or batch % len(value):
+        return value
+    return value.repeat_interleave(batch // len(value))
+
+
 def _can_be_read(tensor):
     """Whether there are numbers to look at: a compiler and a CUDA graph in the making have none yet."""
     capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -14,13 +14,12 @@ Shapes: B batch, S sequence, D hidden size, V vocabulary, E experts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .checks import (
@@ -32,6 +31,7 @@ from .checks import (
     check_sensitivity,
     checked_dial,
     checked_request,
+    each_of,
 )
 from .configuration_dynamoe import DynaMoEConfig
 from .dense_base import (
@@ -47,40 +47,12 @@ from .dense_base import (
 )
 from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
+from .outputs import DynaMoECausalLMOutputWithPast, DynaMoEModelOutputWithPast, experts_of
 from .packed_weights import pack_model
 from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
 
 
 MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
-
-
-@dataclass
-class DynaMoEModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, and the last three of `DynaMoECausalLMOutputWithPast`."""
-
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    expert_indices: tuple[torch.LongTensor, ...] | None = None
-    mlp_shares: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    `CausalLMOutputWithPast`, and:
-
-    lm_loss (`torch.Tensor` of shape (1,)): the language-model part of `loss`, when `labels` are given.
-    router_loss (`torch.Tensor` of shape (1,)): mean over layers of the router loss, normalised like `lm_loss`.
-    router_logits (`tuple` of (B, S, E - 1), or (B, S, E) with the argmax router): with `output_router_logits=True`, one
-        for each layer. The sigmoid of a profile router's logits is the predicted similarity of each smaller expert.
-    expert_indices (`tuple` of (B, S) int64): the experts taken, one for each layer, with `output_router_logits=True`.
-    mlp_shares (`tuple` of (B, S)): with `output_router_logits=True`, the share of each MLP's weights that a token read.
-    """
-
-    lm_loss: torch.Tensor | None = None
-    router_loss: torch.Tensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    expert_indices: tuple[torch.LongTensor, ...] | None = None
-    mlp_shares: tuple[torch.FloatTensor, ...] | None = None
 
 
 class DynaMoEPreTrainedModel(PreTrainedModel):
@@ -181,7 +153,11 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         if route is not None:
             check_one_of("route", route, ROUTES)
         asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
-        routing = replace(self.slot.requested, **{name: value for name, value in asked.items() if value is not None})
+        requested = self.slot.requested
+        routing = replace(
+            requested, sensitivity=each_of(requested.sensitivity, batch), density=each_of(requested.density, batch)
+        )
+        routing = replace(routing, **{name: value for name, value in asked.items() if value is not None})
         if train:
             if route is None and routing.route == "router":
                 routing = replace(routing, route=self.config.train_route)
@@ -326,7 +302,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, bool(output_router_logits))
         outputs = self._run_base(routing, inputs)
         if output_router_logits:
-            outputs = DynaMoEModelOutputWithPast(**outputs, **_experts_of(routing))
+            outputs = DynaMoEModelOutputWithPast(**outputs, **experts_of(routing))
         return self._returned(outputs, return_dict)
 
 
@@ -416,7 +392,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, record, train)
         found = self._run_base(routing, inputs)
-        outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(_experts_of(routing) if record else {}))
+        outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(experts_of(routing) if record else {}))
         if labels is not None:
             outputs.lm_loss = outputs.loss
         if train:
@@ -426,22 +402,24 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
             outputs.loss = outputs.lm_loss + self.config.router_loss_coef * outputs.router_loss
         return self._returned(outputs, return_dict)
 
+    def generate(self, *args, sensitivity=None, density=None, force_expert=None, route=None, **kwargs):
+        """
+        As the base class. `sensitivity`, `density`, `force_expert` and `route`, as in `forward`, hold in every pass of this model,
+        such as the second one of `guidance_scale`; an assistant model drafts as its own config says.
+        """
+        asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        checked = checked_request(asked, self.config.expert_count, ROUTES)
+        passed = {} if kwargs.get("assistant_model") is not None else asked
+        with self.slot.request(replace(self.slot.requested, **checked)):
+            return super().generate(*args, **passed, **kwargs)  # type: ignore[misc]  # the mixin types its `self`
+
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Logits of what the backbone returned, (B, S, D) -> (B, S, V), with the base's own scales and soft-caps: for losses that
         take the positions in chunks, since the logits of a whole batch are the largest tensor of a training step.
         """
         return self.base_class.forward(AfterBackbone(self, hidden_states), return_dict=True).logits
-
-
-def _experts_of(routing):
-    """The outputs that tell which experts the tokens took."""
-    records = routing.records
-    return {
-        "router_logits": tuple(record.router_logits for record in records),
-        "expert_indices": tuple(record.expert for record in records),
-        "mlp_shares": tuple(record.share for record in records),
-    }
 
 
 __all__ = ["DynaMoEForCausalLM", "DynaMoEModel"]

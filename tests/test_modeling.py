@@ -11,9 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling import DynaMoEModel
+from dynamoe_hf.modeling.routing import Routing
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+
+SPARSE = {
+    "sensitivity": 0.4,
+    "thresholds": {"density": [0.5], "input": [[0.3, 0.3]], "hidden": [[0.05, 0.05]]},
+    "density_path": [[0.4, 0.5]],
+}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -76,6 +83,36 @@ def test_sensitivity_for_each_sequence(token_ids):
     generated = model.generate(token_ids, sensitivity=torch.tensor([0.1, 0.8]), max_new_tokens=5, num_beams=2, do_sample=False)
     alone = model.generate(token_ids[1:], sensitivity=0.8, max_new_tokens=5, num_beams=2, do_sample=False)
     assert torch.equal(generated[1:, : alone.shape[1]], alone)
+
+
+@pytest.mark.parametrize("dial", [{"sensitivity": 0.3}, {"force_expert": 0}, {"sensitivity": torch.tensor([0.1, 0.9])}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_both_passes_of_guidance_hear_the_dial(dial, options, token_ids):
+    model, heard = tiny_dynamoe(), []
+    for mlp in model.nested_mlps:
+        mlp.register_forward_pre_hook(lambda mlp, args: heard.append((args[0].shape[0], mlp.slot.current)))
+    options = {"do_sample": False, "max_new_tokens": 3, "guidance_scale": 1.5, **options}
+    model.generate(token_ids, **dial, **options)
+    for batch, routing in heard:
+        for name, value in dial.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(routing, name), value.repeat_interleave(batch // 2))
+            else:
+                assert getattr(routing, name) == value
+    assert model.slot.requested == Routing() and len(heard) > 2 * 3 * 2 - 1
+
+
+def test_an_assistant_drafts_at_its_own_place_of_the_dial(token_ids):
+    model, draft, heard = tiny_dynamoe(), tiny_dynamoe(sensitivity=0.2), {"model": set(), "draft": set()}
+    for name, each in (("model", model), ("draft", draft)):
+        for mlp in each.nested_mlps:
+            mlp.register_forward_pre_hook(lambda mlp, args, name=name: heard[name].add(mlp.slot.current.sensitivity))
+    options = {"do_sample": False, "max_new_tokens": 8}
+    found = model.generate(token_ids[:1], sensitivity=0.7, assistant_model=draft, **options)
+    assert heard == {"model": {0.7}, "draft": {0.2}}
+    assert torch.equal(found, model.generate(token_ids[:1], sensitivity=0.7, **options))
+    with model.routing(sensitivity=0.7):
+        assert torch.equal(found, model.generate(token_ids[:1], **options)), "what is asked for around the call is heard too"
 
 
 def test_cache_equals_no_cache(token_ids):
@@ -520,3 +557,26 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     model.config.num_hidden_layers, model.config.error_weights = 1, [0.1]
     model.save_pretrained(tmp_path / "pruned")
     assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "pruned").nested_mlps) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sensitivity": 0.4}, {"force_expert": 1}, SPARSE], ids=["full", "dial", "forced", "sparse"]
+)
+def test_an_exported_program_takes_any_length(strict, settings):
+    model = tiny_dynamoe(**settings)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    with torch.no_grad():
+        lengths = {"ids": {0: torch.export.Dim("batch", min=2, max=4), 1: torch.export.Dim("length", min=2, max=64)}}
+        program = torch.export.export(Logits(), (torch.randint(3, 128, (2, 24)),), dynamic_shapes=lengths, strict=strict)
+        for shape in ((2, 2), (2, 8), (3, 16), (2, 17), (4, 60)):
+            ids = torch.randint(3, 128, shape)
+            assert_close(f"logits of {shape}", program.module()(ids), model(ids).logits)
