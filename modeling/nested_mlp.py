@@ -147,7 +147,8 @@ class NestedMLP(nn.Module):
         linears = [self._modules[name] for name in self.layout.projections]
         if plain_parameters(linears, x.device) is not None:
             return self.layout.tensors(self)
-        if all(isinstance(linear, nn.Linear) and not has_hooks(linear) for linear in linears):
+        # A `forward` of its own may count, calibrate or round, so it is called.
+        if all(getattr(type(linear), "forward", None) is nn.Linear.forward and not has_hooks(linear) for linear in linears):
             return self.quantized_slices.tensors(self, self.layout, self.widths, x)
         return None
 

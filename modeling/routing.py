@@ -207,8 +207,10 @@ class TokenRouter(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.input
-        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
+        first: Any = self.input
+        # The weight of torch's dynamically quantised layers is a method, and they read float32.
+        dtype = first.weight.dtype if isinstance(first.weight, torch.Tensor) else torch.float32
+        return self.logits_of(self.output(F.silu(first(x.to(dtype)))))
 
     def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""
