@@ -178,25 +178,6 @@ def checkpoint_with_routing(slot: RoutingSlot, checkpoint: Callable) -> Callable
     return checkpointed
 
 
-class RouterLinear(nn.Module):
-    """
-    A linear layer that is no `nn.Linear`, so that what converts or wraps all of a model's linear layers leaves routers alone:
-    quantisers, and adapters with `target_modules="all-linear"`.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        linear = nn.Linear(in_features, out_features)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
 class TokenRouter(nn.Module):
     """
     Predicts from what an MLP reads how difficult each token is for it: (..., D) -> (..., outputs) logits.
@@ -209,8 +190,8 @@ class TokenRouter(nn.Module):
 
     def __init__(self, hidden_size: int, router_dim: int, experts: int):
         super().__init__()
-        self.input = RouterLinear(hidden_size, router_dim)
-        self.output = RouterLinear(router_dim, self.outputs(experts))
+        self.input = nn.Linear(hidden_size, router_dim)
+        self.output = nn.Linear(router_dim, self.outputs(experts))
 
     @staticmethod
     def outputs(experts: int) -> int:
@@ -226,8 +207,10 @@ class TokenRouter(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.input
-        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
+        first: Any = self.input
+        # The weight of torch's dynamically quantised layers is a method, and they read float32.
+        dtype = first.weight.dtype if isinstance(first.weight, torch.Tensor) else torch.float32
+        return self.logits_of(self.output(F.silu(first(x.to(dtype)))))
 
     def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""
@@ -343,12 +326,12 @@ def logit_of(sensitivity: float | torch.Tensor, device) -> float | torch.Tensor:
 
 def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] | None:
     """
-    The parameters of linear layers whose weights may be read instead of calling the layers: bare ones on `device`,
+    The parameters of linear layers whose weights may be read instead of calling the layers: bare `nn.Linear` on `device`,
     neither wrapped (LoRA), nor offloaded, nor quantised, and without hooks, which a call fires. `None` if one is not like that.
     """
     found = []
     for linear in linears:
-        if linear is None or type(linear) not in (nn.Linear, RouterLinear) or has_hooks(linear):
+        if type(linear) is not nn.Linear or has_hooks(linear):
             return None
         weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.device != device:
