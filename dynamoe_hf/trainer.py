@@ -69,7 +69,8 @@ class DynaMoETrainer(Trainer):
 
     Raises:
         ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss
-            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher.
+            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher;
+            `compute_loss_func`, which this Trainer would not call.
     """
 
     args: DynaMoETrainingArguments

@@ -144,7 +144,7 @@ class NestedMLP(nn.Module):
         """
         if self.packed is not None:
             return self.packed.tensors(x.dtype)
-        linears = [self._modules[name] for name in self.layout.projections]
+        linears: list[Any] = [self._modules[name] for name in self.layout.projections]
         if plain_parameters(linears, x.device) is not None:
             return self.layout.tensors(self)
         # A `forward` of its own may count, calibrate or round, so it is called.
