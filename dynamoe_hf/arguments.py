@@ -9,15 +9,19 @@ A stage function takes them as one object or by name: `calibrate_budgets(folder,
 
 import ast
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 
 # The strings name the form in which the command line reads a value: `flags.FORMS`.
 Count = Annotated[int, "count"]
+Seed = Annotated[int, "seed"]
+Weight = Annotated[float, "weight"]
+Rate = Annotated[float, "rate"]
 Numbers = Annotated[Sequence[float], "numbers"]
 OneOrMoreNumbers = Annotated[float | Sequence[float], "numbers"]
 Widths = Annotated[Sequence[float] | Sequence[Sequence[float]], "numbers"]
@@ -56,7 +60,31 @@ def resolve(kind: type[T], arguments: T | None, settings: dict[str, Any]) -> T:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a TypeVar cannot be bound to dataclasses
     if unknown := settings.keys() - set(names):
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}. Its settings are {', '.join(names)}.")
-    return replace(arguments, **settings)  # type: ignore[type-var]
+    check_numbers(found := replace(arguments, **settings))  # type: ignore[type-var]
+    return found
+
+
+# By the name that marks a field's type: what it must be, its type, its least value, and the first one that is too large.
+KINDS: dict[str, tuple[str, Any, float, float]] = {
+    "count": ("a whole number of at least 1", int, 1, math.inf),
+    "tokens": ("a whole number of at least 0", int, 0, math.inf),
+    "seed": ("a whole number from 0 to 2**32 - 1", int, 0, 2**32),
+    "weight": ("a finite number of at least 0", int | float, 0, math.inf),
+    "share": ("in (0, 1]", int | float, math.ulp(0.0), math.nextafter(1, 2)),
+    "part": ("in [0, 1]", int | float, 0, math.nextafter(1, 2)),
+    "rate": ("a finite number above 0", int | float, math.ulp(0.0), math.inf),
+}
+
+
+def check_numbers(arguments: Any) -> None:
+    """Raise `ValueError` for a field that is not the number that its type is marked as. `None` is the default of some."""
+    for name, hint in get_type_hints(type(arguments), include_extras=True).items():
+        for part in (hint, *get_args(hint)):
+            if get_origin(part) is Annotated and part.__metadata__[0] in KINDS:
+                told, kind, least, beyond = KINDS[part.__metadata__[0]]
+                value = getattr(arguments, name)
+                if value is not None and (type(value) is bool or not isinstance(value, kind) or not least <= value < beyond):
+                    raise ValueError(f"`{name}` must be {told}, found {value!r}.")
 
 
 def field_helps(kind: type) -> dict[str, str]:
@@ -122,7 +150,7 @@ class ConvertArguments:
     """Tokens in one sequence."""
     dtype: str = "auto"
     """Dtype of the weights: float32, bfloat16, float16, or auto as in the checkpoint."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the routers' initial weights."""
 
 
@@ -182,13 +210,13 @@ class GenerateArguments:
     """Threshold in (0, 1]; 1 is the dense model."""
     max_new_tokens: Count = 64
     """Tokens to generate at most."""
-    temperature: float = 0.0
+    temperature: Weight = 0.0
     """Temperature of sampling; 0 is greedy."""
     chat: bool = False
     """Treat the prompt as a question, through the chat template."""
     int8: bool = False
     """Decode from int8 weights, on a CPU: a token reads only the rows of what it keeps."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling."""
 
 
@@ -325,26 +353,26 @@ class NestedTrainingArguments:
     """Lowest and highest sensitivity that sequences draw; by default `train_sensitivity` of the model's config. 1 1
     trains the full width alone.
     """
-    lm_loss_coef: float = 0.0
+    lm_loss_coef: Weight = 0.0
     """Weight of the LM loss: the next tokens of the text."""
-    router_loss_coef: float = 0.0
+    router_loss_coef: Weight = 0.0
     """Weight of the router loss: routers learn the labels while experts learn. 0 leaves routers as they are."""
-    kd_loss_coef: float = 1.0
+    kd_loss_coef: Weight = 1.0
     """Weight of KL(full width || chosen experts), on the teacher's logits."""
-    hidden_loss_coef: float = 10.0
+    hidden_loss_coef: Weight = 10.0
     """Weight of the relative error of each layer's output to that of the full width. It keeps two hidden states a layer
     in memory.
     """
-    width_loss_coef: float = 0.0
+    width_loss_coef: Weight = 0.0
     """Weight of the price of width. Above 0 the routers learn from what their choices do to all losses, which needs
     profile routers that were fitted before. It is 0 here because a Trainer runs one phase, and experts are trained
     before routers choose; with it, leave hidden_loss_coef at 0, or routers learn to spare hidden states and choose
     worse.
     """
-    logit_fraction: float = 1.0
+    logit_fraction: Annotated[float, "share"] = 1.0
     """Share of the positions whose logits are computed, at random: less takes less time, and the losses stay unbiased.
     """
-    router_learning_rate: float = 1e-3
+    router_learning_rate: Rate = 1e-3
     """Learning rate of the routers, where a loss trains them."""
 
     def __post_init__(self):
@@ -354,10 +382,9 @@ class NestedTrainingArguments:
         """Raise `ValueError` for an unknown value, or a number outside its range."""
         for name, allowed in (("train_parts", TrainedParts), ("teacher", Teacher), ("route", Route)):
             check_choice(name, getattr(self, name), allowed)
-        if not 0 < self.logit_fraction <= 1:
-            raise ValueError(f"`logit_fraction` must be in (0, 1], found {self.logit_fraction}.")
         check_range(self.sensitivity_range)
         check_range(self.density_range, "density_range")
+        check_numbers(self)
 
 
 @with_help
@@ -375,7 +402,7 @@ class StageArguments:
     """Text column of the dataset."""
     max_tokens: Count = 100_000
     """Tokens to train on; a shorter text is repeated."""
-    learning_rate: float = 2e-4
+    learning_rate: Rate = 2e-4
     """Learning rate of all but the routers."""
     resume: bool = False
     """Continue an interrupted run from its last checkpoint."""
@@ -391,7 +418,7 @@ class StageArguments:
     """Compute activations twice: less memory, a third more time."""
     save_steps: Count = 50
     """Steps between checkpoints."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random in the stage."""
 
 
@@ -402,7 +429,7 @@ class AdaptArguments(StageArguments):
 
     max_tokens: Count = 65_536
     """Tokens to train on; a shorter text is repeated."""
-    learning_rate: float = 6e-5
+    learning_rate: Rate = 6e-5
     """Learning rate, lower than in training: the full width is to keep what it knows."""
 
 
@@ -411,12 +438,12 @@ class AdaptArguments(StageArguments):
 class TrainArguments(NestedTrainingArguments, StageArguments):
     """What `train_model` takes. The defaults are the recipe of docs/results.md."""
 
-    width_loss_coef: float = 0.9
+    width_loss_coef: Weight = 0.9
     """Weight of the price of width in the last phase, in which routers learn by choosing (see choice_share); the phases
     before have none. A higher price gives narrower experts at the same sensitivity, and `calibrate` finds the new
     sensitivities.
     """
-    router_tokens: int = 65_536
+    router_tokens: Annotated[int, "tokens"] = 65_536
     """Tokens of the text, at most, on which routers are fitted: before the training with route=router, and anew after
     it. 0 leaves routers as the training made them. With train_parts=routers they are fitted on all max_tokens.
     """
@@ -424,7 +451,7 @@ class TrainArguments(NestedTrainingArguments, StageArguments):
     """What an error costs when routers are fitted: the same for all tokens of a layer (layer), or what its token's
     gradient says (token). By default token, where the similarity weighs errors by the loss and routers have a profile.
     """
-    choice_share: float | None = None
+    choice_share: Annotated[float, "part"] | None = None
     """Share of max_tokens, at the end, on which routers alone learn by choosing: from KL(full width || chosen experts)
     and the price of width. By default 0.2 where routers have a profile and are fitted, else 0.
     """
@@ -437,8 +464,6 @@ class TrainArguments(NestedTrainingArguments, StageArguments):
         super().check()
         if self.harm is not None:
             check_choice("harm", self.harm, Harm)
-        if self.choice_share is not None and not 0 <= self.choice_share <= 1:
-            raise ValueError(f"`choice_share` must be in [0, 1], found {self.choice_share}.")
 
 
 def nested_settings(arguments: NestedTrainingArguments) -> dict:

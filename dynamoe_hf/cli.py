@@ -83,7 +83,7 @@ class Stage:
 STAGES = {
     "convert": Stage(
         "convert", "convert_model", ConvertArguments,
-        {"base": "Hub id or folder of a dense model; folders with a .gguf file too", "out": "folder to write; must not exist"},
+        {"base": "Hub id or folder of a dense model; or a .gguf file, or its folder", "out": "folder to write; must not exist"},
         show_record,
         "Dense model -> DynaMoE: rank and reorder neurons, add routers, prove parity.",
         ["dynamoe convert HuggingFaceTB/SmolLM2-135M-Instruct converted",

@@ -41,11 +41,11 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     Convert a dense model into a DynaMoE model folder.
 
     The neurons of every MLP are ranked on calibration text and reordered in place, so a full-width model computes what the
-    dense one does; its logits are compared with the dense ones before anything is written. Peak memory is the model, one
-    layer and a few sequences of activations.
+    dense one does; its logits are compared with the dense ones before anything is written, and again when the folder is
+    loaded. Peak memory is the model, one layer and a few sequences of activations.
 
     Args:
-        base: Hub id or folder of a dense causal language model; a folder with a `.gguf` file is dequantised.
+        base: Hub id or folder of a dense causal language model, or a `.gguf` file or its folder, which is dequantised.
         out: folder to write.
         arguments, settings: the fields of `ConvertArguments`, as one object or by name.
 
@@ -53,7 +53,7 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
         The conversion record, also written to `conversion.json`: parity, calibration, versions.
 
     Raises:
-        ValueError: the base cannot be converted, holds NaN, or full-width logits differ from the dense ones.
+        ValueError: the base cannot be converted, holds NaN, lacks weights, or full-width logits differ from the dense ones.
         FileExistsError: `out` exists.
     """
     arguments = resolve(ConvertArguments, arguments, settings)
@@ -76,21 +76,24 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
     for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
         mlp.layout.reorder(mlp, torch.argsort(score, descending=True))
-    parity = prove_parity(expected, _logits(model, probe), model.dtype)
+    prove_parity(expected, _logits(model, probe), model.dtype)
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
 
     record = {
         "base": _name(base),
+        **({"gguf_file": gguf.name} if (gguf := gguf_file(base)) else {}),
         "importance": importance,
         "calibration": {"text": text_names(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
         "seed": arguments.seed,
-        "parity": parity,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
+        del dense, model  # two at a time are more than there may be memory for
         tokenizer.save_pretrained(folder)
+        written = load_model(folder)
+        record["parity"] = prove_parity(expected, _logits(written, probe), written.dtype)
         write_json(folder / CONVERSION, record)
     return record
 
@@ -100,25 +103,43 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
     A dense causal language model and its tokenizer, checked for what conversion needs, on this process's GPU if there is one.
 
     Raises:
-        ValueError: not a causal language model, a DynaMoE model, damaged or NaN weights.
+        ValueError: not a causal language model, a DynaMoE model, adapters, damaged, missing or NaN weights, several GGUF files.
     """
-    gguf = sorted(Path(base).glob("*.gguf")) if Path(base).is_dir() and not (Path(base) / "config.json").exists() else []
-    if gguf:
-        dense = _load(base, gguf_file=gguf[0].name, dtype=torch.float32 if dtype == "auto" else dtype)
-        tokenizer = load_tokenizer(base, gguf_file=gguf[0].name)
+    if gguf := gguf_file(base):
+        dense = _load(gguf.parent, gguf_file=gguf.name, dtype=torch.float32 if dtype == "auto" else dtype)
+        tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
         _forget_gguf(dense)
     else:
         config = load_config(base)
         if config.model_type == "dynamoe":
             raise ValueError(f"{base} is a DynaMoE model already. Train or calibrate it, or convert its dense base.")
         dense_class_of(config)
+        if config.is_encoder_decoder or getattr(config, "is_decoder", None) is False:
+            raise ValueError(f"{base} is a {config.model_type} model, which is not a causal language model.")
         dense, tokenizer = _load(base, dtype=dtype), load_tokenizer(base)
-    if dense.config.is_encoder_decoder or getattr(dense.config, "is_decoder", None) is False:
-        raise ValueError(f"{base} is a {dense.config.model_type} model, which is not a causal language model.")
+    if getattr(dense, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{base} holds adapters beside its weights, and it cannot be told whether they are merged: found adapter_config.json. "
+            "If they are, delete the files adapter_*. If not, save `merge_and_unload()` of both into a new folder."
+        )
     for name, parameter in dense.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{base} holds NaN or infinite numbers in `{name}`. Its weights are damaged: get them again.")
     return on_gpu(dense).eval(), tokenizer
+
+
+def gguf_file(base: str | Path) -> Path | None:
+    """The GGUF file that `base` is, or the one in the folder that it is. Raises `ValueError` where a folder holds several."""
+    path = Path(base)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found)
+        raise ValueError(f"{base} holds {len(found)} GGUF files, found {names}. Give the path of one of them.")
+    return found[0] if found else None
 
 
 def _forget_gguf(dense):
@@ -136,8 +157,9 @@ def _longest(dense):
 
 
 def _name(base):
-    """A Hub id as it is; of a folder its name alone, since records travel and its place is nobody's business."""
-    return Path(base).resolve().name if Path(base).is_dir() else str(base)
+    """A Hub id as it is; of a folder, or that of a file, its name alone, since records travel and its place is nobody's business."""
+    folder = Path(base).parent if Path(base).is_file() else Path(base)
+    return folder.resolve().name if folder.is_dir() else str(base)
 
 
 @torch.no_grad()
@@ -154,7 +176,7 @@ def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtyp
     Raises:
         ValueError: the difference is beyond rounding.
     """
-    difference = ((expected - actual).abs().max() / expected.abs().max()).item()
+    difference = ((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     bound = max(1e-4, 8 * torch.finfo(dtype).eps)
     if not difference <= bound:
         raise ValueError(

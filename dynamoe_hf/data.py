@@ -66,14 +66,24 @@ def read_documents(text: str | Path | Iterable[str | Path]) -> list[str]:
 
 
 def dataset_documents(dataset: str, split: str = "train", column: str = "text") -> Iterator[str]:
-    """Documents of a dataset on the Hub or on disk, streamed. `dataset` is an id, or `id:config`."""
+    """
+    Documents of a dataset on the Hub or on disk, streamed. `dataset` is an id, or `id:config`.
+
+    Raises:
+        ValueError: there is no such column, or a row of it is not text.
+    """
     import datasets
 
     name, _, config = dataset.partition(":")
     rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
-    for row in rows:
+    for index, row in enumerate(rows):
         if column not in row:
             raise ValueError(f"Dataset {name} has no column {column!r}, found {', '.join(row)}. Name it with --column.")
+        if not isinstance(row[column], str):
+            raise ValueError(
+                f"Row {index} of dataset {name} has no text in column {column!r}, found {row[column]!r:.60}. Leave such rows out of the "
+                "dataset, or name a column of text with --column."
+            )
         yield row[column]
 
 
@@ -86,7 +96,8 @@ def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iter
         raise ValueError(f"A block must have two tokens or more, one to predict from another: found {block_size}.")
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = tokenizer.bos_token_id
-    start = [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    # A vocabulary need not know any letter: some are of DNA or of digits alone.
+    start = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     block_size -= len(start)
     buffer = []
     for document in documents:

@@ -24,7 +24,7 @@ from .folder import (
     read_json,
     write_json,
 )
-from .modeling.configuration_dynamoe import check_sensitivity
+from .modeling.checks import check_sensitivity
 from .modeling.sparsity import density_at
 from .observe import expert_shares, sensitivity_for, shares_read, similarity_profiles, watch
 

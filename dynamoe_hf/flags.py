@@ -90,6 +90,6 @@ def _readable(hint):
     """The type by which tyro reads a field: a form in place of its name, and a string where a path would do as well."""
     kinds = [kind for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)) if kind is not Path]
     for kind in kinds:
-        if get_origin(kind) is Annotated:
-            return Annotated[hint, FORMS[get_args(kind)[1]]]
+        if get_origin(kind) is Annotated and (form := FORMS.get(get_args(kind)[1])) is not None:
+            return Annotated[hint, form]
     return reduce(or_, kinds)

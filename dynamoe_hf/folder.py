@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -75,8 +75,14 @@ def load_tokenizer(folder: str | Path, **options) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def check_weights(folder: str | Path) -> None:
+    """Raise `ValueError` where the weights of a DynaMoE folder are not those of its config, by names and shapes alone."""
+    load_dynamoe_config(folder)
+    _load(folder, device_map="meta")
+
+
 def _load(folder, **options):
-    """`AutoModelForCausalLM.from_pretrained`, with damaged weights told in one sentence."""
+    """`AutoModelForCausalLM.from_pretrained`, with damaged, missing or foreign weights told in one sentence."""
     keep_large_buffers()
     options = {"dtype": "auto", **options}
     dtype = options["dtype"]
@@ -84,12 +90,37 @@ def _load(folder, **options):
         raise ValueError(
             f"There is no such dtype: found {dtype!r}. Choose float32, bfloat16, float16, or auto as in the checkpoint."
         )
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (SafetensorError, EOFError) as error:
         raise ValueError(
             f"A weight file of {folder} is damaged ({error}), for example cut off while it was copied. Copy or download it again."
         ) from error
+    model, info = loaded
+    _refuse_other_weights(options.get("gguf_file", folder), info)
+    return model
+
+
+def _refuse_other_weights(source, info):
+    """The trap: transformers fills what is missing, or has another shape, with random numbers, and goes on."""
+    shapes = [(name, f"{name} {tuple(found)}, not {tuple(wanted)}") for name, found, wanted in info["mismatched_keys"]]
+    found = {
+        "missing": sorted(info["missing_keys"] - {name for name, _ in shapes}),
+        "of another shape": sorted(text for _, text in shapes),
+        "unknown to the model": sorted(info["unexpected_keys"]),
+    }
+    told = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in found.items()
+        if names
+    ]
+    if told or info["error_msgs"]:
+        told += map(str, info["error_msgs"])
+        raise ValueError(
+            f"The weights of {source} are not those of its config: found tensors {', '.join(told)}. Get all files of the model again; "
+            "a split GGUF must be merged into one file first."
+        )
 
 
 def keep_large_buffers() -> None:

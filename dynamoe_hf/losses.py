@@ -74,6 +74,13 @@ def layer_outputs(layers: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def relative_error(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean over layers of |h - t|^2 / |t|^2 of each token: L tensors (B, S, D) and as many targets -> (B, S), float32."""
-    pairs = ((state.float(), target.float()) for state, target in zip(states, targets))
-    return torch.stack([(h - t).square().sum(-1) / t.square().sum(-1) for h, t in pairs]).mean(0)
+    """
+    Mean over layers of |h - t|^2 / |t|^2 of each token: L tensors (B, S, D) and as many targets -> (B, S), float32. Where t is 0, as
+    it can be at padding, there is no such error, and 0 is taken.
+    """
+    errors = []
+    for state, target in zip(states, targets):
+        size = target.float().square().sum(-1)
+        # By infinity, not by a small number: its gradient too is 0.
+        errors.append((state.float() - target.float()).square().sum(-1) / size.masked_fill(size == 0, torch.inf))
+    return torch.stack(errors).mean(0)

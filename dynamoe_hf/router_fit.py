@@ -178,7 +178,7 @@ def router_inputs(
     return (
         [torch.cat(each) for each in inputs.values()],
         [torch.cat(each) for each in profiles.values()],
-        [None if weight is None else weight / weight.mean() for weight in weights],
+        [None if weight is None else weight / weight.mean().clamp_min(1e-30) for weight in weights],
         torch.cat(thetas),
     )
 

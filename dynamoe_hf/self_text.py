@@ -78,6 +78,10 @@ def own_text_file(
 
 def _documents(model, tokenizer) -> list[str]:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError(
+            "A text of the model's own begins with a token that begins or ends one, found none in the tokenizer. Give files."
+        )
     sampled = _sample(model, tokenizer, [[first]] * BATCH, LENGTH)
     return [text for text in tokenizer.batch_decode(sampled, skip_special_tokens=True) if text.strip()]
 
@@ -105,7 +109,7 @@ def _conversations(model, tokenizer) -> list[str]:
 def _sample(model, tokenizer, prompts: list[list[int]], length: int) -> list[list[int]]:
     """What the model writes after each prompt, without it, at full width."""
     longest = max(map(len, prompts))
-    padding = tokenizer.eos_token_id
+    padding = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # masked, so any token will do
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     output = model.generate(

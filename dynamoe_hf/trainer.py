@@ -69,7 +69,8 @@ class DynaMoETrainer(Trainer):
 
     Raises:
         ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss
-            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher.
+            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher;
+            `compute_loss_func`, which this Trainer would not call.
     """
 
     args: DynaMoETrainingArguments
@@ -77,6 +78,10 @@ class DynaMoETrainer(Trainer):
     def __init__(self, model=None, args=None, **kwargs):
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_model(core, args, adapted=core is not model)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` does not go with the losses of this Trainer. Subclass it, and `compute_loss`."
+            )
         self.core = core
         choose_trainable(core, args.train_parts)
         if not (args.router_loss_coef or args.width_loss_coef):
@@ -85,7 +90,7 @@ class DynaMoETrainer(Trainer):
                 parameter.requires_grad_(False)
         self.teacher = None
         if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
-            self.teacher = copy.deepcopy(core).eval().requires_grad_(False)
+            self.teacher = frozen_copy(core)
         self._parts: dict[str, list[torch.Tensor]] = {}  # losses and metrics since the last log; `_metrics` is a name of TRL
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:  # here, because the base class sets it to 1 for a model that is spread over several devices
@@ -97,7 +102,7 @@ class DynaMoETrainer(Trainer):
         self.sensitivity_range = self.args.sensitivity_range or core.config.train_sensitivity
         self.density_range = density_range_of(core.config, self.args.density_range)
         if self.teacher is not None:
-            self.teacher.to(self.args.device)
+            self.teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers' decorator hides `to`
 
     def create_optimizer(self, model=None):
         """As the base class, with the routers in a group of their own, at `router_learning_rate`."""
@@ -197,6 +202,8 @@ class DynaMoETrainer(Trainer):
         watched = core.model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
         last = core.model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
         with last, layer_outputs(watched) as states:
+            # With a cache, models would not see where packed documents begin.
+            inputs = {**inputs, "use_cache": False}
             model(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device))
         return kept[0], states
 
@@ -308,6 +315,16 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
             'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
             'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
         )
+
+
+def frozen_copy(model: DynaMoEForCausalLM) -> DynaMoEForCausalLM:
+    """
+    A copy of the weights, in evaluation mode and without gradients. Its configs are those of `model` itself, so that what is set later,
+    by Trainer or by `set_attn_implementation`, holds for both.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs += [model.config.base_config]
+    return copy.deepcopy(model, {id(config): config for config in configs}).eval().requires_grad_(False)
 
 
 def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:

@@ -2,12 +2,15 @@
 """Configuration of a DynaMoE model: the dense base's own config, unmodified, plus how its MLPs are nested and routed."""
 
 import copy
+from itertools import pairwise
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import check_expert, check_model_type, check_one_of, check_sensitivity, is_number, is_size, is_whole
 from .difficulty import SIMILARITIES
-from .routing import ROUTERS, TokenRouter
+from .routing import ROUTERS, ROUTES, TokenRouter
 from .sparsity import check_density_path, check_thresholds
 
 
@@ -97,29 +100,27 @@ class DynaMoEConfig(PreTrainedConfig):
         format_version=FORMAT_VERSION,
         **kwargs,
     ):
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if not is_whole(format_version) or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"This model folder has format_version={format_version}, and this code reads up to {FORMAT_VERSION}. "
+                f"This model folder has format_version={format_version!r}, and this code reads 1 to {FORMAT_VERSION}. "
                 "Update the package (`pip install -U dynamoe_hf`), or load the folder with `trust_remote_code=True` and "
                 "without importing `dynamoe_hf`, so that the code beside the weights is used."
             )
         if isinstance(base_config, dict):
             kwargs = _without_copies(kwargs, base_config)
-            base_config = copy.deepcopy(base_config)
-            base_config = AutoConfig.for_model(base_config.pop("model_type", "llama"), **base_config)
-        self.__dict__["base_config"] = base_config if base_config is not None else AutoConfig.for_model("llama")
-        self.expert_widths = [0.25, 0.5, 0.75, 1.0] if expert_widths is None else _as_lists(expert_widths)
+        self.__dict__["base_config"] = _base_config(base_config)
+        self.expert_widths = [0.25, 0.5, 0.75, 1.0] if expert_widths is None else _as_lists(expert_widths, float)
         self.similarity = similarity
         self.error_weights = error_weights
         self.router_type = router_type
         self.router_dim = router_dim
         self.sensitivity = sensitivity
-        self.budgets = dict(budgets or {})
+        self.budgets = _with_text_keys(budgets)
         self.thresholds = thresholds
-        self.density_path = [list(pair) for pair in density_path or []]
+        self.density_path = _as_lists(density_path or [])
         self.force_expert = force_expert
         self.train_route = train_route
-        self.train_sensitivity = list(train_sensitivity)
+        self.train_sensitivity = _as_lists(train_sensitivity)
         self.router_loss_coef = router_loss_coef
         self.output_router_logits = output_router_logits
         self.format_version = format_version
@@ -132,14 +133,62 @@ class DynaMoEConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.check()
 
-    def check(self):
-        """Raise `ValueError` if the fields do not fit together."""
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the base class. Raises `ValueError` for the config of a dense model, whose family would be lost in silence."""
+        check_model_type(config_dict.get("model_type"))
+        return super().from_dict(config_dict, **kwargs)
+
+    def check(self) -> None:
+        """Raise `ValueError`, with the name of the field, if a field is not what it must be, or does not fit the others."""
+        layers = self._checked_layers()
+        self._check_widths(layers)
+        weights = self.error_weights
+        if weights is not None and not (isinstance(weights, (list, tuple)) and all(map(is_size, weights))):
+            raise ValueError(
+                f"`error_weights` must be finite numbers, none negative, found {weights!r}. `dynamoe convert` measures them."
+            )
+        if weights is not None and len(weights) != layers:
+            raise ValueError(f"`error_weights` must have one entry for each of {layers} layers, found {len(weights)}.")
+        check_one_of("similarity", self.similarity, SIMILARITIES)
+        check_one_of("router_type", self.router_type, ROUTERS)
+        check_one_of("train_route", self.train_route, ROUTES)
+        if self.router_dim is not None and not (is_whole(self.router_dim) and self.router_dim >= 1):
+            raise ValueError(
+                f"`router_dim` must be a whole number of at least 1, found {self.router_dim!r}. None gives about 1% of the MLP."
+            )
+        check_sensitivity(self.sensitivity)
+        drawn = self.train_sensitivity
+        pair = isinstance(drawn, list) and len(drawn) == 2 and all(map(is_number, drawn))
+        if not pair or not 0 < drawn[0] <= drawn[1] <= 1:
+            raise ValueError(
+                f"`train_sensitivity` must be two numbers that rise within 0 and 1, found {drawn!r}, such as [0.2, 0.95]."
+            )
+        self._check_budgets()
+        check_thresholds(self.thresholds, layers)
+        check_density_path(self.density_path, self.thresholds)
+        check_expert(self.force_expert, self.expert_count)
+        if not is_size(self.router_loss_coef):
+            raise ValueError(f"`router_loss_coef` must be a finite number of at least 0, found {self.router_loss_coef!r}.")
+        if not isinstance(self.output_router_logits, bool):
+            raise ValueError(f"`output_router_logits` must be True or False, found {self.output_router_logits!r}.")
+
+    def _checked_layers(self):
+        """Number of layers of the base."""
+        layers: Any = getattr(self.base_config, "num_hidden_layers", None)
+        if not is_whole(layers) or layers < 1:
+            raise ValueError(
+                f"`base_config` must have layers, found num_hidden_layers={layers!r}. Give the config of a dense model."
+            )
+        return layers
+
+    def _check_widths(self, layers):
         ladders: list = self.expert_widths if self._per_layer else [self.expert_widths]
         for ladder in ladders:
-            rising = all(a < b for a, b in zip(ladder, ladder[1:]))
-            if not ladder or not rising or ladder[0] < 0 or ladder[-1] != 1:
+            numbers = isinstance(ladder, list) and all(map(is_number, ladder))
+            if not numbers or not ladder or ladder[0] < 0 or ladder[-1] != 1 or not all(a < b for a, b in pairwise(ladder)):
                 raise ValueError(
-                    f"`expert_widths` must rise from at least 0 to exactly 1, found {ladder}. "
+                    f"`expert_widths` must rise from at least 0 to exactly 1, found {ladder!r}. "
                     "Give fractions of the MLP width, for example [0.25, 0.5, 0.75, 1]."
                 )
         if len({len(ladder) for ladder in ladders}) > 1:
@@ -147,38 +196,39 @@ class DynaMoEConfig(PreTrainedConfig):
                 f"`expert_widths` must hold equally many experts in every layer, found {[len(x) for x in ladders]}. "
                 "Repeat the ladder of one layer with other fractions instead."
             )
-        layers = self.base_config.num_hidden_layers
-        for name, rows in (("expert_widths", ladders if self._per_layer else None), ("error_weights", self.error_weights)):
-            if rows is not None and len(rows) != layers:
-                raise ValueError(f"`{name}` must have one entry for each of {layers} layers, found {len(rows)}.")
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"`similarity` is unknown: found {self.similarity!r}. Choose one of {', '.join(SIMILARITIES)}.")
-        if self.router_type not in ROUTERS:
-            raise ValueError(f"`router_type` is unknown: found {self.router_type!r}. Choose one of {', '.join(ROUTERS)}.")
-        if self.router_dim is not None and (not isinstance(self.router_dim, int) or self.router_dim < 1):
+        if self._per_layer and len(ladders) != layers:
+            raise ValueError(f"`expert_widths` must have one entry for each of {layers} layers, found {len(ladders)}.")
+
+    def _check_budgets(self):
+        if not isinstance(self.budgets, dict):
             raise ValueError(
-                f"`router_dim` must be a whole number of at least 1, found {self.router_dim!r}. None gives about 1% of the MLP."
+                f"`budgets` must be pairs of share and sensitivity, found {self.budgets!r}. `dynamoe calibrate` writes them."
             )
-        check_sensitivity(self.sensitivity)
-        for value in self.train_sensitivity:
-            check_sensitivity(value)
         for share, sensitivity in self.budgets.items():
-            if not _is_share(share):
+            if not isinstance(share, str) or not _is_share(share):
                 raise ValueError(
                     f"`budgets` must have shares of the MLPs' weights in (0, 1] as keys, found {share!r}. `dynamoe calibrate` writes them."
                 )
-            check_sensitivity(sensitivity)
-        check_thresholds(self.thresholds, layers)
-        check_density_path(self.density_path, self.thresholds)
-        if self.force_expert is not None and not 0 <= self.force_expert < self.expert_count:
+            if not is_number(sensitivity) or not 0 < sensitivity <= 1:
+                raise ValueError(
+                    f"`budgets` must have sensitivities in (0, 1] as values, found {sensitivity!r} for {share}. `dynamoe calibrate` "
+                    "writes them."
+                )
+        known = sorted((float(share), sensitivity) for share, sensitivity in self.budgets.items())
+        if any(low > high for (_, low), (_, high) in pairwise(known)):
             raise ValueError(
-                f"`force_expert` must be an expert's index, found {self.force_expert}. This model has experts 0 to "
-                f"{self.expert_count - 1} (the last is the full width), or None to let the routers choose."
+                f"`budgets` must have sensitivities that rise with their shares, found {self.budgets}. Calibrate again."
             )
+
+    def save_pretrained(self, *args, **kwargs):
+        """As the base class, with the checks of loading: what is written can be read."""
+        self.check()
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def _per_layer(self):
-        return bool(self.expert_widths) and isinstance(self.expert_widths[0], list)
+        widths: Any = self.expert_widths
+        return isinstance(widths, list) and bool(widths) and isinstance(widths[0], list)
 
     @property
     def has_dial(self) -> bool:
@@ -266,13 +316,21 @@ class DynaMoEConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
 
-def check_sensitivity(value):
-    """Raise `ValueError` unless `value` is a number in (0, 1]."""
-    if not isinstance(value, (int, float)) or not 0 < value <= 1:  # NaN fails the comparison
+def _base_config(given):
+    """The config of the dense base, from one, from its dictionary, or by default of a Llama."""
+    if given is None:
+        return AutoConfig.for_model("llama")
+    if isinstance(given, dict):
+        fields = copy.deepcopy(given)
+        try:
+            given = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+        except Exception as error:  # whatever the config of a family raises
+            raise ValueError(f"`base_config` is not the config of a known family: {error}") from error
+    if not isinstance(given, PreTrainedConfig) or given.model_type == DynaMoEConfig.model_type:
         raise ValueError(
-            f"sensitivity must be in (0, 1], found {value!r}. 1 is the dense model; lower values let more tokens take "
-            "smaller experts. To aim at a share of compute instead, use `set_budget`."
+            f"`base_config` must be the config of a dense model, or a dictionary with its fields, found {type(given).__name__}."
         )
+    return given
 
 
 def _without_copies(fields, base_config):
@@ -287,8 +345,18 @@ def _without_copies(fields, base_config):
     return {name: value for name, value in fields.items() if name not in copies}
 
 
-def _as_lists(widths):
-    return [list(map(float, w)) if isinstance(w, (list, tuple)) else float(w) for w in widths]
+def _as_lists(value, number=lambda number: number):
+    """Lists in place of tuples, as in JSON, and each number as `number` gives it. What is neither stays, and `check` tells of it."""
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(each, number) for each in value]
+    return number(value) if is_number(value) else value
+
+
+def _with_text_keys(budgets):
+    """Budgets with keys as in JSON. What is not a dictionary stays, and `check` tells of it."""
+    if not isinstance(budgets, dict):
+        return budgets or {}
+    return {str(key) if is_number(key) else key: value for key, value in budgets.items()}
 
 
 def _is_share(text):

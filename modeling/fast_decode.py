@@ -19,8 +19,10 @@ FEW = 16  # tokens up to which a mask row by row is cheaper than sorting
 
 def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | None:
     """A `NestedMLP` on few tokens, (B, S, D) -> (B, S, D), or `None` where the general way must be taken."""
+    if torch.compiler.is_compiling():  # first of all: a graph keeps what is asked of its shapes as a limit
+        return None
     tokens = x.shape[0] * x.shape[1]
-    if tokens > FEW or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or mlp.training:
+    if tokens > FEW or x.device.type != "cpu" or torch.is_grad_enabled() or mlp.training:
         return None
     if routing.records is not None or routing.needs_labels or routing.route != "router" or routing.temperature is not None:
         return None

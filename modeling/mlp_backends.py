@@ -140,11 +140,13 @@ class Call:
         """Tokens of each expert. Reads the routes, so the host waits for the device here."""
         return torch.bincount(self.expert_T, minlength=len(self.weights.widths)).tolist()
 
-    @cached_property
+    @property
     def single(self) -> int | None:
         """The expert of all tokens, if it is one."""
-        if not self.routed:
-            return self.expert
+        return self._single_taken if self.routed else self.expert
+
+    @cached_property
+    def _single_taken(self):
         if self.expert.numel() == 1:
             return self.expert.item()
         taken = [expert for expert, count in enumerate(self.counts) if count]

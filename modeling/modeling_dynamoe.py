@@ -14,17 +14,26 @@ Shapes: B batch, S sequence, D hidden size, V vocabulary, E experts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain, repeat
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_dynamoe import DynaMoEConfig, check_sensitivity
+from .checks import (
+    check_adapters,
+    check_expert,
+    check_labels_arrive,
+    check_model_type,
+    check_one_of,
+    check_sensitivity,
+    checked_dial,
+    checked_request,
+    each_of,
+)
+from .configuration_dynamoe import DynaMoEConfig
 from .dense_base import (
     AfterBackbone,
     backbone_class_of,
@@ -39,41 +48,13 @@ from .dense_base import (
 from .engine_layers import prepare_for_engine
 from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
+from .outputs import DynaMoECausalLMOutputWithPast, DynaMoEModelOutputWithPast, experts_of
 from .packed_weights import pack_model
 from .request_dials import RequestDials
-from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, loss_mask, mean_router_loss
+from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
 
 
 MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
-
-
-@dataclass
-class DynaMoEModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, and the last three of `DynaMoECausalLMOutputWithPast`."""
-
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    expert_indices: tuple[torch.LongTensor, ...] | None = None
-    mlp_shares: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    `CausalLMOutputWithPast`, and:
-
-    lm_loss (`torch.Tensor` of shape (1,)): the language-model part of `loss`, when `labels` are given.
-    router_loss (`torch.Tensor` of shape (1,)): mean over layers of the router loss, normalised like `lm_loss`.
-    router_logits (`tuple` of (B, S, E - 1), or (B, S, E) with the argmax router): with `output_router_logits=True`, one
-        for each layer. The sigmoid of a profile router's logits is the predicted similarity of each smaller expert.
-    expert_indices (`tuple` of (B, S) int64): the experts taken, one for each layer, with `output_router_logits=True`.
-    mlp_shares (`tuple` of (B, S)): with `output_router_logits=True`, the share of each MLP's weights that a token read.
-    """
-
-    lm_loss: torch.Tensor | None = None
-    router_loss: torch.Tensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    expert_indices: tuple[torch.LongTensor, ...] | None = None
-    mlp_shares: tuple[torch.FloatTensor, ...] | None = None
 
 
 class DynaMoEPreTrainedModel(PreTrainedModel):
@@ -102,6 +83,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def __new__(cls, config, *args, **kwargs):
         if cls.base_class is None:
+            check_model_type(config.model_type)
             cls = nested_class(cls, cls.base_class_of(config.base_config))  # type: ignore[arg-type]  # `cache` of a class
         return super().__new__(cls)
 
@@ -111,6 +93,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     def _adopt(self, config, dense):
         """Hold the parts of `dense`, or of a fresh base."""
+        config.check()  # fields may have been set since the config was made
         # Not `super()`: the base's own `__init__` would build a second model.
         PreTrainedModel.__init__(self, config)
         if dense is None:
@@ -137,23 +120,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
-        slot = self.slot
-
-        def checkpoint_with_routing(function, *args, **options):
-            # The trap: backward runs the layer again, after the pass and maybe in another thread. So carry the routing along.
-            again = None if slot.current is None else replace(slot.current, records=_discarded(slot.current.records))
-            routings = chain([slot.current], repeat(again))
-
-            def run(*inputs):
-                previous = slot.exchange(next(routings))
-                try:
-                    return function(*inputs)
-                finally:
-                    slot.exchange(previous)
-
-            return gradient_checkpointing_func(run, *args, **options)
-
-        super()._set_gradient_checkpointing(enable, checkpoint_with_routing if enable else checkpoint, *args, **kwargs)
+        function = checkpoint_with_routing(self.slot, gradient_checkpointing_func) if enable else checkpoint
+        super()._set_gradient_checkpointing(enable, function, *args, **kwargs)
 
     @contextmanager
     def routing(self, **settings) -> Iterator[Routing]:
@@ -165,7 +133,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         ...     model(input_ids)
         >>> routing.records[0].expert  # (B, S) of layer 0
         """
-        with self.slot.request(Routing(**settings)) as routing:
+        with self.slot.request(Routing(**checked_request(settings, self.config.expert_count, ROUTES))) as routing:
             yield routing
 
     def resolve_routing(
@@ -181,11 +149,16 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             train: whether routers are trained in this pass: labels, and a sensitivity drawn for each sequence.
         """
         shape = inputs.shape[:2]
-        sensitivity, density = _checked("sensitivity", sensitivity, shape), _checked("density", density, shape)
-        if route is not None and route not in ROUTES:
-            raise ValueError(f"`route` is unknown: found {route!r}. Choose one of {', '.join(ROUTES)}.")
+        sensitivity = checked_dial("sensitivity", sensitivity, shape)
+        density = checked_dial("density", density, shape)
+        check_expert(force_expert, self.config.expert_count)
+        if route is not None:
+            check_one_of("route", route, ROUTES)
         asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
-        routing = replace(self.slot.requested, **{name: value for name, value in asked.items() if value is not None})
+        requested = self.slot.requested
+        own = {name: each_of(getattr(requested, name), shape[0]) for name in ("sensitivity", "density")}
+        routing = replace(requested, **own)
+        routing = replace(routing, **{name: value for name, value in asked.items() if value is not None})
         if train:
             if route is None and routing.route == "router":
                 routing = replace(routing, route=self.config.train_route)
@@ -245,8 +218,24 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         """
         return pack_model(self, self.nested_mlps, kind)
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        check_adapters(self)  # PEFT injects its modules, then loads their weights
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def load_adapter(self, *args, **kwargs):
+        """As the base class. Raises `ValueError` for adapters of the dense base on MLP projections."""
+        found = super().load_adapter(*args, **kwargs)
+        check_adapters(self)
+        return found
+
     def save_pretrained(self, *args, **kwargs):
-        """As the base class; refused where weights are packed, which have no place in a folder."""
+        """As the base class; refused where weights are packed, which have no place in a folder, and where the folder could not be read."""
+        self.config.check()
+        if len(self.nested_mlps) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"The folder could not be read: found {len(self.nested_mlps)} layers, and num_hidden_layers="
+                f"{self.config.num_hidden_layers} in the config. Set it, and keep of each list of the config the entries of these layers."
+            )
         if any(mlp.packed is not None for mlp in self.nested_mlps):
             raise ValueError(
                 "A packed model cannot be saved: its float weights are gone. Copy the folder that it was loaded from."
@@ -315,7 +304,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, bool(output_router_logits))
         outputs = self._run_base(routing, inputs)
         if output_router_logits:
-            outputs = DynaMoEModelOutputWithPast(**outputs, **_experts_of(routing))
+            outputs = DynaMoEModelOutputWithPast(**outputs, **experts_of(routing))
         return self._returned(outputs, return_dict)
 
 
@@ -401,10 +390,11 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, GenerationMixin):
         inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, **kwargs}
         record = self.config.output_router_logits if output_router_logits is None else output_router_logits
         train = self.training and labels is not None and force_expert is None and self.config.force_expert is None
+        check_labels_arrive(labels, kwargs.get("num_items_in_batch"))
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, record, train)
         found = self._run_base(routing, inputs)
-        outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(_experts_of(routing) if record else {}))
+        outputs: Any = DynaMoECausalLMOutputWithPast(**found, **(experts_of(routing) if record else {}))
         if labels is not None:
             outputs.lm_loss = outputs.loss
         if train:
@@ -414,38 +404,24 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, GenerationMixin):
             outputs.loss = outputs.lm_loss + self.config.router_loss_coef * outputs.router_loss
         return self._returned(outputs, return_dict)
 
+    def generate(self, *args, sensitivity=None, density=None, force_expert=None, route=None, **kwargs):
+        """
+        As the base class. `sensitivity`, `density`, `force_expert` and `route`, as in `forward`, hold in every pass of this model,
+        such as the second one of `guidance_scale`; an assistant model drafts as its own config says.
+        """
+        asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        checked = checked_request(asked, self.config.expert_count, ROUTES)
+        passed = {} if kwargs.get("assistant_model") is not None else asked
+        with self.slot.request(replace(self.slot.requested, **checked)):
+            return super().generate(*args, **passed, **kwargs)  # type: ignore[misc]  # the mixin types its `self`
+
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Logits of what the backbone returned, (B, S, D) -> (B, S, V), with the base's own scales and soft-caps: for losses that
         take the positions in chunks, since the logits of a whole batch are the largest tensor of a training step.
         """
         return self.base_class.forward(AfterBackbone(self, hidden_states), return_dict=True).logits
-
-
-def _checked(name, value, shape):
-    """A sensitivity or density of one call: `None`, a number, (B,) or (B, S)."""
-    if not isinstance(value, torch.Tensor):
-        if name == "sensitivity" and value is not None:
-            check_sensitivity(value)
-        elif value is not None and not 0 < value <= 1:
-            raise ValueError(f"`density` must be in (0, 1], found {value!r}. 1 leaves experts dense.")
-        return value
-    if value.shape not in (shape, shape[:1], ()):
-        raise ValueError(
-            f"`{name}` must be a number, or one for each sequence or token of {tuple(shape)}: found {tuple(value.shape)}."
-        )
-    return value if value.ndim else value.expand(shape[0])
-
-
-def _experts_of(routing):
-    """The outputs that tell which experts the tokens took."""
-    names = {"router_logits": "router_logits", "expert_indices": "expert", "mlp_shares": "share"}
-    return {name: tuple(getattr(record, field) for record in routing.records) for name, field in names.items()}
-
-
-def _discarded(records):
-    """A list for what a layer records when backward runs it again: the pass has its records already."""
-    return None if records is None else []
 
 
 __all__ = ["DynaMoEForCausalLM", "DynaMoEModel"]

@@ -61,7 +61,7 @@ class NestedMLP(nn.Module):
         return [width / self.widths[-1] for width in self.widths]
 
     def forward(self, x):
-        routing = self.slot.current or self.slot.requested.with_defaults(self.config)
+        routing = self.slot.of_layer(self.config)
         if (y := run_few_tokens(self, x, routing)) is not None:
             return y
         decision = self.decide(x, routing)
@@ -145,10 +145,11 @@ class NestedMLP(nn.Module):
         """
         if self.packed is not None:
             return self.packed.tensors(x.dtype)
-        linears = [self._modules[name] for name in self.layout.projections]
+        linears: list[Any] = [self._modules[name] for name in self.layout.projections]
         if plain_parameters(linears, x.device) is not None:
             return self.layout.tensors(self)
-        if all(isinstance(linear, nn.Linear) and not has_hooks(linear) for linear in linears):
+        # A `forward` of its own may count, calibrate or round, so it is called.
+        if all(getattr(type(linear), "forward", None) is nn.Linear.forward and not has_hooks(linear) for linear in linears):
             return self.quantized_slices.tensors(self, self.layout, self.widths, x)
         return None
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMixin
 
+from .checks import check_sensitivity
+
 
 class RequestDials(GenerationMixin):
     """`GenerationMixin`, whose `generate_batch` hears the dial."""
@@ -60,8 +62,7 @@ class RequestDials(GenerationMixin):
                 "first step's. Give one number, or use `generate`."
             )
         for value in values:
-            if not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"`sensitivity` must be in (0, 1], found {value!r}.")
+            check_sensitivity(value)
         return float(sensitivity) if alone else [float(value) for value in values]
 
 

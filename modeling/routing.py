@@ -7,9 +7,11 @@ Shapes: B batch, S sequence, D hidden size, E experts, R router size.
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -120,6 +122,21 @@ class RoutingSlot:
         previous, self._local.current = self.current, routing
         return previous
 
+    def of_layer(self, config) -> Routing:
+        """
+        The routing that a layer reads: the current one, or that of a call to the layer alone. Raises `ValueError` where backward runs
+        a layer again without a routing: its pass, and what the pass asked for, are over.
+        """
+        if self.current is not None:
+            return self.current
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "Backward runs a layer again and cannot know which experts its tokens took: found activation checkpointing around "
+                "layers, such as torch's `checkpoint_wrapper` or FSDP's `activation_checkpointing`. Use the model's own: "
+                "`model.gradient_checkpointing_enable()`, or `gradient_checkpointing=True` of a Trainer."
+            )
+        return self.requested.with_defaults(config)
+
     def __deepcopy__(self, memo):
         copied = RoutingSlot()
         copied.mlp_implementation = self.mlp_implementation
@@ -127,6 +144,38 @@ class RoutingSlot:
 
     def __reduce__(self):
         return RoutingSlot, ()
+
+
+def checkpoint_with_routing(slot: RoutingSlot, checkpoint: Callable) -> Callable:
+    """
+    `checkpoint`, torch's with some of its options, for layers that read `slot`. The trap: backward runs a layer again, after the pass
+    and maybe in another thread. So the routing is carried along. Raises `ValueError`, when a layer is called, for the reentrant kind,
+    which runs layers without gradients: only what a layer returns gets one, and the losses of routers and hidden states do not.
+    """
+    if isinstance(checkpoint, partial):  # torch's own default is the reentrant kind
+        checkpoint = partial(checkpoint.func, *checkpoint.args, **{"use_reentrant": False, **checkpoint.keywords})
+
+    def checkpointed(function, *args, **options):
+        current, gradients = slot.current, torch.is_grad_enabled()
+        # The pass has its records already.
+        again = current if current is None or current.records is None else replace(current, records=[])
+        routings = chain([current], repeat(again))
+
+        def run(*inputs):
+            if gradients and not torch.is_grad_enabled():
+                raise ValueError(
+                    "Reentrant activation checkpointing gives routers no gradient, found use_reentrant=True. Set "
+                    '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+                )
+            previous = slot.exchange(next(routings))
+            try:
+                return function(*inputs)
+            finally:
+                slot.exchange(previous)
+
+        return checkpoint(run, *args, **options)
+
+    return checkpointed
 
 
 class TokenRouter(nn.Module):
@@ -158,8 +207,10 @@ class TokenRouter(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.input
-        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
+        first: Any = self.input
+        # The weight of torch's dynamically quantised layers is a method, and they read float32.
+        dtype = first.weight.dtype if isinstance(first.weight, torch.Tensor) else torch.float32
+        return self.logits_of(self.output(F.silu(first(x.to(dtype)))))
 
     def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""

@@ -7,12 +7,13 @@ of some densities, and its dial says which density goes with which sensitivity.
 Shapes: B batch, S sequence, L layers, K densities.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .checks import is_number, is_size
 
 
 class Thresholds(NamedTuple):
@@ -102,7 +103,7 @@ def check_thresholds(table: Any, layers: int) -> None:
         return
     fields = {"density", *Thresholds._fields}
     if not isinstance(table, dict) or table.keys() != fields:
-        found = ", ".join(sorted(table)) if isinstance(table, dict) else repr(table)
+        found = ", ".join(sorted(map(str, table))) if isinstance(table, dict) else repr(table)
         raise ValueError(
             f"`thresholds` must hold {', '.join(sorted(fields))}, found {found}. `dynamoe calibrate` writes them."
         )
@@ -117,7 +118,7 @@ def check_thresholds(table: Any, layers: int) -> None:
                 f"`thresholds` must hold {len(density)} lists of {layers} numbers in `{name}`, one a density: found {shape}."
             )
         for place, row in enumerate(rows):
-            if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in row):
+            if not all(map(is_size, row)):
                 raise ValueError(f"`thresholds` must be finite and not negative, found {row} in `{name}` {place}.")
 
 
@@ -127,19 +128,19 @@ def check_density_path(path: Any, table: Any) -> None:
         return
     if table is None:
         raise ValueError("`density_path` needs `thresholds`, found none. `dynamoe calibrate` writes both.")
-    pairs = [list(pair) if isinstance(pair, (list, tuple)) else [] for pair in path]
-    sensitivities = [pair[0] for pair in pairs if len(pair) == 2]
-    densities = [pair[1] for pair in pairs if len(pair) == 2]
+    pairs = path if isinstance(path, list) else [path]
+    numbers = all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
+    sensitivities, densities = zip(*pairs) if numbers else ((), ())
     falls = any(a > b for a, b in zip(densities, densities[1:]))
-    if len(sensitivities) != len(pairs) or not _rises(sensitivities) or sensitivities[-1] >= 1 or falls:
+    if not _rises(list(sensitivities)) or sensitivities[-1] >= 1 or falls:
         raise ValueError(
-            f"`density_path` must be pairs of sensitivity and density that rise together, found {path}. `dynamoe calibrate` writes it."
+            f"`density_path` must be pairs of sensitivity and density that rise together, found {path!r}. `dynamoe calibrate` writes it."
         )
-    if not all(isinstance(value, (int, float)) and 0 < value <= 1 for value in densities):
-        raise ValueError(f"`density_path` must have densities in (0, 1], found {densities}.")
+    if not all(0 < value <= 1 for value in densities):
+        raise ValueError(f"`density_path` must have densities in (0, 1], found {list(densities)}.")
 
 
 def _rises(values):
     """Whether these are positive numbers, each larger than the one before."""
-    numbers = isinstance(values, list) and bool(values) and all(isinstance(value, (int, float)) for value in values)
+    numbers = isinstance(values, list) and bool(values) and all(map(is_number, values))
     return numbers and values[0] > 0 and all(a < b for a, b in zip(values, values[1:]))

@@ -1,15 +1,16 @@
 """The arguments: one set of defaults, help that is written once, and an import that does not wait for torch."""
 
 import ast
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 
-from dynamoe_hf import DynaMoETrainingArguments, adapt_model, arguments, train_model
+from dynamoe_hf import DynaMoEConfig, DynaMoETrainingArguments, adapt_model, arguments, train_model
 from dynamoe_hf.modeling.routing import ROUTES
 
 
@@ -89,6 +90,41 @@ def test_routes_are_those_of_the_model():
 def test_wrong_values_are_refused(cls, settings, message):
     with pytest.raises(ValueError, match=message):
         cls(**settings)
+
+
+@pytest.mark.parametrize("stage", [train_model, adapt_model])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"learning_rate": math.nan}, "`learning_rate` must be a finite number above 0, found nan"),
+        ({"learning_rate": 0}, "`learning_rate` must be a finite number above 0, found 0"),
+        ({"seed": -1}, "`seed` must be a whole number from 0 to"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, found 0"),
+        ({"max_tokens": 1.5}, "`max_tokens` must be a whole number of at least 1, found 1.5"),
+        ({"save_steps": True}, "`save_steps` must be a whole number of at least 1, found True"),
+    ],
+)
+def test_numbers_are_checked_before_any_work(stage, setting, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        stage(tmp_path / "nowhere", tmp_path / "out", **setting)
+
+
+@pytest.mark.parametrize("name", ["lm_loss_coef", "router_loss_coef", "kd_loss_coef", "hidden_loss_coef", "width_loss_coef"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1"])
+def test_weights_of_losses_are_finite_and_not_negative(name, value, tmp_path):
+    for make in (arguments.TrainArguments, lambda **settings: DynaMoETrainingArguments(str(tmp_path), **settings)):
+        with pytest.raises(ValueError, match=f"`{name}` must be a finite number of at least 0, found {value!r}"):
+            make(**{name: value})
+
+
+def test_a_price_of_width_is_asked_for_before_any_work(dense_folder, tmp_path):
+    """Routers that learn by choosing need one, in the last phase; it is told before the first."""
+    folder = tmp_path / "model"
+    DynaMoEConfig(AutoConfig.from_pretrained(dense_folder)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="need a price of width, found width_loss_coef=0 and choice_share=0.2"):
+        train_model(folder, tmp_path / "out", width_loss_coef=0.0)
+    with pytest.raises(ValueError, match="`router_tokens` must be a whole number of at least 0, found -1"):
+        train_model(folder, tmp_path / "out", router_tokens=-1)
 
 
 @pytest.mark.parametrize("stage", [train_model, adapt_model])

@@ -360,3 +360,43 @@ def test_routes_are_read_from_a_device_where_it_pays(tokens, reads):
             mlp_backends.run_experts(x, Decision(expert), weights)
     else:
         assert mlp_backends.run_experts(x, Decision(expert), weights).shape == x.shape
+
+
+@pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("dial", [{"sensitivity": 0.4}, {"force_expert": 1}, {"sensitivity": 1.0}])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_projection_with_a_forward_of_its_own_is_called(where, dial, train, token_ids):
+    """A calibrator counts what it reads and changes nothing; other such classes round."""
+
+    class Calibrator(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            Calibrator.calls += 1
+            return super().forward(x)
+
+    model = tiny_dynamoe().train(train)
+    expected = {ids.shape: model(ids, **dial).logits for ids in (token_ids, token_ids[:1, :1])}
+    getattr(model.model.layers[1].mlp, where).__class__ = Calibrator
+    for shape, logits in expected.items():
+        for gradients in (False, True):
+            Calibrator.calls = 0
+            with torch.set_grad_enabled(gradients):
+                assert_close("logits", model(token_ids[: shape[0], : shape[1]], **dial).logits, logits)
+            assert Calibrator.calls
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_that_torch_has_quantised_dynamically(token_ids):
+    """Their weight is no tensor, in MLPs and routers alike."""
+    model = tiny_dynamoe()
+    expected = model(token_ids, sensitivity=1.0).logits
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert type(quantised.model.layers[0].mlp.up_proj) is not nn.Linear
+    assert_close("logits", quantised(token_ids, sensitivity=1.0).logits, expected, atol=0.1 * expected.abs().max().item())
+    for ids in (token_ids, token_ids[:1, :1]):
+        found = quantised(ids, sensitivity=0.4, output_router_logits=True)
+        assert len(torch.stack(found.expert_indices).unique()) > 1 or ids.numel() == 1
+        for mlp, expert, share in zip(quantised.nested_mlps, found.expert_indices, found.mlp_shares):
+            assert_close("shares", share, torch.tensor(mlp.shares)[expert])
+    assert quantised(token_ids, labels=token_ids).loss.isfinite()

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, tiny_config, tiny_dense, tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference import assert_close
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, publish_model, train_model
 from dynamoe_hf.convert import IMPORTANCES, convert_model, dense_prefix, export_dense, load_dense, prove_parity
 from dynamoe_hf.folder import load_model
 
@@ -136,13 +138,10 @@ def test_export_is_an_ordinary_dense_model(family, tmp_path, token_ids):
     assert not (tmp_path / "none").exists()
 
 
-def test_gguf_base(dense_folder, tmp_path, token_ids):
-    """A GGUF file made here from a tiny Llama; transformers dequantises it and then refuses to save the result."""
+def write_gguf(path, dense, left_out=()):
+    """A GGUF file of a tiny Llama and a vocabulary of ASCII, as llama.cpp would write it."""
     gguf = pytest.importorskip("gguf")
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    dense = LlamaForCausalLM(tiny_config("llama", rope_parameters=None)).eval()
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     c = dense.config
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
@@ -163,6 +162,8 @@ def test_gguf_base(dense_folder, tmp_path, token_ids):
              "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "lm_head": "output"}  # fmt: skip
     for name, parameter in dense.named_parameters():
+        if name in left_out:
+            continue
         parts = name.removesuffix(".weight").removeprefix("model.").split(".", 2)
         target = f"blk.{parts[1]}.{names[parts[2]]}" if parts[0] == "layers" else names[parts[0]]
         array = parameter.detach().numpy()
@@ -175,12 +176,136 @@ def test_gguf_base(dense_folder, tmp_path, token_ids):
     writer.write_tensors_to_file()
     writer.close()
 
+
+def gguf_llama(seed=0):
+    return tiny_dense("llama", seed, rope_parameters=None)
+
+
+def test_gguf_base(tmp_path, token_ids):
+    """A GGUF file made here from a tiny Llama; transformers dequantises it and then refuses to save the result."""
+    dense = gguf_llama()
+    write_gguf(tmp_path / "tiny.gguf", dense)
     loaded, _ = load_dense(tmp_path)
     assert_close("dequantised", loaded(token_ids).logits, dense(token_ids).logits)
     (tmp_path / "text.txt").write_text("abcdefgh" * 400)
     convert_model(tmp_path, tmp_path / "out", text=tmp_path / "text.txt", **FAST)
     assert_close("converted", load_model(tmp_path / "out")(token_ids).logits, dense(token_ids).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size >= c.vocab_size
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size >= dense.config.vocab_size
+
+
+def test_one_of_several_gguf_files_is_asked_for(tmp_path, token_ids):
+    base, dense = tmp_path / "base", gguf_llama()
+    base.mkdir()
+    (tmp_path / "text.txt").write_text("abcdefgh" * 400)
+    write_gguf(base / "model-Q2_K.gguf", gguf_llama(seed=5))
+    write_gguf(base / "model-f32.GGUF", dense)
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files, found model-Q2_K.gguf, model-f32.GGUF. Give the path of one"):
+        convert_model(base, tmp_path / "out", text=tmp_path / "text.txt", **FAST)
+    record = convert_model(base / "model-f32.GGUF", tmp_path / "out", text=tmp_path / "text.txt", **FAST)
+    assert (record["base"], record["gguf_file"]) == ("base", "model-f32.GGUF")
+    assert record == json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert_close("converted", load_model(tmp_path / "out")(token_ids).logits, dense(token_ids).logits)
+
+
+def test_a_part_of_a_gguf_model_is_refused(tmp_path):
+    left_out = "model.layers.1.mlp.up_proj.weight"
+    write_gguf(tmp_path / "m-00001-of-00002.gguf", gguf_llama(), {left_out})
+    with pytest.raises(
+        ValueError, match=rf"m-00001-of-00002.gguf are not those of its config: found tensors 1 missing \({left_out}"
+    ):
+        load_dense(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "up_proj"])
+def test_adapters_left_beside_merged_weights(target, dense_folder, tmp_path, token_ids):
+    """transformers puts them on top of the weights, once more, and saves adapters alone afterwards."""
+    config = LoraConfig(target_modules=[target], task_type="CAUSAL_LM", init_lora_weights=False)
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), config).eval()
+    expected = wrapped(token_ids).logits
+    wrapped.save_pretrained(tmp_path / "tuned")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="holds adapters beside its weights.* delete the files adapter_"):
+        convert_model(tmp_path / "tuned", tmp_path / "out", **FAST)
+    for path in (tmp_path / "tuned").glob("adapter_*"):
+        path.unlink()
+    convert_model(tmp_path / "tuned", tmp_path / "out", **FAST)
+    assert_close("converted", load_model(tmp_path / "out")(token_ids).logits, expected)
+
+
+def test_adapters_of_the_dense_base_are_refused_on_neurons_in_another_order(converted, dense_folder, tmp_path, token_ids):
+    """Wherever they come in; those on attention fit, as do those that were trained on the converted model."""
+    for name, targets, source in (
+        ("attention", ["q_proj"], dense_folder),
+        ("mlp", ["q_proj", "down_proj"], dense_folder),
+        ("own", ["down_proj"], converted),
+    ):
+        config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(source), config).save_pretrained(tmp_path / name)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense_folder), tmp_path / "attention")(
+        token_ids
+    ).logits
+    attention = PeftModel.from_pretrained(load_model(converted), tmp_path / "attention")
+    assert_close("attention", attention(token_ids).logits, expected)
+    PeftModel.from_pretrained(load_model(converted), tmp_path / "own")
+    native = load_model(converted)
+    native.load_adapter(str(tmp_path / "attention"))
+    assert_close("attention by transformers", native(token_ids).logits, expected)
+    for load in (
+        lambda: PeftModel.from_pretrained(load_model(converted), tmp_path / "mlp"),
+        lambda: attention.load_adapter(tmp_path / "mlp", "second"),
+        lambda: load_model(converted).load_adapter(str(tmp_path / "mlp")),
+    ):
+        with pytest.raises(ValueError, match=r"neurons have another order: found '\w+', trained on .*tiny-llama"):
+            load()
+    # In memory nothing has been reordered.
+    unordered = DynaMoEForCausalLM.from_dense(AutoModelForCausalLM.from_pretrained(dense_folder))
+    PeftModel.from_pretrained(unordered, tmp_path / "mlp")
+
+
+def test_parity_is_that_of_the_written_folder(dense_folder, tmp_path, monkeypatch):
+    def damaged(model, folder, **options):
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0] += 1
+        return save(model, folder, **options)
+
+    save = DynaMoEForCausalLM.save_pretrained
+    monkeypatch.setattr(DynaMoEForCausalLM, "save_pretrained", damaged)
+    with pytest.raises(ValueError, match="does not equal its dense base"):
+        convert_model(dense_folder, tmp_path / "out", **FAST)
+    assert not list(tmp_path.iterdir())
+
+
+FAULTS = {
+    "missing": ({"model.layers.1.mlp.up_proj.weight": None}, r"found tensors 1 missing \(model.layers.1.mlp.up_proj.weight\)"),
+    "unknown": ({"model.layers.9.x": torch.ones(2)}, r"found tensors 1 unknown to the model \(model.layers.9.x\)"),
+    "shape": ({"model.norm.weight": torch.ones(5)}, r"found tensors 1 of another shape \(model.norm.weight \(5,\), not \(32,\)\)"),
+    "head": ({"lm_head.weight": None}, r"found tensors 1 missing \(lm_head.weight\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=list(FAULTS))
+def test_weights_that_are_not_the_configs_are_refused_by_every_stage(changes, message, converted, dense_folder, tmp_path):
+    """transformers would fill what is missing with random numbers."""
+    for source, name in ((dense_folder, "dense"), (converted, "model")):
+        shutil.copytree(source, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors") | changes
+        weights = {key: tensor for key, tensor in weights.items() if tensor is not None}
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    model, dense, out = tmp_path / "model", tmp_path / "dense", tmp_path / "out"
+    for stage in (
+        lambda: load_model(model),
+        lambda: convert_model(dense, out, **FAST),
+        lambda: calibrate_budgets(model, **FAST),
+        lambda: evaluate_model(model, **FAST),
+        lambda: evaluate_model(converted, base=dense, **FAST),
+        lambda: export_dense(model, out),
+        lambda: publish_model(model, "me/model", dry_run=True, out=out),
+        lambda: train_model(model, out),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stage()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "model"]
 
 
 def test_parity_is_refused_where_it_fails():

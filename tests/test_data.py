@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from dynamoe_hf.data import dataset_documents, documents_for, iterate_blocks, read_documents, token_blocks, topic_documents
 
@@ -74,6 +75,34 @@ def test_local_dataset(tmp_path):
     assert list(dataset_documents(str(tmp_path))) == ["first", "second"]
     with pytest.raises(ValueError, match="no column 'body', found text"):
         list(dataset_documents(str(tmp_path), column="body"))
+
+
+@pytest.mark.parametrize("value", ["null", "3", '["a"]'])
+def test_a_row_without_text_is_named(value, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "first", "other": null}\n{"text": "second", "other": ' + value + "}\n")
+    assert list(dataset_documents(str(tmp_path))) == ["first", "second"]
+    with pytest.raises(
+        ValueError, match=r"Row 0 of dataset .* has no text in column 'other', found None. Leave such rows out"
+    ):
+        list(dataset_documents(str(tmp_path), column="other"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "first"}\n{"text": null}\n')
+    documents = dataset_documents(str(tmp_path))
+    assert next(documents) == "first"
+    with pytest.raises(ValueError, match="Row 1 of dataset"):
+        next(documents)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_vocabulary_without_letters(begins):
+    """Of DNA, without a token for what it does not know: nothing is assumed of its letters."""
+    from tokenizers import Tokenizer, models, processors
+
+    plain = Tokenizer(models.BPE(vocab={"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, merges=[]))
+    if begins:
+        plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>")
+    blocks = token_blocks(["ACGTACGT", "xyz"], tokenizer, 4)
+    assert blocks.tolist() == ([[0, 1, 2, 3], [0, 4, 1, 2]] if begins else [[1, 2, 3, 4], [1, 2, 3, 4]])
 
 
 def test_bad_text(tmp_path):

@@ -107,7 +107,7 @@ def test_a_dial_for_each_token(token_ids):
             # The first layer alone reads the same in both.
             assert torch.equal(mixed[0].expert[:, first::2], routing.records[0].expert[:, first::2])
             assert_close("share", mixed[0].share[:, first::2], routing.records[0].share[:, first::2])
-        with pytest.raises(ValueError, match=r"one for each sequence or token of \(2, 12\): found \(2, 5\)"):
+        with pytest.raises(ValueError, match=r"one for each sequence or token of \(2, 12\): found shape \(2, 5\)"):
             model(token_ids, sensitivity=dials[:, :5])
 
 
@@ -150,7 +150,7 @@ def test_continuous_batching_hears_the_dial(greedy):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sensitivity": 2.0}, r"must be in \(0, 1\], found 2.0"),
+        ({"sensitivity": 2.0}, r"sensitivity must be in \(0, 1\], found 2.0"),
         ({"sensitivity": [0.5]}, "one for each of 2 prompts: found 1"),
         ({"density": 0.5}, "hears `sensitivity` alone, found density"),
         ({"sensitivity": 0.5, "persistent_manager": True}, "would keep this call's sensitivity"),

@@ -10,9 +10,17 @@ from reference import assert_close, nested_mlp
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
+from dynamoe_hf.modeling import DynaMoEModel
+from dynamoe_hf.modeling.routing import Routing
 
 
 BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+
+SPARSE = {
+    "sensitivity": 0.4,
+    "thresholds": {"density": [0.5], "input": [[0.3, 0.3]], "hidden": [[0.05, 0.05]]},
+    "density_path": [[0.4, 0.5]],
+}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -75,6 +83,36 @@ def test_sensitivity_for_each_sequence(token_ids):
     generated = model.generate(token_ids, sensitivity=torch.tensor([0.1, 0.8]), max_new_tokens=5, num_beams=2, do_sample=False)
     alone = model.generate(token_ids[1:], sensitivity=0.8, max_new_tokens=5, num_beams=2, do_sample=False)
     assert torch.equal(generated[1:, : alone.shape[1]], alone)
+
+
+@pytest.mark.parametrize("dial", [{"sensitivity": 0.3}, {"force_expert": 0}, {"sensitivity": torch.tensor([0.1, 0.9])}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_both_passes_of_guidance_hear_the_dial(dial, options, token_ids):
+    model, heard = tiny_dynamoe(), []
+    for mlp in model.nested_mlps:
+        mlp.register_forward_pre_hook(lambda mlp, args: heard.append((args[0].shape[0], mlp.slot.current)))
+    options = {"do_sample": False, "max_new_tokens": 3, "guidance_scale": 1.5, **options}
+    model.generate(token_ids, **dial, **options)
+    for batch, routing in heard:
+        for name, value in dial.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(routing, name), value.repeat_interleave(batch // 2))
+            else:
+                assert getattr(routing, name) == value
+    assert model.slot.requested == Routing() and len(heard) > 2 * 3 * 2 - 1
+
+
+def test_an_assistant_drafts_at_its_own_place_of_the_dial(token_ids):
+    model, draft, heard = tiny_dynamoe(), tiny_dynamoe(sensitivity=0.2), {"model": set(), "draft": set()}
+    for name, each in (("model", model), ("draft", draft)):
+        for mlp in each.nested_mlps:
+            mlp.register_forward_pre_hook(lambda mlp, args, name=name: heard[name].add(mlp.slot.current.sensitivity))
+    options = {"do_sample": False, "max_new_tokens": 8}
+    found = model.generate(token_ids[:1], sensitivity=0.7, assistant_model=draft, **options)
+    assert heard == {"model": {0.7}, "draft": {0.2}}
+    assert torch.equal(found, model.generate(token_ids[:1], sensitivity=0.7, **options))
+    with model.routing(sensitivity=0.7):
+        assert torch.equal(found, model.generate(token_ids[:1], **options)), "what is asked for around the call is heard too"
 
 
 def test_cache_equals_no_cache(token_ids):
@@ -359,7 +397,7 @@ def test_bad_widths(widths, message):
 def test_bad_budgets(share):
     with pytest.raises(ValueError, match=f"`budgets` must have shares.*found {share!r}"):
         tiny_dynamoe(budgets={share: 0.5})
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\], found 2"):
+    with pytest.raises(ValueError, match=r"`budgets` must have sensitivities in \(0, 1\] as values, found 2 for 0.5"):
         tiny_dynamoe(budgets={"0.5": 2})
 
 
@@ -372,16 +410,49 @@ def test_bad_sensitivity(value, token_ids):
         model(token_ids, sensitivity=value)
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         DynaMoEConfig(sensitivity=value)
+    for name in ("sensitivity", "density"):
+        found = [value] if value == "high" else [value, torch.tensor(value), torch.tensor([0.5, value])]
+        for each in found:
+            with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+                model(token_ids, **{name: each})
+            with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+                model.model(token_ids, **{name: each})
+            with pytest.raises(ValueError, match=r"must be in \(0, 1\]"), model.routing(**{name: each}):
+                pass
+
+
+@pytest.mark.parametrize("expert", [-1, 4, 1.5, True, "1"])
+def test_bad_expert(expert, token_ids):
+    model = tiny_dynamoe()
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"):
+        model(token_ids, force_expert=expert)
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"):
+        model.generate(token_ids, force_expert=expert, max_new_tokens=1)
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"), model.routing(force_expert=expert):
+        pass
+    with pytest.raises(ValueError, match="`force_expert` must be.*experts 0 to 3"):
+        DynaMoEConfig(force_expert=expert)
+
+
+def test_a_tensor_without_dimensions_is_a_number(token_ids):
+    model = tiny_dynamoe()
+    for sensitivity in (0.4, 1.0):
+        expected = model(token_ids, sensitivity=sensitivity).logits
+        assert torch.equal(model(token_ids, sensitivity=torch.tensor(sensitivity, dtype=torch.float64)).logits, expected)
+        with model.routing(sensitivity=torch.tensor(sensitivity, dtype=torch.float64)):
+            assert torch.equal(model(token_ids).logits, expected)
 
 
 def test_other_bad_settings(token_ids):
     model = tiny_dynamoe()
     with pytest.raises(ValueError, match="experts 0 to 3"):
         DynaMoEConfig(force_expert=4)
-    with pytest.raises(ValueError, match="one for each of 2 sequences"):
+    with pytest.raises(ValueError, match="one for each sequence or token of"):
         model(token_ids, sensitivity=torch.ones(3))
     with pytest.raises(ValueError, match="`route` is unknown"):
         model(token_ids, route="best")
+    with pytest.raises(ValueError, match="`route` is unknown"), model.routing(route="best"):
+        pass
     with pytest.raises(ValueError, match="`similarity` is unknown"):
         DynaMoEConfig(similarity="euclid")
     with pytest.raises(ValueError, match="format_version=99"):
@@ -438,3 +509,74 @@ def test_compiled_decoding_equals_eager(family, fullgraph, token_ids):
     assert not torch._dynamo.utils.counters["graph_break"]
     compiled(token_ids[:1, :1], sensitivity=0.9)
     assert model.slot.current is None, "the dial of a compiled call stays in force after it"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_model_is_not_loaded_as_a_llama(family, tmp_path):
+    """Its config has no `base_config`, whose default is a Llama's."""
+    dense = tiny_dense(family)
+    dense.save_pretrained(tmp_path)
+    config = dense.config
+    for load in (
+        lambda: DynaMoEForCausalLM.from_pretrained(tmp_path),
+        lambda: DynaMoEModel.from_pretrained(tmp_path),
+        lambda: DynaMoEForCausalLM.from_pretrained(tmp_path, config=config),
+        lambda: DynaMoEForCausalLM(config),
+        lambda: DynaMoEConfig.from_pretrained(tmp_path),
+        lambda: DynaMoEConfig.from_dict(config.to_dict()),
+    ):
+        with pytest.raises(ValueError, match=f"This is a dense model, found model type '{family}'. Convert it"):
+            load()
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path):
+    """Depth pruning, as of a dense model, leaves lists with an entry for each layer; a field may be set to anything."""
+    model = tiny_dynamoe(error_weights=[0.1, 0.2])
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="`error_weights` must have one entry for each of 1 layers, found 2"):
+        DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
+    shorter = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1, error_weights=[0.1])
+    shorter.save_pretrained(tmp_path / "shorter")
+    assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "shorter").nested_mlps) == 1
+    for name, value, message in (
+        ("sensitivity", 2.0, r"sensitivity must be in \(0, 1\], found 2.0"),
+        ("num_hidden_layers", 1, "`error_weights` must have one entry for each of 1 layers"),
+        ("error_weights", [0.1], "`error_weights` must have one entry for each of 2 layers"),
+        ("train_sensitivity", [0.9, 0.1], "`train_sensitivity` must be two numbers that rise"),
+    ):
+        model = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole")
+        setattr(model.config, name, value)
+        for save in (model.save_pretrained, model.config.save_pretrained):
+            with pytest.raises(ValueError, match=message):
+                save(tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
+    model = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole")
+    del model.model.layers[1]
+    with pytest.raises(ValueError, match="found 1 layers, and num_hidden_layers=2 in the config"):
+        model.save_pretrained(tmp_path / "wrong")
+    model.config.num_hidden_layers, model.config.error_weights = 1, [0.1]
+    model.save_pretrained(tmp_path / "pruned")
+    assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "pruned").nested_mlps) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"sensitivity": 0.4}, {"force_expert": 1}, SPARSE], ids=["full", "dial", "forced", "sparse"]
+)
+def test_an_exported_program_takes_any_length(strict, settings):
+    model = tiny_dynamoe(**settings)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    with torch.no_grad():
+        lengths = {"ids": {0: torch.export.Dim("batch", min=2, max=4), 1: torch.export.Dim("length", min=2, max=64)}}
+        program = torch.export.export(Logits(), (torch.randint(3, 128, (2, 24)),), dynamic_shapes=lengths, strict=strict)
+        for shape in ((2, 2), (2, 8), (3, 16), (2, 17), (4, 60)):
+            ids = torch.randint(3, 128, shape)
+            assert_close(f"logits of {shape}", program.module()(ids), model(ids).logits)

@@ -24,6 +24,7 @@ from conftest import tiny_dense, tiny_tokenizer
 from hub_server import TOKEN, Fault, File, HubServer, Repo
 from huggingface_hub import ModelCard
 from reference import assert_close
+from safetensors.torch import save_file
 
 from dynamoe_hf import calibrate_budgets, convert_model, evaluate_model, train_model
 from dynamoe_hf.card import Variant, render_card
@@ -256,9 +257,10 @@ def test_nothing_is_sent_when_all_is_there(trained, hub):
 
 def test_new_weights_replace_the_old_ones_at_once(folder, hub):
     publish_model(folder, REPO, layout="revisions")
+    weights = load_model(folder).state_dict()
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    (folder / "model.safetensors").write_bytes(b"other weights")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     publish_model(folder, REPO, layout="revisions")
     for branch in hub.repos[REPO].branches:
         kept = {path for path in hub.files(REPO, branch) if ".safetensors" in path}

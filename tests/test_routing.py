@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, run_mlp, tiny_dense, tiny_dynamoe
 from reference import assert_close, expert_of
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -182,14 +183,14 @@ def test_copies_and_pickles_are_independent(token_ids):
         assert torch.equal(other(token_ids, sensitivity=0.4).logits, expected)
 
 
-@pytest.mark.parametrize("reentrant", [False])
-def test_layers_that_run_again_keep_their_routing(reentrant, token_ids):
+@pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}])
+def test_layers_that_run_again_keep_their_routing(options, token_ids):
     """Activation checkpointing runs layers in backward, when the pass is over and another one has other settings."""
     gradients = []
     for checkpointing in (False, True):
         model = tiny_dynamoe().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable(options)
         loss = model(token_ids, sensitivity=0.3).logits.square().mean()
         with model.routing(force_expert=3):
             loss.backward()
@@ -198,6 +199,29 @@ def test_layers_that_run_again_keep_their_routing(reentrant, token_ids):
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         assert_close(name, gradients[1][name], expected)
+
+
+def test_checkpointing_that_would_lose_the_losses_of_routers_is_refused(token_ids):
+    """The reentrant kind runs layers without gradients, whoever asks for it; evaluation is none of its business."""
+    model = tiny_dynamoe().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="gives routers no gradient, found use_reentrant=True"):
+        model(token_ids, labels=token_ids)
+    with torch.no_grad():
+        model(token_ids, labels=token_ids)
+
+
+@pytest.mark.parametrize("kind", list(CheckpointImpl))
+@pytest.mark.parametrize("settings", [{}, {"sensitivity": 0.4}, {"force_expert": 1}])
+def test_checkpointing_around_layers_is_refused(kind, settings, token_ids):
+    """It runs a layer again when nothing says any more how its tokens were routed."""
+    model = tiny_dynamoe().train()
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer, kind)
+    with pytest.raises(ValueError, match="cannot know which experts its tokens took"):
+        model(token_ids, labels=token_ids, **settings).loss.backward()
+    assert model.slot.current is None
 
 
 def test_a_layer_alone_follows_the_config():

@@ -35,6 +35,15 @@ def test_so_many_tokens_the_same_each_time(template):
     assert all("[assistant]" in text for text in chats)
 
 
+def test_tokenizers_without_a_last_token_or_any():
+    model, tokenizer = tiny_dynamoe(), tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, None
+    assert write_texts(model, tokenizer, 200)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="found none in the tokenizer. Give files"):
+        write_texts(model, tokenizer, 200)
+
+
 def test_it_is_the_full_width_that_writes(monkeypatch):
     model, tokenizer, seen = tiny_dynamoe(), tiny_tokenizer(), []
     for mlp in model.nested_mlps:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from conftest import FAMILIES, tiny_dense
+from peft import PeftModel, get_peft_model
 from reference import assert_close, causal_losses, gates, relative_error
 from training import LABELS, rows, tiny_model, train
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
 
 from dynamoe_hf import DynaMoEForCausalLM, DynaMoETrainer, DynaMoETrainingArguments, fit_routers, lora_config
+from dynamoe_hf.losses import relative_error as errors_of
 from dynamoe_hf.modeling.mlp_backends import block_sizes
 from dynamoe_hf.modeling.routing import ProfileRouter
 from dynamoe_hf.trainer import ROUTER_TEMPERATURE, choose_trainable
@@ -271,8 +273,7 @@ def test_full_width_stays_where_distilled(tmp_path):
 
 
 def test_lora(tmp_path, token_ids):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model(), lora_config(4))
+    model = get_peft_model(tiny_model(), lora_config(4))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     train(model, tmp_path, train_parts="lora", max_steps=3, lm_loss_coef=0.2, learning_rate=1e-2)
     for name, parameter in model.named_parameters():
@@ -283,7 +284,7 @@ def test_lora(tmp_path, token_ids):
     wrapped = {s: model(token_ids, sensitivity=s).logits for s in (0.4, 0.6, 1.0)}
     forced = model(token_ids, force_expert=1).logits
     model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
     merged = model.merge_and_unload()
     assert_close("forced", merged(token_ids, force_expert=1).logits, forced, atol=1e-4)
     for sensitivity, expected in wrapped.items():  # masks while wrapped, prefixes after merging
@@ -297,6 +298,56 @@ def test_activation_checkpointing_gives_the_same_losses(tmp_path):
         trainer = train(tiny_model(), tmp_path, max_steps=4, gradient_checkpointing=checkpointing, lm_loss_coef=0.2)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda *args, **kwargs: None}])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_losses_that_keep_the_labels_from_the_model_are_refused(settings, adapted, tmp_path):
+    """In training and in evaluation, of a plain Trainer; `DynaMoETrainer` says so when it is made."""
+    model = get_peft_model(tiny_model(), lora_config()) if adapted else tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    smoothing = {name: value for name, value in settings.items() if name == "label_smoothing_factor"}
+    function = {name: value for name, value in settings.items() if name not in smoothing}
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_names=["labels"], **smoothing)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows(), **function)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="loss trains no router. Leave both out"):
+            run()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    if function:
+        args = DynaMoETrainingArguments(str(tmp_path), use_cpu=True, **LABELS)
+        with pytest.raises(ValueError, match="`compute_loss_func` does not go with"):
+            DynaMoETrainer(model=tiny_model(), args=args, train_dataset=rows(), **function)
+
+
+@pytest.mark.parametrize("parts", ["layers", "lora"])
+def test_packed_documents_are_those_of_rows(parts, tmp_path):
+    """Neither the model nor its teacher looks across documents, so the full width has no distance to itself."""
+    examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 128, (4, 12)).tolist()]
+    settings = {"sensitivity_range": [1, 1], "route": "router", "router_loss_coef": 0.0, "hidden_loss_coef": 1.0}
+    settings |= {"train_parts": parts, "lm_loss_coef": 1.0, "logit_fraction": 1.0, "per_device_train_batch_size": 4}
+    losses = {}
+    for name, collator in (("rows", default_data_collator), ("packed", DataCollatorWithFlattening())):
+        model = tiny_model()
+        model = get_peft_model(model, lora_config()) if parts == "lora" else model
+        log = train(model, tmp_path, examples=examples, data_collator=collator, **settings).state.log_history[0]
+        assert log["kd_loss"] == pytest.approx(0, abs=1e-4) and log["hidden_loss"] == pytest.approx(0, abs=1e-4), name
+        losses[name] = log["lm_loss"]
+    assert losses["packed"] == pytest.approx(losses["rows"], rel=1e-4)
+
+
+def test_the_teacher_follows_what_is_set_later(tmp_path):
+    model = tiny_model()
+    args = DynaMoETrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **LABELS)
+    teacher = DynaMoETrainer(model=model, args=args, train_dataset=rows()).teacher
+    model.set_attn_implementation("eager")
+    model.config.use_cache = False
+    for each in (model, teacher):
+        attention = each.model.layers[0].self_attn.config
+        assert attention._attn_implementation == each.config._attn_implementation == "eager"
+        assert attention.use_cache is each.config.use_cache is False
+    assert all(a is not b for a, b in zip(model.parameters(), teacher.parameters()))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_bf16_autocast(tmp_path):
@@ -384,6 +435,28 @@ def test_a_step_without_labels_changes_nothing(settings, accumulation, tmp_path)
         assert len(losses) == 6 and not any(losses.values()), log
         assert log["grad_norm"] == log["mean_width"] == 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_labels_changes_nothing_under_a_plain_trainer(accumulation, tmp_path):
+    examples = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows()]
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+    trainer = train(model, tmp_path, Trainer, examples=examples, **settings)
+    assert [log["loss"] for log in trainer.state.log_history[:2]] == [0, 0]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_hidden_states_that_are_zero_have_no_relative_error():
+    """Nothing divides by their size, and what they are masked with is 0, not NaN, in value and gradient."""
+    target = torch.zeros(1, 3, 4)
+    target[0, 0] = 2.0
+    state = torch.ones(1, 3, 4, requires_grad=True)
+    errors = errors_of([state, state], [target, target])
+    assert_close("errors", errors, torch.tensor([[0.25, 0.0, 0.0]]))
+    errors.sum().backward()
+    assert_close("gradient", state.grad[0], torch.tensor([[-0.125] * 4, [0.0] * 4, [0.0] * 4]))
 
 
 def test_several_gpus_need_a_launcher(tmp_path):

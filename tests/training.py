@@ -28,13 +28,13 @@ def rows(count=8, length=16, seed=0, ignored=True):
     return examples
 
 
-def train(model, folder, trainer_class=DynaMoETrainer, examples=None, **settings):
+def train(model, folder, trainer_class=DynaMoETrainer, examples=None, data_collator=None, **settings):
     """The trainer after its run: with `DynaMoETrainer` as `LABELS` say, but for `settings`."""
     ours = trainer_class is DynaMoETrainer
     defaults = {"max_steps": 1, "per_device_train_batch_size": 8, "report_to": "none", "save_strategy": "no",
                 "logging_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True, "use_cpu": True}  # fmt: skip
     settings = {**defaults, **(LABELS if ours else {}), **settings}
     args = (DynaMoETrainingArguments if ours else TrainingArguments)(output_dir=str(folder), **settings)
-    trainer = trainer_class(model=model, args=args, train_dataset=examples or rows())
+    trainer = trainer_class(model=model, args=args, train_dataset=examples or rows(), data_collator=data_collator)
     trainer.train()
     return trainer
