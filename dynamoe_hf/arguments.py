@@ -29,6 +29,7 @@ Similarity = Literal["loss_gain", "loss_weighted", "projection", "cosine", "rela
 RouterType = Literal["profile", "argmax"]
 Baseline = Literal["static", "random", "label"]
 Layout = Literal["repos", "revisions"]
+GGUF = Literal["f32", "f16", "bf16", "q8_0"]
 TrainedParts = Literal["routers", "mlp", "layers", "all", "lora"]
 Teacher = Literal["frozen", "self", "none"]
 Route = Literal["router", "label", "random"]
@@ -251,8 +252,18 @@ class PublishArguments:
 class ExportArguments:
     """Settings of `export_dense`."""
 
-    width: float = 1.0
-    """Share of the MLP width in (0, 1]."""
+    width: float | None = None
+    """Share of the MLP width in (0, 1], the same in every layer. Without it and without a budget: 1."""
+    budget: float | None = None
+    """A width for each layer instead: mean share of the MLPs, divided where it costs least. With gguf only."""
+    gguf: GGUF | None = None
+    """Write a GGUF file for llama.cpp, with the tokenizer in it, in this type. Without it: a folder for transformers."""
+    text: Files | None = None
+    """Text files on which the budget is divided. Without them: Python's own documentation."""
+    max_tokens: Count = 4096
+    """Tokens of it to use."""
+    block_size: Count = 512
+    """Tokens in one sequence."""
 
 
 @dataclass(kw_only=True)

@@ -151,10 +151,13 @@ STAGES = {
          "dynamoe publish trained user/SmolLM2-135M-DynaMoE --variants 0.5,0.75 --layout revisions"],
     ),
     "export": Stage(
-        "convert", "export_dense", ExportArguments,
+        "export", "export_dense", ExportArguments,
         {"folder": "model folder or Hub id", "out": "folder to write; must not exist"}, show_record,
-        "One width as a plain smaller dense model, for runtimes without routers.",
-        ["dynamoe export trained small --width 0.5"],
+        "One width as a plain smaller dense model, for runtimes without routers: transformers or llama.cpp (GGUF).",
+        ["dynamoe export trained small --width 0.5",
+         "dynamoe export trained small --width 0.5 --gguf q8_0     # small/small-q8_0.gguf, for llama.cpp",
+         "dynamoe export trained small --budget 0.6 --gguf f16     # each layer its own width"],
+        exclusive=["width", "budget"],
     ),
     "demo": Stage(
         "demo", "run_demo", DemoArguments, {}, lambda rows: None,
