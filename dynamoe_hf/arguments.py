@@ -185,7 +185,7 @@ class GenerateArguments:
     temperature: float = 0.0
     """Temperature of sampling; 0 is greedy."""
     chat: bool = False
-    """Treat the prompt as a question, through the chat template."""
+    """Treat the prompt as a question, through the chat template. On the command line without a prompt: a conversation."""
     int8: bool = False
     """Decode from int8 weights, on a CPU: a token reads only the rows of what it keeps."""
     seed: int = 0

@@ -77,6 +77,7 @@ class Stage:
     examples: list[str]
     json: bool = False
     exclusive: list[str] = field(default_factory=list)  # fields of which one at most may be given
+    optional: list[str] = field(default_factory=list)  # positionals that may be left out
 
 
 STAGES = {
@@ -116,13 +117,15 @@ STAGES = {
         json=True, exclusive=["budget", "sensitivity", "force_expert"],
     ),
     "generate": Stage(
-        "generate", "generate_text", GenerateArguments,
-        {"folder": "model folder or Hub id", "prompt": "text to continue, or a question with --chat"}, show_generation,
-        "Continue a prompt at a setting of the dial.",
+        "generate", "generate_on_terminal", GenerateArguments,
+        {"folder": "model folder or Hub id", "prompt": "text to continue, or a question with --chat; --chat alone is a conversation"},
+        show_generation,
+        "Continue a prompt at a setting of the dial, answer a question, or hold a conversation.",
         ['dynamoe generate trained "The with statement" --budget 0.5',
          'dynamoe generate trained "What is a prime number?" --chat',
+         "dynamoe generate trained --chat --budget 0.75            # /quit or Ctrl-D ends it, Ctrl-C an answer",
          'dynamoe generate trained "The with statement" --budget 0.5 --int8     # on a CPU'],
-        exclusive=["budget", "sensitivity"],
+        exclusive=["budget", "sensitivity"], optional=["prompt"],
     ),
     "inspect": Stage(
         "folder", "inspect_folder", None, {"folder": "model folder or Hub id"}, show_inspection,
@@ -220,7 +223,7 @@ def tell_stages(name: str) -> int:
 def parse(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """The values of a stage's positionals and flags. Wrong ones end the process with exit code 2, and `--help` with 0."""
     stage = STAGES[name]
-    command = command_type(stage.arguments, stage.positionals, stage.json, stage.exclusive)
+    command = command_type(stage.arguments, stage.positionals, stage.json, stage.exclusive, stage.optional)
     description = f"{stage.help}\n\nexample:\n" + textwrap.indent("\n".join(stage.examples), "  ")
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     return dict(vars(tyro.cli(command, prog=f"dynamoe {name}", description=description, args=argv, config=config)))

@@ -41,8 +41,9 @@ def show_evaluation(entries):
     print(evaluation_table(entries))
 
 
-def show_generation(generation):
-    print(generation.text)
+def show_generation(generation):  # the text has been written already
+    if generation is None:
+        return
     asked = "" if generation.budget is None else f", at a budget of {generation.budget:.0%}"
     print(f"A token read {generation.share:.0%} of the MLPs' weights{asked}.", file=sys.stderr)
 
