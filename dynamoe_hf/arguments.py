@@ -174,12 +174,14 @@ class EvaluateArguments:
 
 @dataclass(kw_only=True)
 class GenerateArguments:
-    """Settings of `generate_text`. At most one of `budget` and `sensitivity`; without them, the config's."""
+    """Settings of `generate_text`. At most one of `budget`, `sensitivity` and `draft_budget`; without them, the config's."""
 
     budget: float | None = None
     """Calibrated mean share of the MLPs' weights."""
     sensitivity: float | None = None
     """Threshold in (0, 1]; 1 is the dense model."""
+    draft_budget: float | None = None
+    """The dense model's text: the model drafts for itself at this budget, and checks at full width."""
     max_new_tokens: Count = 64
     """Tokens to generate at most."""
     temperature: float = 0.0

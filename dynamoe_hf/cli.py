@@ -125,7 +125,7 @@ STAGES = {
          'dynamoe generate trained "What is a prime number?" --chat',
          "dynamoe generate trained --chat --budget 0.75            # /quit or Ctrl-D ends it, Ctrl-C an answer",
          'dynamoe generate trained "The with statement" --budget 0.5 --int8     # on a CPU'],
-        exclusive=["budget", "sensitivity"], optional=["prompt"],
+        exclusive=["budget", "sensitivity", "draft_budget"], optional=["prompt"],
     ),
     "inspect": Stage(
         "folder", "inspect_folder", None, {"folder": "model folder or Hub id"}, show_inspection,

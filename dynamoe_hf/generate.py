@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from .arguments import GenerateArguments, resolve
 from .folder import load_model, load_tokenizer
+from .modeling.self_draft import SelfDraftOutput
 from .observe import shares_read
 
 
@@ -19,6 +20,7 @@ class Generation(NamedTuple):
     text: str
     share: float  # mean share of the MLPs' weights that a token read, of the prompt and of the text
     budget: float | None  # that was asked for
+    draft: SelfDraftOutput | None = None  # what a draft and its checks did, where there was one
 
 
 def generate_text(folder: str | Path, prompt: str, arguments: GenerateArguments | None = None, **settings: Any) -> Generation:
@@ -74,8 +76,8 @@ def _open(folder, prompt, arguments):
         raise ValueError("There is no prompt. Give some words to continue, or --chat for a conversation.")
     if prompt is not None and not prompt.strip():
         raise ValueError("The prompt is empty. Give some words to continue.")
-    if arguments.budget is not None and arguments.sensitivity is not None:
-        raise ValueError("Both a budget and a sensitivity were given. Give one of them.")
+    if sum(value is not None for value in (arguments.budget, arguments.sensitivity, arguments.draft_budget)) > 1:
+        raise ValueError("More than one of budget, sensitivity and draft_budget was given. Give one of them.")
     tokenizer = load_tokenizer(folder)
     if arguments.chat and not tokenizer.chat_template:
         raise ValueError(
@@ -87,6 +89,8 @@ def _open(folder, prompt, arguments):
         model.set_budget(arguments.budget)
     elif arguments.sensitivity is not None:
         model.set_sensitivity(arguments.sensitivity)
+    elif arguments.draft_budget is not None:
+        model.set_sensitivity(1.0)  # that of the text
     if arguments.int8:
         model.pack("int8")
     torch.manual_seed(arguments.seed)
@@ -114,9 +118,15 @@ def _turn(question) -> list[dict]:
 def _generate(model, tokenizer, prompt, arguments, streamer=None) -> Generation:
     """What follows a prompt, or a conversation of `{"role", "content"}`, and the share that it took."""
     inputs = inputs_of(tokenizer, prompt)
-    output = _continue(model, tokenizer, inputs, arguments.max_new_tokens, arguments.temperature, streamer)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Generation(text, share_of(model, output), arguments.budget)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
+    if arguments.draft_budget is not None:
+        sampling["draft_budget"] = arguments.draft_budget
+    output = _continue(model, tokenizer, inputs, arguments.max_new_tokens, streamer=streamer, **sampling)
+    text = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    draft = output if isinstance(output, SelfDraftOutput) else None
+    return Generation(text, share_of(model, output.sequences), arguments.budget, draft)
 
 
 def inputs_of(tokenizer, prompt: str | list[dict]) -> dict:
@@ -129,14 +139,13 @@ def inputs_of(tokenizer, prompt: str | list[dict]) -> dict:
 def continue_text(model, tokenizer, prompt: str, max_new_tokens: int = 64) -> str:
     """The greedy continuation alone, with a model in memory."""
     inputs = inputs_of(tokenizer, prompt)
-    output = _continue(model, tokenizer, inputs, max_new_tokens)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = _continue(model, tokenizer, inputs, max_new_tokens, do_sample=False)
+    return tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _continue(model, tokenizer, inputs, max_new_tokens, temperature=0.0, streamer=None) -> torch.Tensor:
-    """Token ids (1, S) of the inputs and of what follows."""
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    options = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "streamer": streamer, **sampling}
+def _continue(model, tokenizer, inputs, max_new_tokens, **options) -> Any:
+    """What `generate` returns: `sequences` are the token ids (1, S) of the inputs and of what follows."""
+    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "return_dict_in_generate": True}
     return model.generate(**inputs.to(model.device), **options)
 
 

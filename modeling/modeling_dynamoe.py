@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -40,6 +39,7 @@ from .nested_mlp import NestedMLP
 from .nested_mlp_triton import TRITON
 from .packed_weights import pack_model
 from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, loss_mask, mean_router_loss
+from .self_draft import SelfDraftGenerationMixin
 
 
 MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -316,7 +316,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         return self._returned(outputs, return_dict)
 
 
-class DynaMoEForCausalLM(DynaMoEPreTrainedModel, GenerationMixin):
+class DynaMoEForCausalLM(DynaMoEPreTrainedModel, SelfDraftGenerationMixin):
     """
     A dense causal language model of any supported family, its MLPs replaced by nested experts. Build one from a dense model
     in memory with `from_dense`.

@@ -79,11 +79,11 @@ def test_an_answer_can_be_stopped(folder, asked, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\nWho?\n"))
     whole, calls = generate._continue, []
 
-    def interrupted_once(*args):
+    def interrupted_once(*args, **options):
         calls.append(args)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return whole(*args)
+        return whole(*args, **options)
 
     monkeypatch.setattr(generate, "_continue", interrupted_once)
     assert generate_on_terminal(folder, chat=True, max_new_tokens=3).text
@@ -123,6 +123,22 @@ def test_the_stop_tokens_of_the_base_are_carried(tmp_path):
     found = model.generate(torch.tensor([[40, 41, 42]]), max_new_tokens=8, do_sample=False)[0, 3:]
     assert found[-1] == greedy[3]
     assert len(found) <= 4
+
+
+def test_a_draft_tells_what_it_did(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    tiny_dynamoe(budgets={"0.4": 0.3}).save_pretrained(tmp_path)
+    expected = generate_text(tmp_path, "words", sensitivity=1.0, max_new_tokens=12)
+    assert generate_text(tmp_path, "words", draft_budget=0.4, max_new_tokens=12)[:2] == (expected.text, 1.0)
+    assert cli.main(["generate", str(tmp_path), "words", "--draft-budget", "0.4", "--max-new-tokens", "12"]) == 0
+    written = capsys.readouterr()
+    assert written.out == expected.text + "\n"
+    assert "were accepted" in written.err and "passes" in written.err
+    with pytest.raises(ValueError, match="More than one of budget, sensitivity and draft_budget"):
+        generate_text(tmp_path, "words", draft_budget=0.4, sensitivity=0.5)
+    assert cli.main(["generate", str(tmp_path), "words", "--draft-budget", "0.4", "--temperature", "1"]) == 1
+    assert "found sampling" in capsys.readouterr().err
 
 
 def test_the_card_of_a_chat_model_asks_through_the_template(folder, tmp_path, monkeypatch, capsys):

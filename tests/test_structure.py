@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A file may import only names to its left.
 ORDER = {
     "modeling": ["difficulty", "sparsity", "dense_base", "nested_mlp_triton", "sparse_decode_triton", "routing",
-                 "configuration_dynamoe", "mlp_backends", "quantized_slices", "packed_weights", "fast_decode", "nested_mlp", "modeling_dynamoe", "__init__"],
+                 "configuration_dynamoe", "mlp_backends", "quantized_slices", "packed_weights", "fast_decode", "nested_mlp", "self_draft", "modeling_dynamoe", "__init__"],
     "dynamoe_hf": ["_version", "arguments", "modeling", "folder", "tables", "card", "data", "observe", "label", "convert",
                    "gguf_tokenizer", "gguf_file", "export", "losses",
                    "threshold_fit", "trainer", "router_fit", "self_text", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
