@@ -144,7 +144,10 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for key, (tensor, form) in placed.items():
-        writer.write_tensor_data(gguf.quantize(_as_llama_cpp(key, tensor, config, family).numpy(), form))
+        values = _as_llama_cpp(key, tensor, config, family)
+        if form == gguf.GGMLQuantizationType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(f"`{key}` holds numbers that float16 cannot: found up to {values.abs().max():.3g}. Choose bf16.")
+        writer.write_tensor_data(gguf.quantize(values.numpy(), form))
     writer.close()
 
 

@@ -84,8 +84,9 @@ def _add_special_tokens(writer, tokenizer, ends):
     empty = tokenizer("")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and empty[:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and empty[-1:] == [tokenizer.eos_token_id])
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        named = isinstance(template, dict)
+        writer.add_chat_template([{"name": k, "template": v} for k, v in template.items()] if named else template)
 
 
 def _pairs(model):

@@ -125,6 +125,35 @@ def test_stop_tokens_of_generation_are_in_the_file(folder_of, tmp_path):
     assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")] == [1, 7, 9]
 
 
+def test_numbers_beyond_float16_are_refused(folder_of, tmp_path):
+    model = load_model(folder_of("llama"))
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder_of("llama")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"up_proj.weight` holds numbers .* found up to 1e\+05. Choose bf16"):
+        export_dense(tmp_path / "model", tmp_path / "out", gguf="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    export_dense(tmp_path / "model", tmp_path / "out", gguf="bf16")
+
+
+def test_several_chat_templates_are_in_the_file(folder_of, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("llama"))
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools"}
+    load_model(folder_of("llama")).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export_dense(tmp_path / "model", tmp_path / "out", gguf="f16")
+    fields = gguf.GGUFReader(tmp_path / "out" / "out-f16.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "tools"
+
+
+def test_the_context_of_a_window_that_llama_cpp_has_not(folder_of, tmp_path):
+    """Its Mistral has no sliding window; within one, attention is the same."""
+    export_dense(folder_of("mistral", sliding_window=32), tmp_path / "out", gguf="f16")
+    fields = gguf.GGUFReader(tmp_path / "out" / "out-f16.gguf").fields
+    assert fields["llama.context_length"].contents() == 32
+
+
 def test_widths_by_layer(folder_of, tmp_path):
     folder = folder_of("llama")
     record = export_dense(folder, tmp_path / "out", budget=0.6, gguf="f32", **FAST)
@@ -230,17 +259,23 @@ print(json.dumps([rows, model.tokenize(text.encode(), add_bos=False, special=Tru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, "llama, rope", "llama, layers", *(f"llama, {kind}" for kind in TOKENIZERS)])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "llama, rope", "llama, linear", "llama, layers", *(f"llama, {kind}" for kind in TOKENIZERS)]
+)
 def test_llama_cpp_computes_the_same(family, folder_of, tmp_path):
     """Logits of one token after another, and token ids. `LLAMA_PYTHON` names the Python of another environment that has llama.cpp."""
     python = os.environ.get("LLAMA_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         pytest.skip("llama-cpp-python is not installed")
     family, _, what = family.partition(", ")
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32}  # fmt: skip
+    ropes = {"rope": rope, "linear": linear}
     # With twelve layers one in six has no window, with another RoPE.
-    settings = {"num_hidden_layers": 12} if family == "gemma3_text" else {"rope_parameters": rope} if what == "rope" else {}
+    settings = (
+        {"num_hidden_layers": 12} if family == "gemma3_text" else {"rope_parameters": ropes[what]} if what in ropes else {}
+    )
     folder = folder_of(family, what if what in TOKENIZERS else None, **settings)
     size = {"budget": 0.6, **FAST} if what == "layers" else {"width": 0.75}
     record = export_dense(folder, tmp_path / "out", gguf="f32", **size)
