@@ -64,10 +64,11 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from dynamoe_hf.arguments import EIGHTHS
 from dynamoe_hf.benchmark import machine
 from dynamoe_hf.calibrate import sensitivity_at
-from dynamoe_hf.convert import SINK_POSITIONS, convert_model, dense_prefix, load_dense
+from dynamoe_hf.convert import SINK_POSITIONS, convert_model, load_dense
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import (
     CONVERSION,
     TRAINING,

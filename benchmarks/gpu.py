@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.benchmark import decode_limit
-from dynamoe_hf.convert import dense_prefix
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
 from dynamoe_hf.observe import expert_shares, shares_taken
 

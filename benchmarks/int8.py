@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from transformers import TorchAoConfig
 
 from dynamoe_hf.benchmark import machine
-from dynamoe_hf.convert import dense_prefix, prove_parity
+from dynamoe_hf.convert import prove_parity
 from dynamoe_hf.data import documents_for, token_blocks
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import load_model, load_tokenizer, write_json
 from dynamoe_hf.observe import expert_shares, shares_taken
 

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.benchmark import COLD_BYTES, SHAPES, interleaved, machine, torch_threads
-from dynamoe_hf.convert import dense_prefix
 from dynamoe_hf.data import documents_for, token_blocks
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import load_model, load_tokenizer, write_json
 from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
 from dynamoe_hf.modeling.sparsity import thresholds_at

@@ -24,9 +24,10 @@ import torch
 from tqdm.auto import tqdm
 
 from dynamoe_hf.benchmark import machine, torch_threads
-from dynamoe_hf.convert import dense_prefix, load_dense
+from dynamoe_hf.convert import load_dense
 from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.evaluate import block_nll, ratio_to
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import load_model, load_tokenizer, write_json
 
 

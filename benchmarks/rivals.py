@@ -27,9 +27,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from dynamoe_hf.benchmark import interleaved, machine
-from dynamoe_hf.convert import dense_prefix, prove_parity
+from dynamoe_hf.convert import prove_parity
 from dynamoe_hf.data import documents_for, token_blocks
 from dynamoe_hf.evaluate import block_nll
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import load_model, load_tokenizer
 from dynamoe_hf.observe import expert_shares, run_routers
 

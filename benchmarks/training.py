@@ -22,8 +22,9 @@ import torch
 
 from dynamoe_hf import DynaMoETrainer, DynaMoETrainingArguments
 from dynamoe_hf.benchmark import interleaved, machine, peak_memory
-from dynamoe_hf.convert import dense_prefix, prove_parity
+from dynamoe_hf.convert import prove_parity
 from dynamoe_hf.data import documents_for, token_blocks
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import load_model, load_tokenizer
 
 

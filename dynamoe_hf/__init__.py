@@ -11,8 +11,9 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .calibrate import calibrate_budgets
-    from .convert import convert_model, export_dense
+    from .convert import convert_model
     from .evaluate import evaluate_model
+    from .export import export_dense
     from .label import difficulty_labels
     from .modeling import DynaMoEConfig, DynaMoEForCausalLM, DynaMoEModel
     from .publish import publish_model
@@ -35,7 +36,7 @@ _MODULES = {
     "convert_model": "convert",
     "difficulty_labels": "label",
     "evaluate_model": "evaluate",
-    "export_dense": "convert",
+    "export_dense": "export",
     "fit_routers": "router_fit",
     "fit_thresholds": "threshold_fit",
     "lora_config": "trainer",

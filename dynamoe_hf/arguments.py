@@ -33,6 +33,7 @@ Similarity = Literal["loss_gain", "loss_weighted", "projection", "cosine", "rela
 RouterType = Literal["profile", "argmax"]
 Baseline = Literal["static", "random", "label"]
 Layout = Literal["repos", "revisions"]
+GGUF = Literal["f32", "f16", "bf16", "q8_0"]
 TrainedParts = Literal["routers", "mlp", "layers", "all", "lora"]
 Teacher = Literal["frozen", "self", "none"]
 Route = Literal["router", "label", "random"]
@@ -202,18 +203,20 @@ class EvaluateArguments:
 
 @dataclass(kw_only=True)
 class GenerateArguments:
-    """Settings of `generate_text`. At most one of `budget` and `sensitivity`; without them, the config's."""
+    """Settings of `generate_text`. At most one of `budget`, `sensitivity` and `draft_budget`; without them, the config's."""
 
     budget: float | None = None
     """Calibrated mean share of the MLPs' weights."""
     sensitivity: float | None = None
     """Threshold in (0, 1]; 1 is the dense model."""
+    draft_budget: float | None = None
+    """The dense model's text: the model drafts for itself at this budget, and checks at full width."""
     max_new_tokens: Count = 64
     """Tokens to generate at most."""
     temperature: Weight = 0.0
     """Temperature of sampling; 0 is greedy."""
     chat: bool = False
-    """Treat the prompt as a question, through the chat template."""
+    """Treat the prompt as a question, through the chat template. On the command line without a prompt: a conversation."""
     int8: bool = False
     """Decode from int8 weights, on a CPU: a token reads only the rows of what it keeps."""
     seed: Seed = 0
@@ -300,8 +303,18 @@ class PublishArguments:
 class ExportArguments:
     """Settings of `export_dense`."""
 
-    width: float = 1.0
-    """Share of the MLP width in (0, 1]."""
+    width: float | None = None
+    """Share of the MLP width in (0, 1], the same in every layer. Without it and without a budget: 1."""
+    budget: float | None = None
+    """A width for each layer instead: mean share of the MLPs, divided where it costs least. With gguf only."""
+    gguf: GGUF | None = None
+    """Write a GGUF file for llama.cpp, with the tokenizer in it, in this type. Without it: a folder for transformers."""
+    text: Files | None = None
+    """Text files on which the budget is divided. Without them: Python's own documentation."""
+    max_tokens: Count = 4096
+    """Tokens of it to use."""
+    block_size: Count = 512
+    """Tokens in one sequence."""
 
 
 @dataclass(kw_only=True)

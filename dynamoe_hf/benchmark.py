@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from .arguments import BenchArguments, resolve
 from .calibrate import check_reach
-from .convert import dense_prefix, prove_parity
+from .convert import prove_parity
 from .data import documents_for, token_blocks
+from .export import dense_prefix
 from .folder import BENCHMARK, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.mlp_backends import Decision, run_experts

@@ -80,9 +80,14 @@ def render_card(
         history=(checkpoint or {}).get("log_history") or (facts["training"] or {}).get("history", []),
         budgets=sorted(facts["budgets"], key=float), pictures={path.stem for path in (folder / "report").glob("*.png")},
         code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))},
-        commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
+        chat=_has_chat_template(folder), commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
     )  # fmt: skip
     return ModelCard(content)
+
+
+def _has_chat_template(folder) -> bool:
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    return (folder / "chat_template.jinja").is_file() or "chat_template" in settings
 
 
 def _stages(training):

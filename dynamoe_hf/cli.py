@@ -78,6 +78,7 @@ class Stage:
     examples: list[str]
     json: bool = False
     exclusive: list[str] = field(default_factory=list)  # fields of which one at most may be given
+    optional: list[str] = field(default_factory=list)  # positionals that may be left out
 
 
 STAGES = {
@@ -117,13 +118,15 @@ STAGES = {
         json=True, exclusive=["budget", "sensitivity", "force_expert"],
     ),
     "generate": Stage(
-        "generate", "generate_text", GenerateArguments,
-        {"folder": "model folder or Hub id", "prompt": "text to continue, or a question with --chat"}, show_generation,
-        "Continue a prompt at a setting of the dial.",
+        "generate", "generate_on_terminal", GenerateArguments,
+        {"folder": "model folder or Hub id", "prompt": "text to continue, or a question with --chat; --chat alone is a conversation"},
+        show_generation,
+        "Continue a prompt at a setting of the dial, answer a question, or hold a conversation.",
         ['dynamoe generate trained "The with statement" --budget 0.5',
          'dynamoe generate trained "What is a prime number?" --chat',
+         "dynamoe generate trained --chat --budget 0.75            # /quit or Ctrl-D ends it, Ctrl-C an answer",
          'dynamoe generate trained "The with statement" --budget 0.5 --int8     # on a CPU'],
-        exclusive=["budget", "sensitivity"],
+        exclusive=["budget", "sensitivity", "draft_budget"], optional=["prompt"],
     ),
     "serve": Stage(
         "serve", "serve_folder", ServeArguments, {"folder": "model folder or Hub id"}, lambda nothing: None,
@@ -159,10 +162,13 @@ STAGES = {
          "dynamoe publish trained user/SmolLM2-135M-DynaMoE --variants 0.5,0.75 --layout revisions"],
     ),
     "export": Stage(
-        "convert", "export_dense", ExportArguments,
+        "export", "export_dense", ExportArguments,
         {"folder": "model folder or Hub id", "out": "folder to write; must not exist"}, show_record,
-        "One width as a plain smaller dense model, for runtimes without routers.",
-        ["dynamoe export trained small --width 0.5"],
+        "One width as a plain smaller dense model, for runtimes without routers: transformers or llama.cpp (GGUF).",
+        ["dynamoe export trained small --width 0.5",
+         "dynamoe export trained small --width 0.5 --gguf q8_0     # small/small-q8_0.gguf, for llama.cpp",
+         "dynamoe export trained small --budget 0.6 --gguf f16     # each layer its own width"],
+        exclusive=["width", "budget"],
     ),
     "demo": Stage(
         "demo", "run_demo", DemoArguments, {}, lambda rows: None,
@@ -225,7 +231,7 @@ def tell_stages(name: str) -> int:
 def parse(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """The values of a stage's positionals and flags. Wrong ones end the process with exit code 2, and `--help` with 0."""
     stage = STAGES[name]
-    command = command_type(stage.arguments, stage.positionals, stage.json, stage.exclusive)
+    command = command_type(stage.arguments, stage.positionals, stage.json, stage.exclusive, stage.optional)
     description = f"{stage.help}\n\nexample:\n" + textwrap.indent("\n".join(stage.examples), "  ")
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     return dict(vars(tyro.cli(command, prog=f"dynamoe {name}", description=description, args=argv, config=config)))

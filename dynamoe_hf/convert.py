@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense model -> DynaMoE: rank the neurons, reorder them, add routers, prove parity. And back: export one width as a dense model."""
+"""Dense model -> DynaMoE: rank the neurons, reorder them, add routers, prove parity."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import ConvertArguments, ExportArguments, resolve
+from .arguments import ConvertArguments, resolve
 from .data import documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
 from .label import error_weights
@@ -277,55 +276,3 @@ IMPORTANCES: dict[str, Callable] = {
     "taylor": taylor,
     "taylor_share": taylor_share,
 }
-
-
-def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
-    """
-    A dense model of the base's own family whose MLPs are the first `width` (a share in (0, 1]) of the neurons of `model`.
-    Weights outside the MLPs are shared with `model`, not copied.
-    """
-    if not 0 < width <= 1:
-        raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
-    config = copy.deepcopy(model.config.base_config)
-    config.intermediate_size = round(width * model.config.intermediate_size)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
-    for place, mlp in zip(mlp_places(model.model), model.nested_mlps):
-        prefix = f"{place.name}."
-        for name in [name for name in state if name.startswith(prefix)]:
-            state[name] = mlp.layout.narrow(name.removeprefix(prefix), state[name], config.intermediate_size)
-    with torch.device("meta"):
-        dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}
-    dense.load_state_dict(state, assign=True)
-    for name, buffer in buffers.items():  # not part of a checkpoint, so still on the meta device: RoPE frequencies
-        owner, _, leaf = name.rpartition(".")
-        setattr(dense.get_submodule(owner), leaf, buffer)
-    dense.tie_weights()
-    dense.generation_config = model.generation_config
-    return dense.eval()
-
-
-def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments | None = None, **settings: Any) -> dict:
-    """
-    Write a plain dense model whose MLPs are the first `width` of the neurons: it loads without this package, in any runtime
-    that knows the base's family. It needs no routers, so every token costs, and gets, the same.
-
-    Args:
-        folder: model folder or Hub id.
-        out: folder to write.
-        arguments, settings: the fields of `ExportArguments`, as one object or by name.
-
-    Returns:
-        `mlp_width`, in neurons, and the number of `parameters`.
-
-    Raises:
-        ValueError: `width` is not in (0, 1], or the folder is not a DynaMoE model.
-        FileExistsError: `out` exists.
-    """
-    arguments = resolve(ExportArguments, arguments, settings)
-    refuse_existing(out)
-    dense = dense_prefix(load_model(folder), arguments.width)
-    with new_folder(out) as target:
-        dense.save_pretrained(target)
-        load_tokenizer(folder).save_pretrained(target)
-    return {"mlp_width": dense.config.intermediate_size, "parameters": sum(p.numel() for p in dense.parameters())}

@@ -12,8 +12,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from .arguments import Baseline, EvaluateArguments, resolve
-from .convert import dense_prefix, load_dense
+from .convert import load_dense
 from .data import documents_for, text_names, token_blocks
+from .export import dense_prefix
 from .folder import (
     RESULTS,
     active_parameters,

@@ -56,7 +56,13 @@ FORMS = {
 }
 
 
-def command_type(arguments: type | None, positionals: Mapping[str, str], json: bool, exclusive: Collection[str]) -> type:
+def command_type(
+    arguments: type | None,
+    positionals: Mapping[str, str],
+    json: bool,
+    exclusive: Collection[str],
+    optional: Collection[str] = (),
+) -> type:
     """
     A dataclass of all inputs of a subcommand, annotated for tyro: its positionals, the fields of `arguments`, and `json`.
 
@@ -65,10 +71,15 @@ def command_type(arguments: type | None, positionals: Mapping[str, str], json: b
         positionals: {name: help}.
         json: whether there is a switch `--json`.
         exclusive: names of the fields of which one at most may be given.
+        optional: names of the positionals that may be left out, the last ones.
     """
     members: list[Any] = []
     for name, text in positionals.items():
-        members.append((name, Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar=name.upper(), help=text)]))
+        told = tyro.conf.arg(metavar=name.upper(), help=text, help_behavior_hint="" if name in optional else None)
+        if name in optional:
+            members.append((name, Annotated[str | None, tyro.conf.Positional, told], dataclasses.field(default=None)))
+        else:
+            members.append((name, Annotated[str, tyro.conf.Positional, told]))
     if arguments is not None:
         hints, helps, defaults = get_type_hints(arguments, include_extras=True), field_helps(arguments), arguments()
         group = tyro.conf.create_mutex_group(required=False, title="one of these at most")

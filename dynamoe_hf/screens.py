@@ -41,8 +41,17 @@ def show_evaluation(entries):
     print(evaluation_table(entries))
 
 
-def show_generation(generation):
-    print(generation.text)
+def show_generation(generation):  # the text has been written already
+    if generation is None:
+        return
+    if draft := generation.draft:
+        seconds = draft.draft_seconds + draft.check_seconds
+        print(
+            f"Drafted {draft.drafted} tokens, of which {draft.accepted} were accepted, and checked them in {draft.passes} passes: "
+            f"{draft.accepted + draft.passes} tokens in {seconds:.2f} s, {draft.draft_seconds:.2f} s of them for drafts.",
+            file=sys.stderr,
+        )
+        return
     asked = "" if generation.budget is None else f", at a budget of {generation.budget:.0%}"
     print(f"A token read {generation.share:.0%} of the MLPs' weights{asked}.", file=sys.stderr)
 

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from .checks import (
@@ -52,6 +51,7 @@ from .outputs import DynaMoECausalLMOutputWithPast, DynaMoEModelOutputWithPast, 
 from .packed_weights import pack_model
 from .request_dials import RequestDials
 from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
+from .self_draft import SelfDraftGenerationMixin
 
 
 MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -308,7 +308,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         return self._returned(outputs, return_dict)
 
 
-class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, GenerationMixin):
+class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerationMixin):
     """
     A dense causal language model of any supported family, its MLPs replaced by nested experts. Build one from a dense model
     in memory with `from_dense`.
@@ -414,7 +414,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, GenerationMixin):
         checked = checked_request(asked, self.config.expert_count, ROUTES)
         passed = {} if kwargs.get("assistant_model") is not None else asked
         with self.slot.request(replace(self.slot.requested, **checked)):
-            return super().generate(*args, **passed, **kwargs)  # type: ignore[misc]  # the mixin types its `self`
+            return super().generate(*args, **passed, **kwargs)
 
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """

@@ -139,7 +139,7 @@ def test_options_are_the_functions_parameters(name, capsys):
     parameters = signature(function).parameters
     told = cli.parse(name, [f"a {positional}" for positional in stage.positionals])
     for positional in stage.positionals:
-        assert parameters[positional].default is parameters[positional].empty
+        assert parameters[positional].default is (None if positional in stage.optional else parameters[positional].empty)
         assert told.pop(positional) == f"a {positional}"
     assert told.pop("json", False) is False
     if stage.arguments is None:
@@ -190,6 +190,7 @@ def test_settings_by_name_or_as_one_object():
         ("train F G --train lora --bf16 --harm token", {"train_parts": "lora", "bf16": True, "harm": "token"}),
         ("train F G --dataset a/b:c --router-tokens 0", {"dataset": "a/b:c", "router_tokens": 0}),
         ("convert B F --widths 0,0.5,1 --router-dim 8", {"widths": (0.0, 0.5, 1.0), "router_dim": 8}),
+        ("generate F --chat", {"chat": True, "prompt": None}),
         ("generate F words --budget 0.5 --chat", {"budget": 0.5, "chat": True, "prompt": "words"}),
         ("publish F a/b --variants 0.5,0.6 --dry-run", {"variants": (0.5, 0.6), "dry_run": True}),
     ],

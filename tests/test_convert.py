@@ -1,4 +1,4 @@
-"""Conversion: order, proof of parity, folder, export; and that bad input leaves nothing behind."""
+"""Conversion: order, proof of parity, folder; and that bad input leaves nothing behind."""
 
 import copy
 import json
@@ -14,8 +14,8 @@ from reference import assert_close
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, publish_model, train_model
-from dynamoe_hf.convert import IMPORTANCES, convert_model, dense_prefix, export_dense, load_dense, prove_parity
+from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, publish_model, train_model
+from dynamoe_hf.convert import IMPORTANCES, convert_model, load_dense, prove_parity
 from dynamoe_hf.folder import load_model
 
 
@@ -117,25 +117,6 @@ def test_widths_and_argmax(dense_folder, tmp_path):
     assert model.config.train_sensitivity[0] == model.config.train_sensitivity[1]
     convert_model(dense_folder, tmp_path / "b", widths=[[0.25, 1], [0.5, 1], [0.75, 1]], **FAST)
     assert [layer.mlp.widths[0] for layer in load_model(tmp_path / "b").model.layers] == [16, 32, 48]
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2"])
-def test_export_is_an_ordinary_dense_model(family, tmp_path, token_ids):
-    tiny_dense(family).save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    convert_model(tmp_path / "dense", tmp_path / "model", **FAST)
-    record = export_dense(tmp_path / "model", tmp_path / "half", width=0.5)
-    assert record["mlp_width"] == 32
-    small, info = AutoModelForCausalLM.from_pretrained(tmp_path / "half", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert small.config.model_type == family
-    model = load_model(tmp_path / "model")
-    assert_close("logits", small(token_ids).logits, model(token_ids, force_expert=3).logits)
-    assert_close("in memory", dense_prefix(model, 0.5)(token_ids).logits, small(token_ids).logits)
-    with pytest.raises(ValueError, match=r"share of the MLP width in \(0, 1\]"):
-        export_dense(tmp_path / "model", tmp_path / "none", width=0)
-    assert not (tmp_path / "none").exists()
 
 
 def write_gguf(path, dense, left_out=()):

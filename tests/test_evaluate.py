@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import tiny_dense, tiny_dynamoe, tiny_tokenizer
+from reference import assert_close
 
 from dynamoe_hf.convert import convert_model
 from dynamoe_hf.data import documents_for, token_blocks
@@ -119,18 +123,67 @@ def test_bad_settings(folder):
         evaluate_model(folder, max_tokens=64, block_size=64)
 
 
-@pytest.mark.slow
-def test_local_task_file(folder, tmp_path):
+@pytest.fixture
+def letters(tmp_path):
+    """A task of lm-eval as a local file: questions of different lengths, so that batches are padded."""
     pytest.importorskip("lm_eval", reason="needs lm-eval: `make test-slow` installs it")
-    rows = [{"question": f"letter {c}", "choices": [c, "#"], "answer": 0} for c in "abcdefgh"]
+    rows = [
+        {"question": f"letter {c * (1 + 3 * i)}", "choices": [c, "#"], "answer": i % 2} for i, c in enumerate("abcdefghijkl")
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "letters.yaml").write_text(
         f"task: letters\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\ndoc_to_target: answer\n"
         "metric_list:\n  - metric: acc\n"
     )
-    entry = evaluate_model(folder, budget=0.6, tasks=[str(tmp_path / "letters.yaml")], **FAST)[0]
+    return tmp_path / "letters.yaml"
+
+
+@pytest.mark.slow
+def test_local_task_file(folder, letters):
+    entry = evaluate_model(folder, budget=0.6, tasks=[str(letters)], **FAST)[0]
     assert 0 <= entry["tasks"]["letters"]["acc,none"] <= 1
+
+
+@pytest.mark.slow
+def test_lm_eval_from_a_shell(tmp_path, letters):
+    """`sensitivity` among its `model_args` is the dial: routing, and along the path the density; the batch size does not matter."""
+    model = tiny_dynamoe(error_weights=[0.01, 0.01])
+    model.config.thresholds = {"density": [0.4, 0.7], "input": [[0.8, 0.8], [0.4, 0.4]], "hidden": [[0.2, 0.2], [0.1, 0.1]]}
+    model.config.density_path = [[0.4, 0.5]]
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    def likelihoods(sensitivity, batch_size):
+        """Of each answer, and the accuracy."""
+        out = tmp_path / f"out-{sensitivity}-{batch_size}"
+        arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True,sensitivity={sensitivity}"
+        subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", str(letters),
+                        "--device", "cpu", "--batch_size", str(batch_size), "--output_path", str(out), "--log_samples"],
+                       check=True, env={**os.environ, "HF_HOME": str(tmp_path / "home")})  # fmt: skip
+        rows = [json.loads(line) for path in out.rglob("samples_*.jsonl") for line in path.read_text().splitlines()]
+        rows.sort(key=lambda row: row["doc_id"])
+        assert len(rows) == 12
+        result = json.loads(next(out.rglob("results_*.json")).read_text())["results"]["letters"]["acc,none"]
+        return torch.tensor([float(answer[0][0]) for row in rows for answer in row["resps"]]), result
+
+    one, accuracy = likelihoods(0.4, 1)
+    many, _ = likelihoods(0.4, 32)
+    assert_close("batches of 32", many, one, atol=1e-4)
+    entry = evaluate_model(tmp_path / "model", sensitivity=0.4, tasks=[str(letters)], **FAST)[0]
+    assert entry["tasks"]["letters"]["acc,none"] == accuracy
+    model = load_model(tmp_path / "model")
+    ids = tiny_tokenizer()("letter a a", return_tensors="pt")["input_ids"]  # the question, a space, the first answer
+
+    def likelihood(**dial):
+        with torch.no_grad():
+            log_probs = model(ids, sensitivity=0.4, **dial).logits[0].float().log_softmax(-1)
+        return log_probs[-3, ids[0, -2]] + log_probs[-2, ids[0, -1]]
+
+    assert_close("as called directly", one[0], likelihood(), atol=1e-4)
+    assert abs(one[0] - likelihood(density=1.0)) > 1e-3, "the density has not moved"
+    dense, _ = likelihoods(1.0, 1)
+    assert (dense - one).abs().max() > 1e-2
 
 
 def test_a_converted_folder_evaluates_as_dense(dense_folder, tmp_path):

@@ -14,7 +14,7 @@ from reference import assert_close
 from transformers import AutoModelForCausalLM
 
 from dynamoe_hf import calibrate_budgets, convert_model, train_model
-from dynamoe_hf.convert import dense_prefix
+from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.folder import read_json
 
 

@@ -19,8 +19,8 @@ from frontier import CONTENDERS, SHARES, TEXTS, UNSEEN, prepare_texts
 from subnets import InputRouters, Subnet, module_errors, pruned, search
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.convert import dense_prefix
 from dynamoe_hf.data import topic_documents
+from dynamoe_hf.export import dense_prefix
 
 
 @pytest.fixture(scope="module")

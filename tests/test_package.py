@@ -10,7 +10,8 @@ from conftest import tiny_dense, tiny_tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 import dynamoe_hf
-from dynamoe_hf.convert import convert_model, export_dense
+from dynamoe_hf.convert import convert_model
+from dynamoe_hf.export import export_dense
 
 
 TEXT = "with open(path) as file:"
