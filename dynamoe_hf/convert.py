@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .arguments import ConvertArguments, ExportArguments, resolve
 from .data import documents_for, text_names, token_blocks
-from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
+from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import dense_class_of, layout_of, mlp_places
@@ -55,12 +55,22 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     Raises:
         ValueError: the base cannot be converted, holds NaN, or full-width logits differ from the dense ones.
         FileExistsError: `out` exists.
+        OSError: nothing can be written to `out`, another run is writing it, or the disk is full.
     """
     arguments = resolve(ConvertArguments, arguments, settings)
+    if arguments.importance not in IMPORTANCES:
+        raise ValueError(f"The importance {arguments.importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
+    with new_folder(out) as folder:
+        model, tokenizer, record = _converted(base, arguments)
+        record["weights"] = save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / CONVERSION, record)
+    return record
+
+
+def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict]:
+    """The model, its tokenizer and the record of the conversion."""
     importance, text = arguments.importance, arguments.text
-    refuse_existing(out)
-    if importance not in IMPORTANCES:
-        raise ValueError(f"The importance {importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
     dense, tokenizer = load_dense(base, arguments.dtype)
     fields = {
         "expert_widths": [w if isinstance(w, float | int) else list(w) for w in arguments.widths],
@@ -88,11 +98,7 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
-    with new_folder(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / CONVERSION, record)
-    return record
+    return model, tokenizer, record
 
 
 def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -299,11 +305,11 @@ def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments
     Raises:
         ValueError: `width` is not in (0, 1], or the folder is not a DynaMoE model.
         FileExistsError: `out` exists.
+        OSError: nothing can be written to `out`, another run is writing it, or the disk is full.
     """
     arguments = resolve(ExportArguments, arguments, settings)
-    refuse_existing(out)
-    dense = dense_prefix(load_model(folder), arguments.width)
     with new_folder(out) as target:
-        dense.save_pretrained(target)
+        dense = dense_prefix(load_model(folder), arguments.width)
+        save_model(dense, target)
         load_tokenizer(folder).save_pretrained(target)
     return {"mlp_width": dense.config.intermediate_size, "parameters": sum(p.numel() for p in dense.parameters())}

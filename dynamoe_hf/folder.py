@@ -3,17 +3,21 @@
 
 import ctypes
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .integrity import differing, digests_of, first_not_finite
 from .modeling import DynaMoEConfig, DynaMoEForCausalLM
 
 
@@ -28,10 +32,12 @@ def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
     `from_pretrained`; `device_map="cpu"` keeps it off the GPU, and another one spreads it.
 
     Raises:
-        ValueError: the folder holds no DynaMoE model, or its weights are incomplete.
+        ValueError: the folder holds no DynaMoE model, or its weights are incomplete, not those that were written, or not finite.
     """
     load_dynamoe_config(folder)
+    check_digests(folder)
     model = _load(folder, **options).eval()
+    check_finite(model, folder)
     return model if options.keys() & {"device_map", "quantization_config"} else on_gpu(model)
 
 
@@ -109,53 +115,186 @@ def keep_large_buffers() -> None:
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """
-    A folder to fill that becomes `out` when the block ends, and vanishes if it fails: nothing half-written is left.
+    A folder to fill that becomes `out` when the block ends, and vanishes if it fails: nothing half-written is left. Enter it before
+    the work, since it is then that `out` is tried and kept from other runs. What a killed run left of it is removed.
 
     Raises:
         FileExistsError: `out` exists already.
+        OSError: nothing can be written there, or another run is writing it.
     """
     out = Path(out)
     refuse_existing(out)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with held(out.with_name(f".{out.name}.lock"), out):
+        refuse_existing(out)
+        remove_leftovers(out.parent, out.name)
+        staging = staging_of(out)
+        try:
+            with _told_of(out):
+                staging.mkdir()
+            yield staging
+            sync(staging)
+            refuse_existing(out)
+            os.replace(staging, out)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        sync_entry(out)
+
+
+@contextmanager
+def new_files(folder: str | Path) -> Iterator[Path]:
+    """
+    A folder to fill whose files take their places in `folder` when the block ends, each whole; none does if it fails. Enter it before
+    the work: `folder` is made, tried and kept from other runs then. Raises `OSError` as `new_folder` does.
+    """
+    folder = Path(folder)
+    with held(folder / ".lock", folder):
+        remove_leftovers(folder)
+        staging = folder / f".{os.getpid()}.partial"
+        try:
+            staging.mkdir()
+            yield staging
+            sync(staging)
+            for path in sorted(staging.iterdir()):
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        sync_entry(folder / ".lock")
+
+
+@contextmanager
+def held(lock: Path, what: Path) -> Iterator[None]:
+    """
+    Keep other runs out of `what` while the block runs, by the lock of a file beside or in it. A lock ends with its process, however
+    that ends. The folder of the file is made if it is missing.
+
+    Raises:
+        BlockingIOError: another run holds the lock.
+        OSError: nothing can be written there.
+    """
+    with _told_of(what):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = FileLock(lock)
+        try:
+            file.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(
+                f"Another run is writing {what}: found {lock} locked. Wait until it has ended, or choose another folder."
+            ) from None
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        os.replace(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.release()
+
+
+@contextmanager
+def _told_of(what: Path) -> Iterator[None]:
+    """Errors of the operating system as one sentence that names `what` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # a sentence already
+            raise
+        raise OSError(
+            f"{what} cannot be written: {error.strerror} ({error.filename}). Choose another folder, or make room or rights for this one."
+        ) from error
+
+
+def staging_of(path: Path) -> Path:
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes had begun to write in `folder`: all of it, or what was to become `name`."""
+    of_name = r"(.*\.)?" if name is None else re.escape(f"{name}.")
+    for path in folder.iterdir():
+        found = re.fullmatch(rf"\.{of_name}(?P<process>\d+)\.partial", path.name)
+        # A process of another container can have had this one's number; this one begins only now.
+        if found and (int(found["process"]) == os.getpid() or not _is_alive(int(found["process"]))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync(folder: Path) -> None:
+    """Have the disk take a folder with all that is in it: a name given after this is not lost in a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink() and (path.is_file() or os.name == "posix"):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def sync_entry(path: Path) -> None:
+    """Have the disk take the name of `path` in its folder."""
+    if os.name == "posix":
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raise `FileExistsError` if `out` exists: no stage writes over what another has made."""
-    if Path(out).exists():
+    """Raise `FileExistsError` if `out` exists, as a link that leads nowhere too: no stage writes over what another has made."""
+    if os.path.lexists(out):
         raise FileExistsError(
             f"{out} exists already, and nothing is written over it. Choose another folder, or delete it first."
         )
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write `content` in one step: a reader sees the old file or the new one, and a full disk leaves the old one."""
+    """
+    Write `content` in one step: a reader sees the old file or the new one, and a full disk leaves the old one. JSON has no NaN and no
+    infinity: such numbers become null, which is shown as "not measured".
+    """
     path = Path(path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staging = staging_of(path)
     try:
-        staging.write_text(json.dumps(content, indent=2) + "\n")
+        with open(staging, "w", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+    sync_entry(path)
+
+
+def _finite(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: str | Path) -> dict | None:
-    """The content of a JSON file, `None` if there is no such file. Raises `ValueError` where it is damaged."""
+    """The content of a JSON file, `None` if there is no such file. Raises `ValueError` where it is damaged, or holds no record."""
     if not Path(path).is_file():
         return None
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except ValueError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}), for example cut off or edited. Repair it, or delete it."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, found a {type(content).__name__}. Repair it, or delete it.")
+    return content
 
 
 def update_config(folder: str | Path, **fields) -> None:
@@ -168,11 +307,47 @@ def update_config(folder: str | Path, **fields) -> None:
     write_json(Path(folder) / "config.json", {**content, **fields})
 
 
-def carry_records(source: str | Path, target: str | Path) -> None:
-    """Copy the conversion and training records of one folder to the next, so that a folder tells its whole history."""
-    for name in (CONVERSION, TRAINING):
-        if (Path(source) / name).is_file():
-            shutil.copy(Path(source) / name, Path(target) / name)
+def carry_records(source: str | Path, target: str | Path, names: Sequence[str] = (CONVERSION, TRAINING)) -> None:
+    """
+    Copy the conversion and training records of one folder to the next, so that a folder tells its whole history; without the digests
+    of its weights, which are others from now on.
+    """
+    for name in names:
+        if record := read_json(Path(source) / name):
+            write_json(Path(target) / name, {key: value for key, value in record.items() if key != "weights"})
+
+
+def check_digests(folder: str | Path) -> dict[str, str]:
+    """
+    Compare the weight files of a folder with the SHA-256 that its records hold, and return those; none for a Hub id, or a folder from
+    before they were kept. Raises `ValueError` where a file is missing or is another one.
+    """
+    records = [read_json(Path(folder) / name) or {} for name in (TRAINING, CONVERSION)]
+    digests: dict[str, str] = next((record["weights"] for record in records if "weights" in record), {})
+    if wrong := differing(Path(folder), digests):
+        raise ValueError(
+            f"Weight files of {folder} are not those that were written: found another SHA-256 than the record's, or no file, for "
+            f"{', '.join(wrong)}. Copy the folder again. If you changed the weights yourself, remove `weights` from its records."
+        )
+    return digests
+
+
+def check_finite(model: torch.nn.Module, folder: str | Path) -> None:
+    """Raise `ValueError` where the weights that were loaded from `folder` hold NaN or an infinity."""
+    if name := first_not_finite(model):
+        raise ValueError(
+            f"{folder} holds NaN or infinite numbers in `{name}`. Its training diverged, or its weights are damaged: get them again."
+        )
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Write config and weights of a model, and return the SHA-256 of its weight files. Raises `OSError` where the disk is full."""
+    check_finite(model, "The model that is to be written")
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"The weights cannot be written to {folder}: {error}. Make room on the disk.") from error
+    return digests_of(folder)
 
 
 def count_parameters(model: DynaMoEForCausalLM) -> dict[str, int]:
