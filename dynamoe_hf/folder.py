@@ -3,7 +3,6 @@
 
 import ctypes
 import json
-import math
 import os
 import re
 import shutil
@@ -207,10 +206,10 @@ def staging_of(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes had begun to write in `folder`: all of it, or what was to become `name`."""
-    of_name = r"(.*\.)?" if name is None else re.escape(f"{name}.")
+    """Remove what killed processes had begun to write, or to delete, in `folder`: all of it, or that of `name`."""
+    of_name = "" if name is None else re.escape(f"{name}.")
     for path in folder.iterdir():
-        found = re.fullmatch(rf"\.{of_name}(?P<process>\d+)\.partial", path.name)
+        found = re.fullmatch(rf"\.{of_name}(.*\.)?(?P<process>\d+)\.partial", path.name)
         # A process of another container can have had this one's number; this one begins only now.
         if found and (int(found["process"]) == os.getpid() or not _is_alive(int(found["process"]))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -264,7 +263,8 @@ def write_json(path: str | Path, content: dict) -> None:
     staging = staging_of(path)
     try:
         with open(staging, "w", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+            content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+            file.write(json.dumps(content, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
@@ -272,14 +272,6 @@ def write_json(path: str | Path, content: dict) -> None:
         staging.unlink(missing_ok=True)
         raise
     sync_entry(path)
-
-
-def _finite(value):
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: str | Path) -> dict | None:

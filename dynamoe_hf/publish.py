@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .arguments import Layout, PublishArguments, resolve
 from .card import Variant, render_card
-from .folder import load_dynamoe_config, new_folder, read_json
+from .folder import load_dynamoe_config, load_model, new_folder, read_json
 
 
 LAYOUTS = get_args(Layout)
@@ -72,6 +72,7 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
         raise ValueError(f"out={out} is where a dry run writes, and this is none. Add `--dry-run`, or leave `--out` away.")
     family = plan_family(folder, repo, arguments.variants, layout)
     shared = shipped_files(folder)
+    load_model(folder, device_map="cpu")  # refuses weights that are damaged, incomplete or not finite
     contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
     entries = [_variant_entry(variant, shared, own) for variant, own in zip(family, contents)]
     title = repo.split("/")[-1]

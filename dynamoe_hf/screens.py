@@ -6,7 +6,7 @@ import sys
 
 
 def show_json(result):
-    print(json.dumps(result, indent=2))
+    print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None), indent=2))  # JSON has no NaN
 
 
 def show_record(record):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages `train_model` and `adapt_model`: a recipe is a list of phases, and one loop runs them and can resume them."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from .arguments import AdaptArguments, Route, TrainArguments, nested_settings, resolve
 from .card import render_card
 from .data import text_names
-from .folder import TRAINING, carry_records, new_folder, read_json, refuse_existing, save_model, write_json
+from .folder import TRAINING, carry_records, new_folder, read_json, refuse_existing, save_model, staging_of, write_json
 from .router_fit import fit_routers
 from .run import Run, WatchRun, is_main_process, newest_whole
 from .self_text import SELF
@@ -132,7 +133,8 @@ def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainAr
             carry_records(folder, target)
             write_json(target / TRAINING, record)
             render_card(target, local_files_only=True, name=Path(out).name).save(target / "README.md")
-    shutil.rmtree(run.work, ignore_errors=True)
+    os.replace(run.work, staging_of(run.work))  # what is half deleted is no run to resume
+    shutil.rmtree(staging_of(run.work), ignore_errors=True)
     return record
 
 
