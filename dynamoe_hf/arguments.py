@@ -192,6 +192,14 @@ class GenerateArguments:
 
 
 @dataclass(kw_only=True)
+class InspectArguments:
+    """Settings of `inspect_folder`."""
+
+    verify: bool = False
+    """Read all weights too: compare their SHA-256 with the records, and look whether they load and are finite."""
+
+
+@dataclass(kw_only=True)
 class BenchArguments:
     """Settings of `bench_folder`."""
 
@@ -234,9 +242,9 @@ class PublishArguments:
     layout: Layout = "repos"
     """A repository for each variant and a Collection of them, or a branch for each in one repository."""
     dry_run: bool = False
-    """Send nothing; write what would be sent."""
+    """Send nothing, and say what would be sent."""
     out: str | Path | None = None
-    """Folder of a dry run; must not exist. Without it: FOLDER.publish."""
+    """Folder in which a dry run writes what would be sent; must not exist. Without it, nothing is written."""
     private: bool = False
     """Create private repositories."""
     create_pr: bool = False

@@ -28,6 +28,7 @@ from .arguments import (
     EvaluateArguments,
     ExportArguments,
     GenerateArguments,
+    InspectArguments,
     PublishArguments,
     ReportArguments,
     TrainArguments,
@@ -128,9 +129,9 @@ STAGES = {
         exclusive=["budget", "sensitivity"],
     ),
     "inspect": Stage(
-        "folder", "inspect_folder", None, {"folder": "model folder or Hub id"}, show_inspection,
+        "folder", "inspect_folder", InspectArguments, {"folder": "model folder or Hub id"}, show_inspection,
         "What a model folder holds, in one screen.",
-        ["dynamoe inspect trained"], json=True,
+        ["dynamoe inspect trained", "dynamoe inspect trained --verify     # the weights too, by SHA-256"], json=True,
     ),
     "bench": Stage(
         "benchmark", "bench_folder", BenchArguments, {"folder": "calibrated model folder"}, show_benchmark,

@@ -98,6 +98,7 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
+    vars(model.config.base_config).pop("auto_map", None)  # names code of the base, which the folder does not need
     return model, tokenizer, record
 
 
@@ -271,6 +272,7 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     if not 0 < width <= 1:
         raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
     config = copy.deepcopy(model.config.base_config)
+    vars(config).pop("auto_map", None)
     config.intermediate_size = round(width * model.config.intermediate_size)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
     for place, mlp in zip(mlp_places(model.model), model.nested_mlps):

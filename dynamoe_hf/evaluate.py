@@ -12,11 +12,13 @@ import transformers
 from tqdm.auto import tqdm
 
 from .arguments import Baseline, EvaluateArguments, resolve
+from .card import WAIT, new_records
 from .convert import dense_prefix, load_dense
 from .data import documents_for, text_names, token_blocks
 from .folder import (
     RESULTS,
     active_parameters,
+    check_writable,
     count_parameters,
     load_dynamoe_config,
     load_model,
@@ -62,6 +64,7 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
     if unknown := set(baselines) - set(BASELINES):
         raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
     read_json(Path(folder) / RESULTS)  # a damaged file is told before the work whose results it should take
+    check_writable(folder)
     tokenizer = load_tokenizer(folder)
     routings = _settings(load_dynamoe_config(folder), *dial)
     blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, arguments.max_tokens)
@@ -89,11 +92,17 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
         entry["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         entries.append(entry)
     if Path(folder).is_dir():
+        _keep(folder, entries)
+    return entries
+
+
+def _keep(folder, entries):
+    """Add entries to the results of a folder, in place of those of the same settings and text."""
+    with new_records(folder, wait=WAIT) as staging:
         kept = (read_json(Path(folder) / RESULTS) or {"evaluations": []})["evaluations"]
         replaced = {(entry["setting"], str(entry["text"])) for entry in entries}
         kept = [entry for entry in kept if (entry["setting"], str(entry["text"])) not in replaced]
-        write_json(Path(folder) / RESULTS, {"evaluations": kept + entries})
-    return entries
+        write_json(staging / RESULTS, {"evaluations": kept + entries})
 
 
 def _evaluation(model, blocks, batch_size, name, routing, dense_nll):

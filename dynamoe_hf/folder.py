@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .arguments import InspectArguments, resolve
 from .integrity import differing, digests_of, first_not_finite
 from .modeling import DynaMoEConfig, DynaMoEForCausalLM
 
@@ -55,9 +56,15 @@ def load_config(folder: str | Path):
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json. Give the output of `dynamoe convert`.")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it would ask on the terminal
     except OSError as error:
         raise ValueError(f"{folder} is neither a model folder nor a model on the Hub that can be reached: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # what a field of a wrong type leads to, in transformers
+        raise ValueError(
+            f"The config of {folder} cannot be used: found {type(error).__name__}: {error}. Copy its config.json again."
+        ) from error
 
 
 def load_dynamoe_config(folder: str | Path) -> DynaMoEConfig:
@@ -73,8 +80,11 @@ def load_dynamoe_config(folder: str | Path) -> DynaMoEConfig:
 def load_tokenizer(folder: str | Path, **options) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, with a clear `ValueError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        # The trap: it would be saved with the next folder, whose README tells users to trust its code.
+        tokenizer.init_kwargs.pop("auto_map", None)
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(
             f"{folder} has no tokenizer that can be loaded: {error}. Copy the tokenizer's files into it."
         ) from error
@@ -83,7 +93,7 @@ def load_tokenizer(folder: str | Path, **options) -> PreTrainedTokenizerBase:
 def _load(folder, **options):
     """`AutoModelForCausalLM.from_pretrained`, with damaged weights told in one sentence."""
     keep_large_buffers()
-    options = {"dtype": "auto", **options}
+    options = {"dtype": "auto", "trust_remote_code": False, **options}
     dtype = options["dtype"]
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(
@@ -141,31 +151,44 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_files(folder: str | Path) -> Iterator[Path]:
+def new_files(folder: str | Path, wait: float = 0.0) -> Iterator[Path]:
     """
     A folder to fill whose files take their places in `folder` when the block ends, each whole; none does if it fails. Enter it before
-    the work: `folder` is made, tried and kept from other runs then. Raises `OSError` as `new_folder` does.
+    the work: `folder` is made, tried and kept from other runs then, for which it waits so many seconds. Raises `OSError` as
+    `new_folder` does.
     """
-    folder = Path(folder)
-    with held(folder / ".lock", folder):
-        remove_leftovers(folder)
-        staging = folder / f".{os.getpid()}.partial"
-        try:
-            staging.mkdir()
-            yield staging
-            sync(staging)
-            for path in sorted(staging.iterdir()):
-                os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        sync_entry(folder / ".lock")
+    folder, is_new = Path(folder), not Path(folder).exists()
+    try:
+        with held(folder / ".lock", folder, wait):
+            remove_leftovers(folder)
+            staging = folder / f".{os.getpid()}.partial"
+            try:
+                staging.mkdir()
+                yield staging
+                sync(staging)
+                for path in sorted(staging.iterdir()):
+                    os.replace(path, folder / path.name)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            sync_entry(folder / ".lock")
+    except BaseException:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise `OSError` where records cannot be added to a model folder; one on the Hub gets none."""
+    if Path(folder).is_dir():
+        with new_files(folder):
+            pass
 
 
 @contextmanager
-def held(lock: Path, what: Path) -> Iterator[None]:
+def held(lock: Path, what: Path, wait: float = 0.0) -> Iterator[None]:
     """
     Keep other runs out of `what` while the block runs, by the lock of a file beside or in it. A lock ends with its process, however
-    that ends. The folder of the file is made if it is missing.
+    that ends. The folder of the file is made if it is missing. `wait`: seconds for which another run may hold the lock.
 
     Raises:
         BlockingIOError: another run holds the lock.
@@ -175,7 +198,7 @@ def held(lock: Path, what: Path) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = FileLock(lock)
         try:
-            file.acquire(timeout=0)
+            file.acquire(timeout=wait)
         except Timeout:
             raise BlockingIOError(
                 f"Another run is writing {what}: found {lock} locked. Wait until it has ended, or choose another folder."
@@ -291,12 +314,16 @@ def read_json(path: str | Path) -> dict | None:
 
 def update_config(folder: str | Path, **fields) -> None:
     """Set fields of the config of a model folder on disk, after the same checks as when loading; weights are not touched."""
+    write_json(Path(folder) / "config.json", changed_config(folder, **fields))
+
+
+def changed_config(folder: str | Path, **fields) -> dict:
+    """What `config.json` of a model folder holds, with some fields changed, after the same checks as when loading."""
     config = AutoConfig.from_pretrained(folder)
     for name, value in fields.items():
         setattr(config, name, value)
     config.check()
-    content = read_json(Path(folder) / "config.json") or {}
-    write_json(Path(folder) / "config.json", {**content, **fields})
+    return {**(read_json(Path(folder) / "config.json") or {}), **fields}
 
 
 def carry_records(source: str | Path, target: str | Path, names: Sequence[str] = (CONVERSION, TRAINING)) -> None:
@@ -354,8 +381,20 @@ def active_parameters(counts: dict[str, int], share: float) -> int:
     return round(counts["total"] - (1 - share) * counts["mlp"])
 
 
-def inspect_folder(folder: str | Path) -> dict:
-    """What a model folder holds: base, experts, router, dial, parameters, and what is known of its quality."""
+def _calibration(folder, config):
+    """The record of the calibration, if it is that of the budgets in the config: a killed run may have replaced one of the two."""
+    record = read_json(Path(folder) / CALIBRATION)
+    found = {budget: entry["sensitivity"] for budget, entry in (record or {}).get("budgets", {}).items()}
+    return record if found == config.budgets else None
+
+
+def inspect_folder(folder: str | Path, arguments: InspectArguments | None = None, **settings: Any) -> dict:
+    """
+    What a model folder holds: base, experts, router, dial, parameters, and what is known of its quality. `settings` are fields of
+    `InspectArguments`; with `verify=True` `verified` has the SHA-256 of the weight files that are in the records, or raises
+    `ValueError` where the weights are damaged.
+    """
+    verify = resolve(InspectArguments, arguments, settings).verify
     config = load_dynamoe_config(folder)
     with torch.device("meta"):
         counts = count_parameters(DynaMoEForCausalLM(config))
@@ -378,6 +417,13 @@ def inspect_folder(folder: str | Path) -> dict:
         "format_version": config.format_version,
         "conversion": read_json(Path(folder) / CONVERSION),
         "training": read_json(Path(folder) / TRAINING),
-        "calibration": read_json(Path(folder) / CALIBRATION),
+        "calibration": _calibration(folder, config),
         "results": read_json(Path(folder) / RESULTS),
+        **({"verified": verified(folder)} if verify else {}),
     }
+
+
+def verified(folder: str | Path) -> dict[str, str]:
+    """Load a folder on the CPU, and return the SHA-256 of the weight files that its records hold. Raises `ValueError` as `load_model`."""
+    load_model(folder, device_map="cpu")
+    return check_digests(folder)

@@ -103,6 +103,9 @@ def show_inspection(facts):
         )
     if not facts["results"]:
         print("  evaluated     no: run `dynamoe evaluate`")
+    if "verified" in facts:
+        known = f"{len(facts['verified'])} as recorded (SHA-256)" if facts["verified"] else "not in the records"
+        print(f"  verified      weights load and are finite; weight files: {known}")
 
 
 def show_publication(summary):
@@ -111,7 +114,8 @@ def show_publication(summary):
         sent = f"{variant['new_bytes'] / 1e6:.2f} MB new of {variant['bytes'] / 1e6:.2f}"
         print(f"{variant['repo']}@{variant['revision']}: {budget}, sensitivity {variant['sensitivity']:.4f}, {sent}")
     if summary["dry_run"]:
-        print(f"Nothing was sent. What would be is in {summary['out']}")
+        place = f"is in {summary['out']}" if "out" in summary else "is written with `--out FOLDER`"
+        print(f"Nothing was sent. What would be {place}")
     elif summary["collection"]:
         print(f"Collection: {summary['collection']}")
 
