@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .arguments import CalibrateArguments, resolve
 from .card import new_records
-from .data import documents_for, text_names, token_blocks
+from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CALIBRATION, changed_config, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.configuration_dynamoe import FORMAT_VERSION
@@ -84,6 +84,7 @@ def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget", lowest)
     blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)
+    check_ids(blocks, model.config)
     model.config.density_path, model.config.thresholds = [], None
     logits_LTE = run_routers(model, blocks, expert_shares(model), 0.5, batch_size).logits_LTE
     if logits_LTE.numel() and logits_LTE[..., 0].max() == logits_LTE[..., 0].min():

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import ConvertArguments, ExportArguments, resolve
-from .data import documents_for, text_names, token_blocks
+from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
@@ -79,6 +79,7 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     DynaMoEForCausalLM.config_for(dense, **fields)  # what cannot be converted is told before the long work
     block_size = min(arguments.block_size, _longest(dense))
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
+    check_ids(blocks, dense.config)
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     expected = _logits(dense, probe)
     scores = IMPORTANCES[importance](dense, blocks)
@@ -119,8 +120,15 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
         if config.model_type == "dynamoe":
             raise ValueError(f"{base} is a DynaMoE model already. Train or calibrate it, or convert its dense base.")
         dense_class_of(config)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"{base} is quantised, and a dense base must have plain weights: found {method}. Give the model before it was quantised, "
+                "or its GGUF file."
+            )
         dense, tokenizer = _load(base, dtype=dtype), load_tokenizer(base)
-    if dense.config.is_encoder_decoder or getattr(dense.config, "is_decoder", None) is False:
+    if dense.config.is_encoder_decoder:  # `is_decoder` says nothing: GPT-NeoX has it False
         raise ValueError(f"{base} is a {dense.config.model_type} model, which is not a causal language model.")
     for name, parameter in dense.named_parameters():
         if not torch.isfinite(parameter).all():

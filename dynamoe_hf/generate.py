@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import GenerateArguments, resolve
+from .data import check_ids
 from .folder import load_model, load_tokenizer
 from .observe import shares_read
 
@@ -56,6 +57,7 @@ def continue_text(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, 
         inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    check_ids(inputs["input_ids"], model.config)
     inputs = inputs.to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_callback import TrainerCallback
 
 from .arguments import TrainArguments
-from .data import documents_for, iterate_blocks, text_names, token_blocks
+from .data import check_ids, documents_for, iterate_blocks, text_names, token_blocks
 from .folder import (
     carry_records,
     check_digests,
@@ -66,7 +66,8 @@ class Run:
 
     def __init__(self, folder: str | Path, out: str | Path, arguments: TrainArguments):
         self.folder, self.work = Path(folder), Path(out).with_name(f"{Path(out).name}.checkpoints")
-        self.arguments, self.tokenizer = _settled(arguments, load_dynamoe_config(folder)), load_tokenizer(folder)
+        config = load_dynamoe_config(folder)
+        self.arguments, self.tokenizer = _settled(arguments, config), load_tokenizer(folder)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         self.state = _resumed(self.work, arguments, {**_sources(folder, arguments), "processes": processes})
         self.started = time.monotonic() - self.state.seconds
@@ -77,6 +78,8 @@ class Run:
             self.write()  # before the long work, so that its text is not written again
         self.text = own_text_file(arguments.text, folder, own_text, arguments.self_tokens, arguments.seed, arguments.bf16)
         self.distinct = None if arguments.dataset is not None else self.blocks(arguments.max_tokens)
+        if self.distinct is not None:
+            check_ids(self.distinct, config)
         self.write()
         self.trains, self.stop = False, False  # whether a Trainer runs, and whether it is to end
 

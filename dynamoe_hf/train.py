@@ -188,7 +188,7 @@ def _run_phase(phase: Phase, model, run: Run):
         raise run.interruption()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     state.history += [{**entry, "step": state.steps + entry["step"]} for entry in logged]
-    state.steps += trainer.state.global_step  # fewer than `phase.steps` where a streamed dataset has ended
+    state.steps += trainer.state.global_step
     return (model.merge_and_unload() if lora else model).requires_grad_(True)
 
 

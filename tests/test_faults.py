@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_dense
 from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamoe_hf import (
     DynaMoETrainer,
@@ -40,6 +43,15 @@ def converted(dense_folder, tmp_path_factory):
     """A converted tiny Llama. Treat it as read-only."""
     out = tmp_path_factory.mktemp("converted") / "model"
     convert_model(dense_folder, out, max_tokens=512, block_size=64)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(converted):
+    """A trained and calibrated folder. Treat it as read-only."""
+    out = converted.with_name("trained")
+    train_model(converted, out, max_tokens=8192, block_size=64, router_learning_rate=1e-2)
+    calibrate_budgets(out, budgets=[0.6], max_tokens=4096, block_size=64)
     return out
 
 
@@ -435,3 +447,132 @@ def test_a_run_is_resumed_as_what_it_began(converted, settings, tmp_path, monkey
     with pytest.raises(ValueError, match="found another from"):
         resume(other, **settings)
     assert resume(converted, **settings)["settings"]["learning_rate"] == 6e-5
+
+
+def broken_bases(dense_folder):
+    """What a base can be, by what is said of it."""
+
+    def config(folder, **fields):
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **fields})
+
+    def cut(name):
+        return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+    def neox(folder):
+        sizes = {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes)).save_pretrained(folder)
+
+    def few_words(folder):
+        tiny_dense(vocab_size=64).save_pretrained(folder)
+
+    return {
+        "is quantised, and a dense base must have plain weights: found gptq": partial(
+            config, quantization_config={"quant_method": "gptq"}
+        ),
+        "has model type `foreign`": partial(config, model_type="foreign"),
+        "is not a valid JSON": cut("config.json"),
+        "has no tokenizer that can be loaded": cut("tokenizer.json"),
+        "found token id 12. and a vocabulary of 64": few_words,
+        "GPTNeoXForCausalLM cannot be converted: its layers are not at": neox,
+    }
+
+
+def test_errors_of_other_types_are_one_line(dense_folder, tmp_path, capfd):
+    for message, change in broken_bases(dense_folder).items():
+        base = shutil.copytree(dense_folder, tmp_path / "base")
+        change(base)
+        capfd.readouterr()
+        assert cli.main(["convert", str(base), str(tmp_path / "out"), "--max-tokens", "512", "--block-size", "64"]) == 1
+        told = capfd.readouterr().err
+        lines = [line for line in told.splitlines() if line.startswith("dynamoe: ")]
+        assert len(lines) == 1 and re.search(message, lines[0]) and "Traceback" not in told, told
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        shutil.rmtree(base)
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch, capsys):
+    def stage(*args):
+        raise KeyError("weights\nand more")
+
+    monkeypatch.setattr("dynamoe_hf.folder.inspect_folder", stage)
+    assert cli.main(["inspect", "folder"]) == 1
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "found KeyError" in told and "--debug" in told
+    with pytest.raises(KeyError):
+        cli.main(["inspect", "folder", "--debug"])
+
+
+def test_a_text_about_which_a_model_says_nothing(converted, text_file, tmp_path):
+    """Weights that are finite, and logits whose loss is no perplexity: no NaN in the results, and none written."""
+    model = load_model(converted)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e30)
+    folder = tmp_path / "loud"
+    shutil.copytree(converted, folder)
+    model.save_pretrained(folder)
+    record = read_json(folder / "conversion.json")
+    write_json(folder / "conversion.json", {**record, "weights": {}})
+    with pytest.raises(ValueError, match="says nothing about this text: found a loss of"):
+        evaluate_model(folder, text=text_file, block_size=64, max_tokens=512)
+    assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_data_that_fails_or_ends_midway(fails, converted, settings, undisturbed, tmp_path, monkeypatch):
+    """Of a stream. What was trained before it failed is kept, and one that is shorter is read again."""
+    words = [f"Document {number}, with some words in it." for number in range(40)]
+    good = [True]
+
+    def documents(*args):
+        for number, document in enumerate(words):
+            if number == 8 and not good[0]:
+                raise OSError("the connection broke")
+            yield document
+
+    monkeypatch.setattr("dynamoe_hf.run.documents_for", documents)
+    settings = {**settings, "text": None, "dataset": "stream"}
+    if not fails:
+        del words[8:]
+        record = adapt_model(converted, tmp_path / "out", **settings)
+        assert record["steps"] == 6 and record["tokens"] == 384, "a shorter stream is repeated"
+        return
+    adapt_model(converted, tmp_path / "whole", **settings)
+    good[0] = False
+    with pytest.raises(OSError, match="the connection broke"):
+        adapt_model(converted, tmp_path / "out", **settings)
+    assert (tmp_path / "out.checkpoints" / "0-adapt" / "checkpoint-2").is_dir()
+    good[0] = True
+    adapt_model(converted, tmp_path / "out", resume=True, **settings)
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["convert", "calibrate", "publish"])
+def test_other_stages_killed_at_random_moments(stage, converted, dense_folder, trained, tmp_path):
+    """What they write is there whole or not at all, and the next run needs no help and leaves nothing behind."""
+    folder, out, dice = tmp_path / "runs" / "folder", tmp_path / "runs" / "out", random.Random(0)
+    shutil.copytree(trained, folder)
+    config = (folder / "config.json").read_bytes()
+    stages = {
+        "convert": lambda: convert_model(dense_folder, out, max_tokens=512, block_size=64),
+        "calibrate": lambda: calibrate_budgets(folder, budgets=[0.7], max_tokens=4096, block_size=64),
+        "publish": lambda: publish_model(folder, "user/name", dry_run=True, out=out),
+    }
+    started = time.monotonic()
+    assert in_child(stages[stage]) == 0
+    seconds = time.monotonic() - started
+    for _ in range(3):
+        shutil.rmtree(out, ignore_errors=True)
+        (folder / "config.json").write_bytes(config)
+        in_child(stages[stage], dice.uniform(0, seconds))
+        if out.exists():
+            assert (out / "conversion.json").is_file() if stage == "convert" else (out / "name-0.6" / "README.md").is_file()
+            shutil.rmtree(out)
+        load_model(folder)
+        stages[stage]()
+        assert not list((tmp_path / "runs").rglob(".*"))
