@@ -105,7 +105,10 @@ def new_records(folder: str | Path, wait: float = 0.0) -> Iterator[Path]:
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     title = re.search(r"^# (.+)$", before, re.MULTILINE)  # of the folder when it was written
     name = title[1] if title else None
-    ours = before and before == str(render_card(folder, local_files_only=True, name=name))
+    try:
+        ours = before and before == str(render_card(folder, local_files_only=True, name=name))
+    except Exception:  # records that no card can be made of are the stage's to judge
+        ours = False
     with new_files(folder, wait) as staging:
         yield staging
     if ours:

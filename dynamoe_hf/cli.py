@@ -226,6 +226,11 @@ def terminable() -> Iterator[None]:
 
 def explained(error: Exception) -> str:
     """What is wrong, what was found, and what to do."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return (
+            f"A file cannot be read or written: found {error.strerror}{f', {error.filename}' if error.filename else ''}. Look whether the "
+            "path is right and the disk has room, then give the same command again."
+        )
     if isinstance(error, ValueError | OSError | FloatingPointError):
         return str(error)
     import torch

@@ -28,9 +28,11 @@ from dynamoe_hf import (
     export_dense,
     train_model,
 )
+from dynamoe_hf.benchmark import bench_folder
 from dynamoe_hf.folder import load_model, new_folder, read_json, write_json
 from dynamoe_hf.generate import generate_text
 from dynamoe_hf.publish import publish_model
+from dynamoe_hf.report import report_folder
 from dynamoe_hf.router_fit import fit_routers
 
 
@@ -343,6 +345,24 @@ def test_out_is_tried_before_the_work(converted, dense_folder, settings, tmp_pat
     assert sorted(path for path in tmp_path.iterdir() if path.name != ".held.lock") == before
 
 
+def test_a_model_folder_is_tried_before_the_work(trained, text_file, tmp_path, monkeypatch):
+    """In every stage that adds records to it, while another run holds it."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded before the folder was tried")
+
+    for place in ("calibrate", "evaluate", "benchmark", "report"):
+        monkeypatch.setattr(f"dynamoe_hf.{place}.load_model", loaded)
+    folder = shutil.copytree(trained, tmp_path / "folder")
+    write_json(folder / "results.json", {"evaluations": [{}]})
+    stages = [calibrate_budgets, partial(evaluate_model, text=text_file), bench_folder, report_folder]
+    for stage in stages:
+        with FileLock(folder / ".lock"), pytest.raises(BlockingIOError, match="Another run is writing"):
+            stage(folder)
+    with pytest.raises(ValueError, match="writes into a model folder on this machine: found user/name"):
+        calibrate_budgets("user/name")
+
+
 def test_a_trailing_slash_is_no_other_folder(converted, settings, tmp_path):
     adapt_model(converted, f"{tmp_path}/out/", **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -560,7 +580,7 @@ def test_other_stages_killed_at_random_moments(stage, converted, dense_folder, t
     config = (folder / "config.json").read_bytes()
     stages = {
         "convert": lambda: convert_model(dense_folder, out, max_tokens=512, block_size=64),
-        "calibrate": lambda: calibrate_budgets(folder, budgets=[0.7], max_tokens=4096, block_size=64),
+        "calibrate": lambda: calibrate_budgets(folder, budgets=[0.7], lowest_density=1, max_tokens=2048, block_size=64),
         "publish": lambda: publish_model(folder, "user/name", dry_run=True, out=out),
     }
     started = time.monotonic()

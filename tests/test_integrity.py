@@ -233,7 +233,11 @@ def test_names_in_a_card_are_no_markup(folder):
 
 def test_a_report_names_no_folder_of_the_machine(folder, tmp_path):
     pytest.importorskip("matplotlib")
+    results = read_json(folder / "results.json")
+    results["evaluations"][0]["text"] = [r"$\bad$ <b>.txt"]
+    write_json(folder / "results.json", results)
     pages = [path for path in report_folder(folder) if path.suffix == ".html"]
+    assert "<b>" not in (folder / "report" / "index.html").read_text()
     assert pages and all(str(tmp_path) not in page.read_text() for page in pages)
 
 
