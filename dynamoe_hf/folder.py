@@ -343,10 +343,13 @@ def check_digests(folder: str | Path) -> dict[str, str]:
     """
     records = [read_json(Path(folder) / name) or {} for name in (TRAINING, CONVERSION)]
     digests: dict[str, str] = next((record["weights"] for record in records if "weights" in record), {})
-    if wrong := differing(Path(folder), digests):
+    wrong = differing(Path(folder), digests)
+    if digests:  # transformers would load another file instead: one weight file before shards
+        wrong += [path.name for path in Path(folder).glob("model*.safetensors*") if path.name not in digests]
+    if wrong:
         raise ValueError(
-            f"Weight files of {folder} are not those that were written: found another SHA-256 than the record's, or no file, for "
-            f"{', '.join(wrong)}. Copy the folder again. If you changed the weights yourself, remove `weights` from its records."
+            f"Weight files of {folder} are not those that were written: found another SHA-256 than the record's, no file, or one too "
+            f"many, for {', '.join(wrong)}. Copy the folder again. If you changed the weights yourself, remove `weights` from its records."
         )
     return digests
 

@@ -25,7 +25,7 @@ from dynamoe_hf import (
 )
 from dynamoe_hf.card import render_card
 from dynamoe_hf.folder import load_model, load_tokenizer, read_json, write_json
-from dynamoe_hf.integrity import digest_of
+from dynamoe_hf.integrity import digest_of, digests_of
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,22 @@ def test_inspect_verifies(folder, capsys):
     assert "verified" not in capsys.readouterr().out
 
 
-def test_swapped_shards_are_noticed(trained, tmp_path):
-    """Shards with tensors of the same names and shapes: only the digests tell them apart."""
-    folder = tmp_path / "folder"
-    shutil.copytree(trained, folder)
-    shutil.copy(trained.with_name("converted") / "model.safetensors", folder)
-    with pytest.raises(ValueError, match="not those that were written"):
+def test_swapped_shards_are_noticed(folder):
+    """And a file beside the shards, which transformers would load instead of them."""
+    whole = (folder / "model.safetensors").read_bytes()
+    model = load_model(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    write_json(folder / "training.json", {**read_json(folder / "training.json"), "weights": digests_of(folder)})
+    load_model(folder)
+    one, other, *_ = sorted(folder.glob("model-*.safetensors"))
+    contents = one.read_bytes(), other.read_bytes()
+    one.write_bytes(contents[1]), other.write_bytes(contents[0])
+    with pytest.raises(ValueError, match=f"not those that were written.*{one.name}, {other.name}"):
+        load_model(folder)
+    one.write_bytes(contents[0]), other.write_bytes(contents[1])
+    (folder / "model.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"or one too many, for model\.safetensors"):
         load_model(folder)
 
 
