@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
 from ._version import __version__
-from .folder import BENCHMARK, inspect_folder, new_files, read_json, staging_of
+from .disk import staging_of
+from .folder import BENCHMARK, inspect_folder, new_files, read_json
 from .integrity import digests_of
 from .modeling import modeling_dynamoe
 from .tables import by_text, join_records, render_template, same_sensitivity, text_name

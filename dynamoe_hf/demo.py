@@ -18,8 +18,9 @@ from .benchmark import bench_decode
 from .calibrate import calibrate_budgets
 from .convert import convert_model
 from .data import documents_for, token_blocks
+from .disk import held, remove_leftovers
 from .evaluate import evaluate_model
-from .folder import held, load_model, load_tokenizer, remove_leftovers
+from .folder import load_model, load_tokenizer
 from .generate import continue_text
 from .report import report_folder
 from .tables import demo_table

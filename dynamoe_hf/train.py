@@ -16,7 +16,8 @@ from transformers.trainer_callback import ProgressCallback
 from .arguments import AdaptArguments, Route, TrainArguments, nested_settings, resolve
 from .card import render_card
 from .data import text_names
-from .folder import TRAINING, carry_records, new_folder, read_json, refuse_existing, save_model, staging_of, write_json
+from .disk import staging_of
+from .folder import TRAINING, carry_records, new_folder, read_json, refuse_existing, save_model, write_json
 from .router_fit import fit_routers
 from .run import Run, WatchRun, is_main_process, newest_whole
 from .self_text import SELF

@@ -20,7 +20,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import NestedTrainingArguments, TrainedParts
 from .card import render_card
-from .folder import CONVERSION, carry_records, sync, sync_entry, write_json
+from .disk import sync, sync_entry
+from .folder import CONVERSION, carry_records, write_json
 from .integrity import DIGESTS, digests_of, first_not_finite
 from .losses import LossesInChunks, layer_outputs, relative_error
 from .modeling import DynaMoEForCausalLM

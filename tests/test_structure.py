@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "modeling": ["difficulty", "sparsity", "dense_base", "nested_mlp_triton", "sparse_decode_triton", "routing",
                  "configuration_dynamoe", "mlp_backends", "quantized_slices", "packed_weights", "fast_decode", "nested_mlp", "modeling_dynamoe", "__init__"],
-    "dynamoe_hf": ["_version", "arguments", "modeling", "integrity", "folder", "tables", "card", "data", "observe", "label", "convert", "losses",
+    "dynamoe_hf": ["_version", "arguments", "modeling", "integrity", "disk", "folder", "tables", "card", "data", "observe", "label", "convert", "losses",
                    "threshold_fit", "trainer", "router_fit", "self_text", "run", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
                    "demo", "flags", "screens", "cli", "__init__"],
 }  # fmt: skip
