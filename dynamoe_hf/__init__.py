@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .router_fit import fit_routers
     from .threshold_fit import fit_thresholds
     from .train import adapt_model, train_model
-    from .trainer import DynaMoETrainer, DynaMoETrainingArguments, lora_config
+    from .trainable import lora_config
+    from .trainer import DynaMoETrainer, DynaMoETrainingArguments
 
 
 # Public name -> the module that it is imported from when it is first used: a stage's dependencies load with the stage.
@@ -39,7 +40,7 @@ _MODULES = {
     "export_dense": "export",
     "fit_routers": "router_fit",
     "fit_thresholds": "threshold_fit",
-    "lora_config": "trainer",
+    "lora_config": "trainable",
     "publish_model": "publish",
     "report_folder": "report",
     "train_model": "train",

@@ -21,10 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from .arguments import BenchArguments, resolve
 from .calibrate import check_reach
+from .card import WAIT, new_records
 from .convert import prove_parity
 from .data import documents_for, token_blocks
 from .export import dense_prefix
-from .folder import BENCHMARK, load_model, load_tokenizer, write_json
+from .folder import BENCHMARK, check_writable, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.mlp_backends import Decision, run_experts
 from .observe import bisect_rising, expert_shares, run_routers, shares_read, shares_taken
@@ -71,6 +72,7 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
     shapes, shares, rounds, new_tokens = arguments.shapes, arguments.shares, arguments.rounds, arguments.new_tokens
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
+    check_writable(folder)
     model, tokenizer = load_model(folder, device_map="cpu", dtype=arguments.dtype), load_tokenizer(folder)
     if shares:
         check_reach(model, shares, "share")
@@ -101,9 +103,14 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
             record["compiled"] = bench_decode(
                 model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
             )
-    if Path(folder).is_dir():
-        write_json(Path(folder) / BENCHMARK, record)
+    _keep(folder, record)
     return record
+
+
+def _keep(folder, record):
+    if Path(folder).is_dir():
+        with new_records(folder, wait=WAIT) as staging:
+            write_json(staging / BENCHMARK, record)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .arguments import CalibrateArguments, resolve
-from .data import documents_for, text_names, token_blocks
-from .folder import CALIBRATION, load_model, load_tokenizer, update_config, write_json
+from .card import new_records
+from .data import check_ids, documents_for, text_names, token_blocks
+from .folder import CALIBRATION, changed_config, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.configuration_dynamoe import FORMAT_VERSION
 from .observe import RouterRun, bisect_rising, expert_shares, run_routers, shares_read
@@ -62,6 +63,20 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
         ValueError: a budget is out of reach, for example because the routers are untrained; nothing is written then.
     """
     arguments = resolve(CalibrateArguments, arguments, settings)
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"`calibrate` writes into a model folder on this machine: found {folder}. Give the output of `dynamoe train`."
+        )
+    with new_records(folder) as staging:
+        record, written = _calibrated(folder, arguments)
+        # earlier code would not see the thresholds
+        write_json(staging / "config.json", changed_config(folder, **written, format_version=FORMAT_VERSION))
+        write_json(staging / CALIBRATION, record)
+    return record
+
+
+def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
+    """The record, and the fields of the config."""
     text, batch_size, lowest = arguments.text, arguments.batch_size, arguments.lowest_density
     if not FITTED[0] <= lowest <= 1:
         raise ValueError(f"`lowest_density` must be in [{FITTED[0]:g}, 1], found {lowest:g}. 1 leaves experts dense.")
@@ -69,6 +84,7 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
     budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget", lowest)
     blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)
+    check_ids(blocks, model.config)
     model.config.density_path, model.config.thresholds = [], None
     logits_LTE = run_routers(model, blocks, expert_shares(model), 0.5, batch_size).logits_LTE
     if logits_LTE.numel() and logits_LTE[..., 0].max() == logits_LTE[..., 0].min():
@@ -95,9 +111,7 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
     }
     written = {"budgets": {budget: entry["sensitivity"] for budget, entry in found.items()}, "sensitivity": path[-1][0]}
     written |= {"thresholds": model.config.thresholds, "density_path": path if model.config.thresholds else []}
-    update_config(folder, **written, format_version=FORMAT_VERSION)  # earlier code would not see the thresholds
-    write_json(Path(folder) / CALIBRATION, record)
-    return record
+    return record, written
 
 
 def check_reach(model: DynaMoEForCausalLM, shares: Sequence[float], what: str, density: float = 1.0) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a folder: every number in it is read from the folder's JSON files, or the card says "not measured"."""
 
-import hashlib
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,15 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
 from ._version import __version__
-from .folder import BENCHMARK, inspect_folder, read_json
+from .disk import staging_of
+from .folder import BENCHMARK, inspect_folder, new_files, read_json
+from .integrity import digests_of
+from .modeling import modeling_dynamoe
 from .tables import by_text, join_records, render_template, same_sensitivity, text_name
 
 
 TAGS = ("dynamoe", "dynamic-moe", "conditional-computation")
+WAIT = 600.0  # seconds for another run that adds its records to the same folder
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -79,8 +84,8 @@ def render_card(
         baselines=list(dict.fromkeys(kind for row in rows for kind in row.get("baselines", {}))), stages=stages,
         history=(checkpoint or {}).get("log_history") or (facts["training"] or {}).get("history", []),
         budgets=sorted(facts["budgets"], key=float), pictures={path.stem for path in (folder / "report").glob("*.png")},
-        code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))},
-        chat=_has_chat_template(folder), commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
+        code=digests_of(folder, ["*.py"]), changed_code=changed_code(folder), chat=_has_chat_template(folder),
+        commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
     )  # fmt: skip
     return ModelCard(content)
 
@@ -88,6 +93,33 @@ def render_card(
 def _has_chat_template(folder) -> bool:
     settings = read_json(folder / "tokenizer_config.json") or {}
     return (folder / "chat_template.jinja").is_file() or "chat_template" in settings
+
+
+def changed_code(folder: Path) -> list[str]:
+    """The Python files of a folder that are not, byte for byte, those of this package's `modeling/`."""
+    ours = digests_of(Path(modeling_dynamoe.__file__).parent, ["*.py"])
+    return [name for name, digest in digests_of(folder, ["*.py"]).items() if ours.get(name) != digest]
+
+
+@contextmanager
+def new_records(folder: str | Path, wait: float = 0.0) -> Iterator[Path]:
+    """
+    As `new_files`, for records of a model folder, whose card is then written again: unless somebody has edited it, or it is that of
+    another version.
+    """
+    path = Path(folder) / "README.md"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    title = re.search(r"^# (.+)$", before, re.MULTILINE)  # of the folder when it was written
+    name = title[1] if title else None
+    try:
+        ours = before and before == str(render_card(folder, local_files_only=True, name=name))
+    except Exception:  # records that no card can be made of are the stage's to judge
+        ours = False
+    with new_files(folder, wait) as staging:
+        yield staging
+    if ours:
+        render_card(folder, local_files_only=True, name=name).save(staging_of(path))
+        os.replace(staging_of(path), path)
 
 
 def _stages(training):
@@ -174,7 +206,7 @@ def _command(stage, *folders, text=None, **options) -> str:
         if value is not None and value is not False:
             words.append(f"--{name.replace('_', '-')}")
             words += [] if value is True else map(str, value if isinstance(value, list) else [value])
-    return shlex.join(words)
+    return shlex.join(" ".join(word.split()) for word in words)  # a line of its own could end the code block
 
 
 def _commands(facts) -> list[str]:

@@ -6,9 +6,12 @@ torch, transformers or a stage before the stage runs, so that `--help` and wrong
 
 import difflib
 import logging
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -17,7 +20,6 @@ import tyro
 
 from ._version import __version__
 from .arguments import (
-    AdaptArguments,
     BenchArguments,
     CalibrateArguments,
     ConvertArguments,
@@ -25,10 +27,10 @@ from .arguments import (
     EvaluateArguments,
     ExportArguments,
     GenerateArguments,
+    InspectArguments,
     PublishArguments,
     ReportArguments,
     ServeArguments,
-    TrainArguments,
 )
 from .flags import command_type
 from .screens import (
@@ -43,6 +45,7 @@ from .screens import (
     show_record,
     show_training,
 )
+from .training_arguments import AdaptArguments, TrainArguments
 
 
 DESCRIPTION = """\
@@ -136,9 +139,9 @@ STAGES = {
         exclusive=["budget", "sensitivity"],
     ),
     "inspect": Stage(
-        "folder", "inspect_folder", None, {"folder": "model folder or Hub id"}, show_inspection,
+        "folder", "inspect_folder", InspectArguments, {"folder": "model folder or Hub id"}, show_inspection,
         "What a model folder holds, in one screen.",
-        ["dynamoe inspect trained"], json=True,
+        ["dynamoe inspect trained", "dynamoe inspect trained --verify     # the weights too, by SHA-256"], json=True,
     ),
     "bench": Stage(
         "benchmark", "bench_folder", BenchArguments, {"folder": "calibrated model folder"}, show_benchmark,
@@ -179,8 +182,13 @@ STAGES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Wrong input is told in one line on stderr, with exit code 1; a bug shows its traceback."""
-    argv = sys.argv[1:] if argv is None else argv
+    """
+    Run one subcommand. What goes wrong is told in one line on stderr, with exit code 1, and an interruption with 130; `--debug` shows
+    the traceback instead.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
     name = argv[0] if argv else ""
     if name not in STAGES:
         return tell_stages(name)
@@ -192,23 +200,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs.append(stage.arguments(**values))
     quieten_imports()
     try:
-        result = getattr(import_module(f".{stage.module}", __package__), stage.function)(*inputs)
-    except (ValueError, OSError) as error:
-        print(f"dynamoe: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
+        with terminable():
+            result = getattr(import_module(f".{stage.module}", __package__), stage.function)(*inputs)
+            show(result)
+    except KeyboardInterrupt as error:
+        if debug:
             raise
+        # A progress bar may have begun the line.
         print(
-            f"dynamoe: The GPU's memory does not suffice: {str(error).partition('. ')[0]}. Take smaller batches or blocks where the "
-            "stage has them (`--help`), or compute on the CPU: `CUDA_VISIBLE_DEVICES= dynamoe ...`.",
+            f"\ndynamoe: {error if str(error) else 'Interrupted. Nothing is half-written: give the same command again.'}",
             file=sys.stderr,
         )
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"dynamoe: {' '.join(explained(error).split())}", file=sys.stderr)
         return 1
-    show(result)
     return 0
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end a stage as Ctrl-C does, so that it removes what it has begun to write."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explained(error: Exception) -> str:
+    """What is wrong, what was found, and what to do."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return (
+            f"A file cannot be read or written: found {error.strerror}{f', {error.filename}' if error.filename else ''}. Look whether the "
+            "path is right and the disk has room, then give the same command again."
+        )
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return str(error)
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The GPU's memory does not suffice: {str(error).partition('. ')[0]}. Take smaller batches or blocks where the "
+            "stage has them (`--help`), or compute on the CPU: `CUDA_VISIBLE_DEVICES= dynamoe ...`."
+        )
+    return (
+        f"The stage failed in a way that is not foreseen: found {type(error).__name__}: {error}. Look whether its inputs are whole "
+        "(`dynamoe inspect FOLDER --verify`); with `--debug` the same command shows where it failed."
+    )
 
 
 def tell_stages(name: str) -> int:
@@ -217,7 +265,7 @@ def tell_stages(name: str) -> int:
         print(f"dynamoe {__version__}")
     elif name in ("-h", "--help"):
         stages = "\n".join(f"  {name:10} {stage.help}" for name, stage in STAGES.items())
-        options = "  -h, --help (also after a stage: its flags, defaults and examples)\n  --version"
+        options = "  -h, --help (also after a stage: its flags, defaults and examples)\n  --version\n  --debug (a traceback where a stage fails)"
         print(f"usage: dynamoe STAGE ...\n\n{DESCRIPTION}\n\nstages:\n{stages}\n\noptions:\n{options}")
     else:
         near = difflib.get_close_matches(name, STAGES, 1)

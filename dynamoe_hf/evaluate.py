@@ -12,12 +12,14 @@ import transformers
 from tqdm.auto import tqdm
 
 from .arguments import Baseline, EvaluateArguments, resolve
+from .card import WAIT, new_records
 from .convert import load_dense
-from .data import documents_for, text_names, token_blocks
+from .data import check_ids, documents_for, text_names, token_blocks
 from .export import dense_prefix
 from .folder import (
     RESULTS,
     active_parameters,
+    check_writable,
     count_parameters,
     load_dynamoe_config,
     load_model,
@@ -63,9 +65,12 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
     if unknown := set(baselines) - set(BASELINES):
         raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
     read_json(Path(folder) / RESULTS)  # a damaged file is told before the work whose results it should take
+    check_writable(folder)
     tokenizer = load_tokenizer(folder)
-    routings = _settings(load_dynamoe_config(folder), *dial)
+    config = load_dynamoe_config(folder)
+    routings = _settings(config, *dial)
     blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, arguments.max_tokens)
+    check_ids(blocks, config)
     if len(blocks) < 2:
         raise ValueError(
             f"One block of {block_size} tokens gives no interval. Give more text or tokens, or a smaller --block-size."
@@ -90,11 +95,17 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
         entry["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         entries.append(entry)
     if Path(folder).is_dir():
+        _keep(folder, entries)
+    return entries
+
+
+def _keep(folder, entries):
+    """Add entries to the results of a folder, in place of those of the same settings and text."""
+    with new_records(folder, wait=WAIT) as staging:
         kept = (read_json(Path(folder) / RESULTS) or {"evaluations": []})["evaluations"]
         replaced = {(entry["setting"], str(entry["text"])) for entry in entries}
         kept = [entry for entry in kept if (entry["setting"], str(entry["text"])) not in replaced]
-        write_json(Path(folder) / RESULTS, {"evaluations": kept + entries})
-    return entries
+        write_json(staging / RESULTS, {"evaluations": kept + entries})
 
 
 def _evaluation(model, blocks, batch_size, name, routing, dense_nll):
@@ -136,6 +147,11 @@ def _settings(config, budget, sensitivity, force_expert):
 def _perplexity(nll):
     """Perplexity and its 95% interval, from the mean negative log-likelihood of each block (N,)."""
     mean, error = nll.mean().item(), _standard_error(nll)
+    if not mean + 1.96 * error < 700:  # also where it is NaN; `exp` of more is no float
+        raise ValueError(
+            f"The model says nothing about this text: found a loss of {mean:.3g} a token. Look whether its weights and its tokenizer "
+            "are those that belong together (`dynamoe inspect FOLDER --verify`)."
+        )
     return {
         "perplexity": math.exp(mean),
         "perplexity_interval": [math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error)],

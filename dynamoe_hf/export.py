@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .arguments import ExportArguments, resolve
 from .convert import SINK_POSITIONS
 from .data import documents_for, token_blocks
-from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, refuse_existing
+from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, refuse_existing, save_model
 from .gguf_file import check_gguf, write_gguf
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import mlp_places
@@ -38,6 +38,7 @@ def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments
         ValueError: `width` or `budget` is out of range; the folder is not a DynaMoE model; or a GGUF file was asked for, and
             llama.cpp would compute this family, or cut text like this tokenizer, in another way.
         FileExistsError: `out` exists.
+        OSError: nothing can be written to `out`, another run is writing it, or the disk is full.
     """
     arguments = resolve(ExportArguments, arguments, settings)
     refuse_existing(out)
@@ -52,23 +53,21 @@ def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments
         )
     if kind is not None:
         check_gguf(config.base_config, tokenizer, by_layer=budget is not None)
-    model = load_model(folder)
-    if budget is not None:
-        blocks = token_blocks(
-            documents_for("calibration", arguments.text), tokenizer, arguments.block_size, arguments.max_tokens
-        )
-        widths = widths_for(model, blocks, budget)
-    else:
-        widths = _prefix(model, 1.0 if arguments.width is None else arguments.width)
-    if kind is None:
-        dense = _dense(model, widths)
-        with new_folder(out) as target:
-            dense.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-        return {"mlp_width": widths[0], "parameters": sum(p.numel() for p in dense.parameters())}
-    tensors = _narrowed(model, widths)
-    name = f"{Path(out).name}-{kind}.gguf"
     with new_folder(out) as target:
+        model = load_model(folder)
+        if budget is not None:
+            texts = documents_for("calibration", arguments.text)
+            blocks = token_blocks(texts, tokenizer, arguments.block_size, arguments.max_tokens)
+            widths = widths_for(model, blocks, budget)
+        else:
+            widths = _prefix(model, 1.0 if arguments.width is None else arguments.width)
+        if kind is None:
+            dense = _dense(model, widths)
+            save_model(dense, target)
+            tokenizer.save_pretrained(target)
+            return {"mlp_width": widths[0], "parameters": sum(p.numel() for p in dense.parameters())}
+        tensors = _narrowed(model, widths)
+        name = f"{Path(out).name}-{kind}.gguf"
         write_gguf(target / name, model.config.base_config, tensors, widths, tokenizer, _ends(model, tokenizer), kind)
     parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}.values())
     width = widths[0] if len(set(widths)) == 1 else widths
@@ -152,6 +151,7 @@ def _narrowed(model, widths) -> dict[str, torch.Tensor]:
 def _dense(model, widths) -> PreTrainedModel:
     """A dense model of the base's own family, all layers equally wide."""
     config = copy.deepcopy(model.config.base_config)
+    vars(config).pop("auto_map", None)
     config.intermediate_size = widths[0]
     state = _narrowed(model, widths)
     with torch.device("meta"):

@@ -5,7 +5,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .arguments import InspectArguments, resolve
+from .disk import held, remove_leftovers, staging_of, sync, sync_entry, told_of
+from .integrity import differing, digests_of, first_not_finite
 from .modeling import DynaMoEConfig, DynaMoEForCausalLM
 
 
@@ -28,10 +31,12 @@ def load_model(folder: str | Path, **options) -> DynaMoEForCausalLM:
     `from_pretrained`; `device_map="cpu"` keeps it off the GPU, and another one spreads it.
 
     Raises:
-        ValueError: the folder holds no DynaMoE model, or its weights are incomplete.
+        ValueError: the folder holds no DynaMoE model, or its weights are incomplete, not those that were written, or not finite.
     """
     load_dynamoe_config(folder)
+    check_digests(folder)
     model = _load(folder, **options).eval()
+    check_finite(model, folder)
     return model if options.keys() & {"device_map", "quantization_config"} else on_gpu(model)
 
 
@@ -50,9 +55,15 @@ def load_config(folder: str | Path):
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json. Give the output of `dynamoe convert`.")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it would ask on the terminal
     except OSError as error:
         raise ValueError(f"{folder} is neither a model folder nor a model on the Hub that can be reached: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # what a field of a wrong type leads to, in transformers
+        raise ValueError(
+            f"The config of {folder} cannot be used: found {type(error).__name__}: {error}. Copy its config.json again."
+        ) from error
 
 
 def load_dynamoe_config(folder: str | Path) -> DynaMoEConfig:
@@ -68,8 +79,11 @@ def load_dynamoe_config(folder: str | Path) -> DynaMoEConfig:
 def load_tokenizer(folder: str | Path, **options) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, with a clear `ValueError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        # The trap: it would be saved with the next folder, whose README tells users to trust its code.
+        tokenizer.init_kwargs.pop("auto_map", None)
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(
             f"{folder} has no tokenizer that can be loaded: {error}. Copy the tokenizer's files into it."
         ) from error
@@ -84,7 +98,7 @@ def check_weights(folder: str | Path) -> None:
 def _load(folder, **options):
     """`AutoModelForCausalLM.from_pretrained`, with damaged, missing or foreign weights told in one sentence."""
     keep_large_buffers()
-    options = {"dtype": "auto", **options}
+    options = {"dtype": "auto", "trust_remote_code": False, **options}
     dtype = options["dtype"]
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(
@@ -140,70 +154,167 @@ def keep_large_buffers() -> None:
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """
-    A folder to fill that becomes `out` when the block ends, and vanishes if it fails: nothing half-written is left.
+    A folder to fill that becomes `out` when the block ends, and vanishes if it fails: nothing half-written is left. Enter it before
+    the work, since it is then that `out` is tried and kept from other runs. What a killed run left of it is removed.
 
     Raises:
         FileExistsError: `out` exists already.
+        OSError: nothing can be written there, or another run is writing it.
     """
     out = Path(out)
     refuse_existing(out)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with held(out.with_name(f".{out.name}.lock"), out):
+        refuse_existing(out)
+        remove_leftovers(out.parent, out.name)
+        staging = staging_of(out)
+        try:
+            with told_of(out):
+                staging.mkdir()
+            yield staging
+            sync(staging)
+            refuse_existing(out)
+            os.replace(staging, out)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        sync_entry(out)
+
+
+@contextmanager
+def new_files(folder: str | Path, wait: float = 0.0) -> Iterator[Path]:
+    """
+    A folder to fill whose files take their places in `folder` when the block ends, each whole; none does if it fails. Enter it before
+    the work: `folder` is made, tried and kept from other runs then, for which it waits so many seconds. Raises `OSError` as
+    `new_folder` does.
+    """
+    folder, is_new = Path(folder), not Path(folder).exists()
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        os.replace(staging, out)
+        with held(folder / ".lock", folder, wait):
+            remove_leftovers(folder)
+            staging = folder / f".{os.getpid()}.partial"
+            try:
+                staging.mkdir()
+                yield staging
+                sync(staging)
+                for path in sorted(staging.iterdir()):
+                    os.replace(path, folder / path.name)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            sync_entry(folder / ".lock")
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
         raise
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise `OSError` where records cannot be added to a model folder; one on the Hub gets none."""
+    if Path(folder).is_dir():
+        with new_files(folder):
+            pass
+
+
 def refuse_existing(out: str | Path) -> None:
-    """Raise `FileExistsError` if `out` exists: no stage writes over what another has made."""
-    if Path(out).exists():
+    """Raise `FileExistsError` if `out` exists, as a link that leads nowhere too: no stage writes over what another has made."""
+    if os.path.lexists(out):
         raise FileExistsError(
             f"{out} exists already, and nothing is written over it. Choose another folder, or delete it first."
         )
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write `content` in one step: a reader sees the old file or the new one, and a full disk leaves the old one."""
+    """
+    Write `content` in one step: a reader sees the old file or the new one, and a full disk leaves the old one. JSON has no NaN and no
+    infinity: such numbers become null, which is shown as "not measured".
+    """
     path = Path(path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staging = staging_of(path)
     try:
-        staging.write_text(json.dumps(content, indent=2) + "\n")
+        with open(staging, "w", encoding="utf-8") as file:
+            content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+    sync_entry(path)
 
 
 def read_json(path: str | Path) -> dict | None:
-    """The content of a JSON file, `None` if there is no such file. Raises `ValueError` where it is damaged."""
+    """The content of a JSON file, `None` if there is no such file. Raises `ValueError` where it is damaged, or holds no record."""
     if not Path(path).is_file():
         return None
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except ValueError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}), for example cut off or edited. Repair it, or delete it."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, found a {type(content).__name__}. Repair it, or delete it.")
+    return content
 
 
 def update_config(folder: str | Path, **fields) -> None:
     """Set fields of the config of a model folder on disk, after the same checks as when loading; weights are not touched."""
+    write_json(Path(folder) / "config.json", changed_config(folder, **fields))
+
+
+def changed_config(folder: str | Path, **fields) -> dict:
+    """What `config.json` of a model folder holds, with some fields changed, after the same checks as when loading."""
     config = AutoConfig.from_pretrained(folder)
     for name, value in fields.items():
         setattr(config, name, value)
     config.check()
-    content = read_json(Path(folder) / "config.json") or {}
-    write_json(Path(folder) / "config.json", {**content, **fields})
+    return {**(read_json(Path(folder) / "config.json") or {}), **fields}
 
 
-def carry_records(source: str | Path, target: str | Path) -> None:
-    """Copy the conversion and training records of one folder to the next, so that a folder tells its whole history."""
-    for name in (CONVERSION, TRAINING):
-        if (Path(source) / name).is_file():
-            shutil.copy(Path(source) / name, Path(target) / name)
+def carry_records(source: str | Path, target: str | Path, names: Sequence[str] = (CONVERSION, TRAINING)) -> None:
+    """
+    Copy the conversion and training records of one folder to the next, so that a folder tells its whole history; without the digests
+    of its weights, which are others from now on.
+    """
+    for name in names:
+        if record := read_json(Path(source) / name):
+            write_json(Path(target) / name, {key: value for key, value in record.items() if key != "weights"})
+
+
+def check_digests(folder: str | Path) -> dict[str, str]:
+    """
+    Compare the weight files of a folder with the SHA-256 that its records hold, and return those; none for a Hub id, or a folder from
+    before they were kept. Raises `ValueError` where a file is missing or is another one.
+    """
+    records = [read_json(Path(folder) / name) or {} for name in (TRAINING, CONVERSION)]
+    digests: dict[str, str] = next((record["weights"] for record in records if "weights" in record), {})
+    wrong = differing(Path(folder), digests)
+    if digests:  # transformers would load another file instead: one weight file before shards
+        wrong += [path.name for path in Path(folder).glob("model*.safetensors*") if path.name not in digests]
+    if wrong:
+        raise ValueError(
+            f"Weight files of {folder} are not those that were written: found another SHA-256 than the record's, no file, or one too "
+            f"many, for {', '.join(wrong)}. Copy the folder again. If you changed the weights yourself, remove `weights` from its records."
+        )
+    return digests
+
+
+def check_finite(model: torch.nn.Module, folder: str | Path) -> None:
+    """Raise `ValueError` where the weights that were loaded from `folder` hold NaN or an infinity."""
+    if name := first_not_finite(model):
+        raise ValueError(
+            f"{folder} holds NaN or infinite numbers in `{name}`. Its training diverged, or its weights are damaged: get them again."
+        )
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Write config and weights of a model, and return the SHA-256 of its weight files. Raises `OSError` where the disk is full."""
+    check_finite(model, "The model that is to be written")
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"The weights cannot be written to {folder}: {error}. Make room on the disk.") from error
+    return digests_of(folder)
 
 
 def count_parameters(model: DynaMoEForCausalLM) -> dict[str, int]:
@@ -218,8 +329,20 @@ def active_parameters(counts: dict[str, int], share: float) -> int:
     return round(counts["total"] - (1 - share) * counts["mlp"])
 
 
-def inspect_folder(folder: str | Path) -> dict:
-    """What a model folder holds: base, experts, router, dial, parameters, and what is known of its quality."""
+def _calibration(folder, config):
+    """The record of the calibration, if it is that of the budgets in the config: a killed run may have replaced one of the two."""
+    record = read_json(Path(folder) / CALIBRATION)
+    found = {budget: entry["sensitivity"] for budget, entry in (record or {}).get("budgets", {}).items()}
+    return record if found == config.budgets else None
+
+
+def inspect_folder(folder: str | Path, arguments: InspectArguments | None = None, **settings: Any) -> dict:
+    """
+    What a model folder holds: base, experts, router, dial, parameters, and what is known of its quality. `settings` are fields of
+    `InspectArguments`; with `verify=True` `verified` has the SHA-256 of the weight files that are in the records, or raises
+    `ValueError` where the weights are damaged.
+    """
+    verify = resolve(InspectArguments, arguments, settings).verify
     config = load_dynamoe_config(folder)
     with torch.device("meta"):
         counts = count_parameters(DynaMoEForCausalLM(config))
@@ -242,6 +365,13 @@ def inspect_folder(folder: str | Path) -> dict:
         "format_version": config.format_version,
         "conversion": read_json(Path(folder) / CONVERSION),
         "training": read_json(Path(folder) / TRAINING),
-        "calibration": read_json(Path(folder) / CALIBRATION),
+        "calibration": _calibration(folder, config),
         "results": read_json(Path(folder) / RESULTS),
+        **({"verified": verified(folder)} if verify else {}),
     }
+
+
+def verified(folder: str | Path) -> dict[str, str]:
+    """Load a folder on the CPU, and return the SHA-256 of the weight files that its records hold. Raises `ValueError` as `load_model`."""
+    load_model(folder, device_map="cpu")
+    return check_digests(folder)

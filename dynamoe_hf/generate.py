@@ -9,6 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from .arguments import GenerateArguments, resolve
+from .data import check_ids
 from .folder import load_model, load_tokenizer
 from .modeling.self_draft import SelfDraftOutput
 from .observe import shares_read
@@ -145,6 +146,7 @@ def continue_text(model, tokenizer, prompt: str, max_new_tokens: int = 64) -> st
 
 def _continue(model, tokenizer, inputs, max_new_tokens, **options) -> Any:
     """What `generate` returns: `sequences` are the token ids (1, S) of the inputs and of what follows."""
+    check_ids(inputs["input_ids"], model.config)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "return_dict_in_generate": True}
     return model.generate(**inputs.to(model.device), **options)
 

@@ -86,7 +86,8 @@ def draw_frontier(evaluations: list[dict]):
         panel = _panel(entries, inches=8.2 if columns == 1 else 3.75)
         _draw_points(axis, panel)
         _label_lines(axis, panel, _set_limits(axis, panel))
-        _style_panel(axis, panel, f"{text if len(text) < 32 else f'{text[:30]}…'}, {entries[0]['tokens']:,} tokens")
+        shown = (text if len(text) < 32 else f"{text[:30]}…").replace("$", r"\$")  # which begins a formula
+        _style_panel(axis, panel, f"{shown}, {entries[0]['tokens']:,} tokens")
     for axis in axes.flat[len(groups) :]:
         axis.remove()
     return figure

@@ -4,11 +4,12 @@
 import copy
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -17,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .arguments import Layout, PublishArguments, resolve
 from .card import Variant, render_card
-from .folder import check_weights, load_dynamoe_config, new_folder, read_json
+from .folder import load_dynamoe_config, load_model, new_folder, read_json
 
 
 LAYOUTS = get_args(Layout)
@@ -35,6 +36,7 @@ SHIPPED = (
     "report/*.png",
 )
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 TRIES = 4
 LONGEST_WAIT = 300.0  # seconds; who asks for more is left in peace
 
@@ -53,14 +55,14 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
         arguments, settings: the fields of `PublishArguments`, as one object or by name.
             Layout `"repos"`: `repo` is the dial, `repo-0.75` the variant of budget 0.75, and a Collection holds them all.
             Layout `"revisions"`: `repo` is the dial, its branch `budget-0.75` the variant, which shares the weights.
-            A dry run writes weights as hard links.
+            A dry run writes to `out` alone, weights as hard links, and nothing without it.
 
     Returns:
         What was, or would be, published: for each variant its repository, revision, budget, sensitivity, files, their `bytes`
         and `new_bytes` (those that no other variant of the repository has), and `url` of the commit or pull request.
 
     Raises:
-        ValueError: nothing to publish, an uncalibrated budget, or a repository that cannot be found or is in the way.
+        ValueError: nothing to publish, weights or code that should not be, an uncalibrated budget, or a repository that cannot be found or is in the way.
         PermissionError: no token, or one that may not write there.
         ConnectionError: the Hub could not be reached, or was overloaded, several times in a row.
     """
@@ -70,34 +72,64 @@ def publish_model(folder: str | Path, repo: str, arguments: PublishArguments | N
         raise ValueError(f"The layout {layout!r} is unknown. Choose one of {', '.join(LAYOUTS)}.")
     if out is not None and not dry_run:
         raise ValueError(f"out={out} is where a dry run writes, and this is none. Add `--dry-run`, or leave `--out` away.")
-    family = plan_family(folder, repo, arguments.variants, layout)
-    shared = shipped_files(folder)
-    check_weights(folder)
-    contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
-    entries = [_variant_entry(variant, shared, own) for variant, own in zip(family, contents)]
-    title = repo.split("/")[-1]
-    collection = title if layout == "repos" and len(family) > 1 else None
-    summary: dict[str, Any] = {
-        "folder": str(folder), "layout": layout, "dry_run": dry_run, "private": private, "variants": entries, "collection": collection,
-    }  # fmt: skip
-    if dry_run:
-        summary["out"] = str(out or f"{folder}.publish")
-        with new_folder(summary["out"]) as staging:
-            for variant, own in zip(family, contents):
+    if out is not None:
+        with new_folder(out) as staging:
+            plan = _planned(folder, repo, arguments)
+            for variant, own in zip(plan.family, plan.contents):
                 name = variant.repo.split("/")[-1] if layout == "repos" else variant.revision
-                _write_variant(staging / name, shared, own)
-        return summary
-
+                _write_variant(staging / name, plan.shared, own)
+        return {**plan.summary, "out": str(out)}
+    plan = _planned(folder, repo, arguments)
+    if dry_run:
+        return plan.summary
     token = _hub_token()
-    _refuse_secrets(token, shared, contents)
+    _refuse_secrets(folder, plan, token)
     hub = _Hub(HfApi(token=token), token)
     # Made once, so that each weight file is hashed once for the whole family.
-    operations = {name: CommitOperationAdd(name, path) for name, path in shared.items()}
-    for variant, own, entry in zip(family, contents, summary["variants"]):
+    operations = {name: CommitOperationAdd(name, path) for name, path in plan.shared.items()}
+    for variant, own, entry in zip(plan.family, plan.contents, plan.summary["variants"]):
         entry["url"] = _send(hub, variant, operations, own, arguments)
-    if summary["collection"]:
-        summary["collection"] = _collect(hub, title, family, private)
-    return summary
+    if plan.summary["collection"]:
+        plan.summary["collection"] = _collect(hub, repo.split("/")[-1], plan.family, private)
+    return plan.summary
+
+
+class Plan(NamedTuple):
+    """What is to be published."""
+
+    family: list[Variant]
+    shared: dict[str, Path]  # {path in the repository: file} that all variants share
+    contents: list[dict[str, bytes]]  # what each variant has of its own
+    summary: dict[str, Any]
+
+
+def _planned(folder, repo, arguments: PublishArguments) -> Plan:
+    """The variants and their files. Raises `ValueError` where they cannot be published: before anything is written or sent."""
+    family = plan_family(folder, repo, arguments.variants, arguments.layout)
+    shared = shipped_files(folder)
+    _refuse_foreign_code(folder)
+    load_model(folder, device_map="cpu")  # refuses weights that are damaged, incomplete or not finite
+    contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
+    plan = Plan(family, shared, contents, {
+        "folder": str(folder), "layout": arguments.layout, "dry_run": arguments.dry_run, "private": arguments.private,
+        "variants": [_variant_entry(variant, shared, own) for variant, own in zip(family, contents)],
+        "collection": repo.split("/")[-1] if arguments.layout == "repos" and len(family) > 1 else None,
+    })  # fmt: skip
+    _refuse_secrets(folder, plan)
+    return plan
+
+
+def _refuse_foreign_code(folder):
+    """Users give `trust_remote_code=True` for the files of the folder, so nothing in it may name other code."""
+    for path in sorted(folder.glob("*.json")):
+        names = (read_json(path) or {}).get("auto_map", {}) if path.name.endswith("config.json") else {}
+        named = [str(name) for value in names.values() for name in (value if isinstance(value, list) else [value]) if name]
+        own = path.name == "config.json" and all((folder / f"{name.split('.')[0]}.py").is_file() for name in named)
+        if named and not own:
+            raise ValueError(
+                f"{path} names code that does not come with the folder, and that its users would run: found {', '.join(named)}. "
+                "Remove `auto_map` from it; DynaMoE folders need none but that of config.json."
+            )
 
 
 def _send(hub, variant, operations, own, arguments):
@@ -195,12 +227,19 @@ def _write_variant(target, shared, own):
         (target / name).write_bytes(content)
 
 
-def _refuse_secrets(token, shared, contents):
-    texts = [(name, content) for own in contents for name, content in own.items()]
-    texts += [(name, path.read_bytes()) for name, path in shared.items() if path.suffix in (".json", ".py", ".jinja")]
+def _refuse_secrets(folder, plan, token=None):
+    """No token, and no folder of this machine, may be in what travels. A tokenizer's vocabulary is not looked at for folders."""
+    texts = [(name, content) for own in plan.contents for name, content in own.items()]
+    texts += [(name, path.read_bytes()) for name, path in plan.shared.items() if path.suffix in (".json", ".py", ".jinja")]
+    places = [str(path) for path in {Path.home(), folder.resolve().parent} if len(path.parts) > 1]
     for name, content in texts:
-        if token.encode() in content:
-            raise ValueError(f"{name} holds your Hub token, and nothing was sent. Remove it from the file.")
+        if (token and token.encode() in content) or TOKEN.search(content):
+            raise ValueError(
+                f"{name} holds {'your' if token else 'a'} Hub token, and nothing was sent. Remove it from the file."
+            )
+        found = [place for place in places if f'"{place}'.encode() in content and name not in ("tokenizer.json", "vocab.json")]
+        if found:
+            raise ValueError(f"{name} names a folder of this machine: found {found[0]}. Replace it by a name without folders.")
 
 
 def _prepare(hub, variant, private):

@@ -5,6 +5,7 @@ import base64
 import json
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import ReportArguments, resolve
+from .card import new_records
 from .data import documents_for
-from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, read_json
+from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, new_files, read_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.routing import LayerRecord
 from .observe import expert_shares, shares_read
 from .plots import PAPER, colour_scale, draw_experts, draw_frontier, draw_tokens, new_figure
-from .tables import by_text, render_template, setting_label
+from .tables import by_text, render_template, setting_label, text_name
 
 
 DEFAULT_LENGTH, LONGEST = 1200, 6000  # characters shown of the default text, and at most of a text file
@@ -45,11 +47,17 @@ def report_folder(folder: str | Path, arguments: ReportArguments | None = None, 
         raise ValueError(f"{folder} has nothing to draw: no evaluations in {RESULTS}. Run `dynamoe evaluate {folder}` first.")
     new_figure(1, 1)  # fails before the model is loaded if matplotlib is missing
     passage = _passage(text)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    sensitivity, dial = _dial(model.config, arguments.budget)
-    pieces, shares_LT = _whole_characters(*token_difficulty(model, tokenizer, passage, sensitivity))
     out = Path(folder) / "report" if arguments.out is None else Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with new_records(folder) if arguments.out is None else nullcontext(), new_files(out) as staging:
+        names = _draw(staging, folder, passage, arguments.budget, evaluations)
+    return [out / name for name in names]
+
+
+def _draw(out: Path, folder, passage: str, budget: float | None, evaluations: list[dict]) -> list[str]:
+    """Write the report into `out`, and return the names of its files."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    sensitivity, dial = _dial(model.config, budget)
+    pieces, shares_LT = _whole_characters(*token_difficulty(model, tokenizer, passage, sensitivity))
     figures = {
         "frontier.png": draw_frontier(evaluations),
         "experts.png": draw_experts(evaluations, expert_shares(model)),
@@ -62,7 +70,7 @@ def report_folder(folder: str | Path, arguments: ReportArguments | None = None, 
     images = {name: base64.b64encode((out / name).read_bytes()).decode() for name in figures}
     (out / "tokens.html").write_text(tokens_page(pieces, shares_LT, dial), encoding="utf-8")
     (out / "index.html").write_text(_index_page(images, evaluations, inspect_folder(folder)), encoding="utf-8")
-    return [out / name for name in (*figures, "tokens.html", "index.html")]
+    return [*figures, "tokens.html", "index.html"]
 
 
 @torch.no_grad()
@@ -144,4 +152,5 @@ def _index_page(images, evaluations, facts):
     """One page with the pictures, the table of evaluations and the facts of the folder."""
     title = f"{Path(facts['folder']).resolve().name}: report"
     groups = by_text(evaluations)
+    facts |= {"folder": Path(facts["folder"]).resolve().name, "base": facts["base"] and text_name(facts["base"])}
     return render_template("report.html", title=title, images=images, groups=groups, facts=facts, dumps=json.dumps)

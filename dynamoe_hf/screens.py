@@ -6,7 +6,7 @@ import sys
 
 
 def show_json(result):
-    print(json.dumps(result, indent=2))
+    print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None), indent=2))  # JSON has no NaN
 
 
 def show_record(record):
@@ -112,6 +112,9 @@ def show_inspection(facts):
         )
     if not facts["results"]:
         print("  evaluated     no: run `dynamoe evaluate`")
+    if "verified" in facts:
+        known = f"{len(facts['verified'])} as recorded (SHA-256)" if facts["verified"] else "not in the records"
+        print(f"  verified      weights load and are finite; weight files: {known}")
 
 
 def show_publication(summary):
@@ -120,7 +123,8 @@ def show_publication(summary):
         sent = f"{variant['new_bytes'] / 1e6:.2f} MB new of {variant['bytes'] / 1e6:.2f}"
         print(f"{variant['repo']}@{variant['revision']}: {budget}, sensitivity {variant['sensitivity']:.4f}, {sent}")
     if summary["dry_run"]:
-        print(f"Nothing was sent. What would be is in {summary['out']}")
+        place = f"is in {summary['out']}" if "out" in summary else "is written with `--out FOLDER`"
+        print(f"Nothing was sent. What would be {place}")
     elif summary["collection"]:
         print(f"Collection: {summary['collection']}")
 

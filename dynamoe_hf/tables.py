@@ -2,9 +2,11 @@
 """The words and tables for evaluations and timings, shared by the report, the model card and the command line."""
 
 import math
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from markupsafe import Markup
 
 
 # Baselines of `evaluate_model`; the line break is for figures.
@@ -12,10 +14,11 @@ BASELINE_LABELS = {"static": "one width\nfor all tokens", "random": "random\nrou
 
 
 def render_template(file: str, **values) -> str:
-    """Render a file of `templates/`. Values are escaped in `.html` files, and not in `.md` files."""
+    """Render a file of `templates/`. Values are escaped, as HTML or as Markdown: names of files can hold either."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=select_autoescape(("html",)),
+        autoescape=select_autoescape(("html", "md")),
+        finalize=escaped_markdown if file.endswith(".md") else None,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -23,6 +26,14 @@ def render_template(file: str, **values) -> str:
     functions = (shown, interval, ratio_text, text_name, setting_label, baseline_label)
     templates.globals |= {function.__name__: function for function in functions}
     return templates.get_template(file).render(values)
+
+
+def escaped_markdown(value):
+    """A string as Markdown shows it, on one line, without markup of its own; anything else, and what is marked as safe, as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", re.sub(r"\s*[\r\n]\s*", " ", value))
+    return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def shown(value, pattern: str = "{}", bounds=None) -> str:

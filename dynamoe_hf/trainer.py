@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """`DynaMoETrainer`, a `transformers.Trainer` for nested experts and their routers, and its arguments."""
 
-import copy
 import math
+import os
+import re
 import shutil
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 
-from .arguments import NestedTrainingArguments, TrainedParts
 from .card import render_card
-from .folder import CONVERSION
+from .disk import sync, sync_entry
+from .folder import CONVERSION, carry_records, write_json
+from .integrity import DIGESTS, digests_of, first_not_finite
 from .losses import LossesInChunks, layer_outputs, relative_error
-from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import PROJECTIONS
 from .modeling.routing import loss_mask, mean_router_loss
 from .observe import expert_shares
+from .trainable import choose_trainable, density_range_of, frozen_copy, router_parameters
+from .training_arguments import NestedTrainingArguments
 
 
-DENSITY_RANGE = (0.4, 1.0)  # that densities are drawn from, where a model has thresholds
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Scale of the logistic noise on the routers' threshold, in logits, while they learn by choosing.
 ROUTER_TEMPERATURE = 0.5
 
@@ -71,6 +74,7 @@ class DynaMoETrainer(Trainer):
         ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss
             for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher;
             `compute_loss_func`, which this Trainer would not call.
+        FloatingPointError: in training, a loss, a gradient or a weight is not finite. Checkpoints written before stay.
     """
 
     args: DynaMoETrainingArguments
@@ -91,6 +95,8 @@ class DynaMoETrainer(Trainer):
         self.teacher = None
         if self._distils(args) and args.teacher == "frozen" and args.train_parts in ("mlp", "layers", "all"):
             self.teacher = frozen_copy(core)
+        self._aside: Path | None = None  # where a checkpoint is written until it is whole
+        self._batch = (0, 0)  # the step that is being made and its batch, from 1
         self._parts: dict[str, list[torch.Tensor]] = {}  # losses and metrics since the last log; `_metrics` is a name of TRL
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:  # here, because the base class sets it to 1 for a model that is spread over several devices
@@ -120,6 +126,28 @@ class DynaMoETrainer(Trainer):
         # Some schedulers and checkpoint formats fail on an empty group.
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def training_step(self, model, *args, **kwargs):
+        """As the base class; a batch whose loss or gradient is not finite ends the training before it reaches a weight."""
+        step, batch = self.state.global_step + 1, self._batch[1] + 1 if self._batch[0] == self.state.global_step + 1 else 1
+        self._batch = (step, batch)
+        loss = super().training_step(model, *args, **kwargs)
+        self._refuse_not_finite("loss", loss)
+        # Shards of a gradient are not looked at, and float16 finds its scale by gradients that are not finite.
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or getattr(self.accelerator, "scaler", None)):
+            gradients = [p.grad for p in self.core.parameters() if p.grad is not None]
+            if gradients:
+                self._refuse_not_finite("gradient", torch.nn.utils.get_total_norm(gradients, math.inf))
+        return loss
+
+    def _refuse_not_finite(self, what, value):
+        if not value.isfinite():
+            step, batch = self._batch
+            raise FloatingPointError(
+                f"Training diverged: found a {what} of {value.item():g} in step {step}, batch {batch} of "
+                f"{self.args.gradient_accumulation_steps}. Earlier checkpoints stay. Take a lower learning rate, or look at the text "
+                "of this batch."
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
@@ -268,15 +296,67 @@ class DynaMoETrainer(Trainer):
         for name, value in metrics.items():
             self._parts.setdefault(name, []).append(value.detach())
 
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
     def _save_checkpoint(self, model, trial):
-        """As the base class, with the conversion record and a model card, so that a checkpoint can be published."""
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and (folder / "config.json").is_file():  # a LoRA checkpoint is an adapter alone
-            conversion = Path(self.core.name_or_path) / CONVERSION
-            if conversion.is_file():
-                shutil.copy(conversion, folder)
-            render_card(folder, local_files_only=True).save(folder / "README.md")
+        """
+        As the base class, with the records, a model card and digests of all files, so that a checkpoint can be published, and checked.
+        It is written aside and gets its name when the disk has all of it.
+        """
+        final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if name := first_not_finite(self.core):
+            raise FloatingPointError(
+                f"Training diverged: found NaN or an infinity in `{name}` after step {self.state.global_step}. Earlier checkpoints "
+                "stay. Take a lower learning rate."
+            )
+        if self.args.push_to_hub:  # the client still reads the folder after this
+            super()._save_checkpoint(model, trial)
+            return
+        aside = final.parent / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._name_checkpoint(aside / final.name, final)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+            raise OSError(
+                f"{final} cannot be written: {error}. Earlier checkpoints stay. Make room on the disk, then resume the training."
+            ) from error
+        finally:
+            self._aside = None
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _name_checkpoint(self, written: Path, final: Path) -> None:
+        """Complete a checkpoint that was written aside, give it its name, and remove those beyond `save_total_limit`."""
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        if (written / "config.json").is_file():  # a LoRA checkpoint is an adapter alone
+            carry_records(self.core.name_or_path, written, [CONVERSION])
+            render_card(written, local_files_only=True).save(written / "README.md")
+        write_json(written / DIGESTS, digests_of(written, ["*"]))
+        sync(written)
+        if final.exists():  # damaged, and resumed from one before it
+            os.replace(final, written.parent / "replaced")
+        os.replace(written, final)
+        sync_entry(final)
+        kept = {final, Path(self.state.best_model_checkpoint or final)}
+        paths = [path for path in final.parent.iterdir() if CHECKPOINT.fullmatch(path.name) and path not in kept]
+        paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for path in paths[max(0, self.args.save_total_limit - len(kept)) :] if self.args.save_total_limit else []:
+            os.replace(path, written.parent / path.name)  # what is half deleted has no name either
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As the base class, without the pickle of the arguments, which nothing reads."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir or ".", TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def log(self, logs, start_time=None):
         """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
@@ -315,61 +395,6 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
             'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
             'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
         )
-
-
-def frozen_copy(model: DynaMoEForCausalLM) -> DynaMoEForCausalLM:
-    """
-    A copy of the weights, in evaluation mode and without gradients. Its configs are those of `model` itself, so that what is set later,
-    by Trainer or by `set_attn_implementation`, holds for both.
-    """
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    configs += [model.config.base_config]
-    return copy.deepcopy(model, {id(config): config for config in configs}).eval().requires_grad_(False)
-
-
-def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:
-    """
-    What densities are drawn from in training, `None` for a model without thresholds. Raises `ValueError` where there are no thresholds
-    for what is asked.
-    """
-    if config.thresholds is None:
-        if asked is not None and min(asked) < 1:
-            low, high = asked
-            raise ValueError(
-                f"`density_range` needs thresholds, found {low:g} to {high:g} and none in the config. Call `fit_thresholds(model, "
-                "blocks)` first, or leave `density_range` out."
-            )
-        return None
-    return DENSITY_RANGE if asked is None else asked
-
-
-def router_parameters(model) -> list[torch.nn.Parameter]:
-    """All parameters of the routers of a model, wrapped or not."""
-    return [parameter for name, parameter in model.named_parameters() if ".router." in name]
-
-
-def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
-    """Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them."""
-    if parts == "lora":
-        return
-    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    for name, parameter in model.named_parameters():
-        trained = {
-            "routers": ".mlp.router." in name,
-            "mlp": ".mlp." in name,
-            "layers": id(parameter) not in outer,
-            "all": True,
-        }
-        parameter.requires_grad_(trained[parts])
-
-
-def lora_config(rank: int = 16, alpha: int = 32, **settings):
-    """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
-    from peft import LoraConfig
-
-    projections = rf".*\.mlp\.({'|'.join(PROJECTIONS)})"
-    settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
-    return LoraConfig(r=rank, lora_alpha=alpha, **settings)
 
 
 class LossBar(ProgressCallback):

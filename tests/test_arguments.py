@@ -10,11 +10,16 @@ from typing import get_args
 import pytest
 from transformers import AutoConfig, HfArgumentParser
 
-from dynamoe_hf import DynaMoEConfig, DynaMoETrainingArguments, adapt_model, arguments, train_model
+from dynamoe_hf import DynaMoEConfig, DynaMoETrainingArguments, adapt_model, arguments, train_model, training_arguments
 from dynamoe_hf.modeling.routing import ROUTES
 
 
-CLASSES = [arguments.NestedTrainingArguments, arguments.StageArguments, arguments.AdaptArguments, arguments.TrainArguments]
+CLASSES = [
+    training_arguments.NestedTrainingArguments,
+    training_arguments.StageArguments,
+    training_arguments.AdaptArguments,
+    training_arguments.TrainArguments,
+]
 
 
 def defaults(cls, names):
@@ -31,16 +36,16 @@ def test_they_import_the_standard_library_alone():
 
 def test_defaults_of_trainer_and_stage_differ_in_the_price_of_width_alone():
     """A Trainer runs one phase, in which experts are trained; the stage has a last phase in which width has its price."""
-    names = [field.name for field in fields(arguments.NestedTrainingArguments)]
-    trainer, stage = (defaults(cls, names) for cls in (DynaMoETrainingArguments, arguments.TrainArguments))
+    names = [field.name for field in fields(training_arguments.NestedTrainingArguments)]
+    trainer, stage = (defaults(cls, names) for cls in (DynaMoETrainingArguments, training_arguments.TrainArguments))
     assert len(names) == 12
     assert {name for name in names if trainer[name] != stage[name]} == {"width_loss_coef"}
     assert (trainer["width_loss_coef"], stage["width_loss_coef"]) == (0.0, 0.9)
 
 
 def test_adapting_has_two_defaults_of_its_own():
-    names = [field.name for field in fields(arguments.AdaptArguments)]
-    adapt, train = (defaults(cls, names) for cls in (arguments.AdaptArguments, arguments.TrainArguments))
+    names = [field.name for field in fields(training_arguments.AdaptArguments)]
+    adapt, train = (defaults(cls, names) for cls in (training_arguments.AdaptArguments, training_arguments.TrainArguments))
     assert {name for name in names if adapt[name] != train[name]} == {"max_tokens", "learning_rate"}
     assert (adapt["max_tokens"], adapt["learning_rate"]) == (65_536, 6e-5)
 
@@ -48,7 +53,7 @@ def test_adapting_has_two_defaults_of_its_own():
 def test_no_field_is_written_twice_but_for_its_default():
     """A class of the training stages repeats a field of its bases only where its default is another one."""
     training, written = {cls.__name__ for cls in CLASSES}, []
-    for node in ast.parse(Path(arguments.__file__).read_text()).body:
+    for node in ast.parse(Path(training_arguments.__file__).read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name in training:
             written += [statement.target.id for statement in node.body if isinstance(statement, ast.AnnAssign)]
     assert sorted(name for name in set(written) if written.count(name) > 1) == [
@@ -66,7 +71,7 @@ def test_every_field_has_help(cls):
 def test_hf_argument_parser_reads_the_trainers_arguments():
     parser = HfArgumentParser(DynaMoETrainingArguments)
     text = " ".join(parser.format_help().split())
-    for field in fields(arguments.NestedTrainingArguments):
+    for field in fields(training_arguments.NestedTrainingArguments):
         assert field.metadata["help"].split(":")[0].replace("%%", "%") in text, field.name
     flags = ["--output_dir", "x", "--train_parts", "mlp", "--route", "label", "--sensitivity_range", "0.2", "0.9", "--use_cpu"]
     (args,) = parser.parse_args_into_dataclasses(flags)
@@ -80,11 +85,15 @@ def test_routes_are_those_of_the_model():
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [
-        (arguments.NestedTrainingArguments, {"train_parts": "half"}, "`train_parts` is unknown: found 'half'"),
-        (arguments.NestedTrainingArguments, {"sensitivity_range": [0.2]}, "must rise within 0 and 1, found 0.2. Give"),
-        (arguments.TrainArguments, {"logit_fraction": 2}, r"must be in \(0, 1\], found 2"),
-        (arguments.TrainArguments, {"harm": "best"}, "`harm` is unknown: found 'best'. Choose one of layer, token."),
-        (arguments.TrainArguments, {"choice_share": -0.1}, r"must be in \[0, 1\], found -0.1"),
+        (training_arguments.NestedTrainingArguments, {"train_parts": "half"}, "`train_parts` is unknown: found 'half'"),
+        (
+            training_arguments.NestedTrainingArguments,
+            {"sensitivity_range": [0.2]},
+            "must rise within 0 and 1, found 0.2. Give",
+        ),
+        (training_arguments.TrainArguments, {"logit_fraction": 2}, r"must be in \(0, 1\], found 2"),
+        (training_arguments.TrainArguments, {"harm": "best"}, "`harm` is unknown: found 'best'. Choose one of layer, token."),
+        (training_arguments.TrainArguments, {"choice_share": -0.1}, r"must be in \[0, 1\], found -0.1"),
     ],
 )
 def test_wrong_values_are_refused(cls, settings, message):
@@ -112,7 +121,7 @@ def test_numbers_are_checked_before_any_work(stage, setting, message, tmp_path):
 @pytest.mark.parametrize("name", ["lm_loss_coef", "router_loss_coef", "kd_loss_coef", "hidden_loss_coef", "width_loss_coef"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1"])
 def test_weights_of_losses_are_finite_and_not_negative(name, value, tmp_path):
-    for make in (arguments.TrainArguments, lambda **settings: DynaMoETrainingArguments(str(tmp_path), **settings)):
+    for make in (training_arguments.TrainArguments, lambda **settings: DynaMoETrainingArguments(str(tmp_path), **settings)):
         with pytest.raises(ValueError, match=f"`{name}` must be a finite number of at least 0, found {value!r}"):
             make(**{name: value})
 

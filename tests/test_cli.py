@@ -22,7 +22,7 @@ from dynamoe_hf.modeling.difficulty import SIMILARITIES
 from dynamoe_hf.modeling.routing import ROUTERS
 
 
-STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "inspect", "bench", "report", "publish", "export",
+STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "serve", "inspect", "bench", "report", "publish", "export",
           "demo")  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_counts_are_whole_and_at_least_one(option, wrong, capsys, monkeypatch):
 
 
 def test_too_little_memory_on_a_gpu(monkeypatch, capsys):
-    def stage(folder):
+    def stage(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB")
 
     monkeypatch.setattr("dynamoe_hf.folder.inspect_folder", stage)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from dynamoe_hf import calibrate_budgets, convert_model, evaluate_model, train_model
 from dynamoe_hf.card import Variant, render_card
 from dynamoe_hf.folder import load_model
+from dynamoe_hf.integrity import digests_of
 from dynamoe_hf.publish import LONGEST_WAIT, TRIES, publish_model
 
 
@@ -98,6 +99,12 @@ def base_folder(tmp_path_factory):
     return folder
 
 
+def record_weights(folder):
+    """As a stage does that has written them."""
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps({**record, "weights": digests_of(folder)}))
+
+
 @pytest.fixture(scope="module")
 def trained(base_folder, tmp_path_factory):
     """A folder that went all the way through the real stages, its weights in several shards. Treat it as read-only."""
@@ -111,6 +118,7 @@ def trained(base_folder, tmp_path_factory):
     load_model(root / "converted").save_pretrained(root / "shards", max_shard_size="1MB")
     for path in (root / "shards").glob("*.safetensors*"):
         shutil.copy(path, root / "trained")
+    record_weights(root / "trained")
     (root / "trained" / "report").mkdir()
     (root / "trained" / "report" / "frontier.png").write_bytes(b"\x89PNG of a frontier")
     (root / "trained" / "optimizer.pt").write_bytes(b"not for the Hub")
@@ -261,6 +269,7 @@ def test_new_weights_replace_the_old_ones_at_once(folder, hub):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    record_weights(folder)
     publish_model(folder, REPO, layout="revisions")
     for branch in hub.repos[REPO].branches:
         kept = {path for path in hub.files(REPO, branch) if ".safetensors" in path}

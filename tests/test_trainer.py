@@ -1,18 +1,24 @@
 """`DynaMoETrainer`: what moves, what is logged, and that neither batching nor chunks change the losses."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import FAMILIES, tiny_dense
+from conftest import FAMILIES, tiny_dense, tiny_tokenizer
 from peft import PeftModel, get_peft_model
 from reference import assert_close, causal_losses, gates, relative_error
 from training import LABELS, rows, tiny_model, train
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
 
 from dynamoe_hf import DynaMoEForCausalLM, DynaMoETrainer, DynaMoETrainingArguments, fit_routers, lora_config
+from dynamoe_hf.folder import load_model
+from dynamoe_hf.integrity import differing
 from dynamoe_hf.losses import relative_error as errors_of
 from dynamoe_hf.modeling.mlp_backends import block_sizes
 from dynamoe_hf.modeling.routing import ProfileRouter
-from dynamoe_hf.trainer import ROUTER_TEMPERATURE, choose_trainable
+from dynamoe_hf.trainable import choose_trainable
+from dynamoe_hf.trainer import ROUTER_TEMPERATURE
 
 
 @pytest.mark.parametrize("parts", ["routers", "mlp", "layers", "all"])
@@ -465,3 +471,36 @@ def test_several_gpus_need_a_launcher(tmp_path):
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"2 GPUs needs one process for each: start it with `accelerate launch` or torchrun"):
         DynaMoETrainer(model=tiny_model(), args=args, train_dataset=rows())
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    """Checkpoints are renamed when they are whole; what the state says of the best one is its place."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
+    settings |= {"load_best_model_at_end": True, "max_steps": 3, "learning_rate": 0.5}
+    args = DynaMoETrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, **LABELS, **settings
+    )
+    trainer = DynaMoETrainer(model=tiny_model(), args=args, train_dataset=rows(), eval_dataset=rows(4, seed=1))
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert best.parent == tmp_path and {best, last} == set(tmp_path.iterdir())
+    assert json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert not list(last.glob("*.bin")) and differing(last, json.loads((last / "digests.json").read_text())) == []
+
+
+def test_preferences_with_trl(tmp_path):
+    """TRL's DPOTrainer loads its reference from the folder that the model is from."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    args = trl.DPOConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", save_strategy="no",
+                         use_cpu=True, bf16=False, learning_rate=1e-2)  # fmt: skip
+    preferences = datasets.Dataset.from_list([{"prompt": "abc", "chosen": "def", "rejected": "xyz"}] * 4)
+    trainer = trl.DPOTrainer(model=model, args=args, train_dataset=preferences, processing_class=tiny_tokenizer())
+    trainer.train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(".up_proj." in name for name in changed)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.ref_model.named_parameters())

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether files are those that were written (SHA-256), and weights are numbers (finite)."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+DIGESTS = "digests.json"  # of all files of a checkpoint, written last
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests_of(folder: Path, patterns: Iterable[str] = WEIGHT_FILES) -> dict[str, str]:
+    """{name: SHA-256} of the files right in `folder` that fit one of the patterns."""
+    return {path.name: digest_of(path) for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def differing(folder: Path, digests: dict[str, str]) -> list[str]:
+    """The files of `folder` that are missing, or are not what `digests` say."""
+    return [name for name, digest in digests.items() if not (folder / name).is_file() or digest_of(folder / name) != digest]
+
+
+@torch.no_grad()
+def first_not_finite(model: torch.nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or an infinity. Types of numbers that a quantiser defines are not looked at."""
+    for name, parameter in model.named_parameters():
+        data = parameter.data
+        known = type(data) is torch.Tensor and data.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        # Both are NaN if one number is. `isfinite` instead would make a second tensor.
+        if known and data.numel() and data.device.type != "meta" and not all(end.isfinite() for end in data.aminmax()):
+            return name
+    return None

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parts of a model a training moves, and what it is held to: parameters, adapters, the frozen teacher, densities."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from .arguments import TrainedParts
+from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import PROJECTIONS
+
+
+DENSITY_RANGE = (0.4, 1.0)  # that densities are drawn from, where a model has thresholds
+
+
+def frozen_copy(model: DynaMoEForCausalLM) -> DynaMoEForCausalLM:
+    """
+    A copy of the weights, in evaluation mode and without gradients. Its configs are those of `model` itself, so that what is set later,
+    by Trainer or by `set_attn_implementation`, holds for both.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs += [model.config.base_config]
+    return copy.deepcopy(model, {id(config): config for config in configs}).eval().requires_grad_(False)
+
+
+def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:
+    """
+    What densities are drawn from in training, `None` for a model without thresholds. Raises `ValueError` where there are no thresholds
+    for what is asked.
+    """
+    if config.thresholds is None:
+        if asked is not None and min(asked) < 1:
+            low, high = asked
+            raise ValueError(
+                f"`density_range` needs thresholds, found {low:g} to {high:g} and none in the config. Call `fit_thresholds(model, "
+                "blocks)` first, or leave `density_range` out."
+            )
+        return None
+    return DENSITY_RANGE if asked is None else asked
+
+
+def router_parameters(model) -> list[torch.nn.Parameter]:
+    """All parameters of the routers of a model, wrapped or not."""
+    return [parameter for name, parameter in model.named_parameters() if ".router." in name]
+
+
+def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
+    """Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them."""
+    if parts == "lora":
+        return
+    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        trained = {
+            "routers": ".mlp.router." in name,
+            "mlp": ".mlp." in name,
+            "layers": id(parameter) not in outer,
+            "all": True,
+        }
+        parameter.requires_grad_(trained[parts])
+
+
+def lora_config(rank: int = 16, alpha: int = 32, **settings):
+    """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
+    from peft import LoraConfig
+
+    projections = rf".*\.mlp\.({'|'.join(PROJECTIONS)})"
+    settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
+    return LoraConfig(r=rank, lora_alpha=alpha, **settings)
