@@ -25,7 +25,7 @@ from dynamoe_hf.modeling.sparsity import keep_large, thresholds_at
 from dynamoe_hf.threshold_fit import fit_thresholds
 
 
-SHARES = (0.7, 0.6, 0.5)
+SHARES = (0.7, 0.6, 0.5, 0.375)
 SINKS = 4  # positions
 
 
@@ -65,16 +65,37 @@ def wina(layer: Layer, share: float) -> Forward:
     return by_score(layer, share, inputs.norm(dim=0), mlp.down_linear.weight.norm(dim=0))
 
 
-def rotated(layer: Layer, share: float) -> Forward:
-    """As LaRoSA (arXiv 2507.01299): the input is rotated to its principal axes, which weights can absorb; h as it is."""
-    axes = torch.linalg.eigh(layer.x.T @ layer.x).eigenvectors
-    least_x, least_h = smallest((layer.x @ axes).abs(), 1 - share), smallest(layer.hidden.abs(), 1 - share)
+def in_axes(layer: Layer, share: float, axes: torch.Tensor, back: torch.Tensor, mean: torch.Tensor | float = 0.0) -> Forward:
+    """Thresholds of the input in other axes, x -> (x - mean) axes, which the weights absorb by `back`; h as it is."""
+    least_x, least_h = smallest(((layer.x - mean) @ axes).abs(), 1 - share), smallest(layer.hidden.abs(), 1 - share)
 
     def forward(x):
-        hidden = layer.mlp.hidden(keep_large(x @ axes, least_x) @ axes.T)
+        hidden = layer.mlp.hidden(keep_large((x - mean) @ axes, least_x) @ back + mean)
         return layer.mlp.down_linear(keep_large(hidden, least_h))
 
     return forward
+
+
+def centred(layer: Layer, share: float) -> Forward:
+    """Less the mean input, which a bias absorbs."""
+    same = torch.eye(layer.x.shape[1])
+    return in_axes(layer, share, same, same, layer.x.mean(0))
+
+
+def rotated(layer: Layer, share: float, of: Sequence[Layer] = ()) -> Forward:
+    """As LaRoSA (arXiv 2507.01299): the input is rotated to its principal axes. `of`: layers that share one rotation."""
+    axes = torch.linalg.eigh(sum(each.x.T @ each.x / each.x.square().sum() for each in of or [layer])).eigenvectors
+    return in_axes(layer, share, axes, axes.T)
+
+
+def output_axes(layer: Layer, share: float) -> Forward:
+    """In the principal axes of what gate and up give, so that an axis that is left out costs its square and no more."""
+    weight = torch.cat([getattr(layer.mlp, name).weight for name in layer.mlp.layout.projections[:-1]]).double()
+    sizes, axes = torch.linalg.eigh((layer.x.T @ layer.x).double())
+    scaled = axes * sizes.clamp_min(sizes.max() * 1e-9).sqrt()
+    left = torch.linalg.svd(weight @ scaled, full_matrices=False)[0]
+    into = (left.T @ weight).T
+    return in_axes(layer, share, into.float(), torch.linalg.inv(into).float())
 
 
 def gate_first(layer: Layer, share: float) -> Forward:
@@ -99,6 +120,12 @@ def by_cost(layer: Layer, share: float, thresholds, soft: bool = False, spare: i
         return torch.cat([values[:, :spare], kept[:, spare:]], 1) if spare else kept
 
     return lambda x: mlp.down_linear(cut(mlp.hidden(cut(x, least_x)), least_h))
+
+
+def neighbours(layers: Sequence[Layer], layer: Layer, count: int) -> Sequence[Layer]:
+    """The group of so many layers that one belongs to."""
+    first = layer.mlp.layer // count * count
+    return layers[first : first + count]
 
 
 @contextmanager
@@ -136,7 +163,11 @@ def main():
     variants: dict[str, Callable[[Layer, float], Forward]] = {
         "size, one quantile": by_score,
         "size times the weights' norm (WINA)": wina,
+        "size less the mean": centred,
         "rotated input (LaRoSA)": rotated,
+        "rotated, one rotation for five layers": lambda layer, share: rotated(layer, share, neighbours(layers, layer, 5)),
+        "rotated, one rotation for all": lambda layer, share: rotated(layer, share, layers),
+        "axes of the output": output_axes,
         "gate first (CATS)": gate_first,
         "size, quantiles by cost": lambda layer, share: by_cost(layer, share, thresholds_at(fitted, share)),
         "as before, soft": lambda layer, share: by_cost(layer, share, thresholds_at(fitted, share), soft=True),

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import ConvertArguments, resolve
 from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import dense_class_of, layout_of, mlp_places
+from .modeling.dense_base import check_places, dense_class_of, layout_of, mlp_places
 from .observe import (
     expert_shares,
     gradients_of_activations,
@@ -121,6 +121,8 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
         if config.model_type == "dynamoe":
             raise ValueError(f"{base} is a DynaMoE model already. Train or calibrate it, or convert its dense base.")
         dense_class_of(config)
+        with torch.device("meta"):
+            check_places(AutoModelForCausalLM.from_config(config))  # before weights that are not those of such a model
         quantised = getattr(config, "quantization_config", None)
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised

@@ -23,6 +23,7 @@ from .data import check_ids, documents_for, iterate_blocks, text_names, token_bl
 from .folder import (
     carry_records,
     check_digests,
+    check_weights,
     load_dynamoe_config,
     load_model,
     load_tokenizer,
@@ -67,6 +68,7 @@ class Run:
 
     def __init__(self, folder: str | Path, out: str | Path, arguments: TrainArguments):
         self.folder, self.work = Path(folder), Path(out).with_name(f"{Path(out).name}.checkpoints")
+        check_weights(folder)
         config = load_dynamoe_config(folder)
         self.arguments, self.tokenizer = _settled(arguments, config), load_tokenizer(folder)
         processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -159,7 +159,7 @@ class DynaMoEConfig(PreTrainedConfig):
             )
         check_sensitivity(self.sensitivity)
         drawn = self.train_sensitivity
-        pair = isinstance(drawn, list) and len(drawn) == 2 and all(map(is_number, drawn))
+        pair = isinstance(drawn, (list, tuple)) and len(drawn) == 2 and all(map(is_number, drawn))
         if not pair or not 0 < drawn[0] <= drawn[1] <= 1:
             raise ValueError(
                 f"`train_sensitivity` must be two numbers that rise within 0 and 1, found {drawn!r}, such as [0.2, 0.95]."
