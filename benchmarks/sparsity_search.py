@@ -145,6 +145,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="held-out text files, besides Python's topics")
     parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--only", default="", help="variants whose name holds this, such as `ax` or `rotat`")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     model, tokenizer = load_model(args.folder, dtype=torch.float32), load_tokenizer(args.folder)
@@ -177,6 +178,7 @@ def main():
     }
     full = {name: block_nll(model, blocks, 2, name) for name, blocks in texts.items()}
     rows: dict[str, dict] = {}
+    variants = {name: make for name, make in variants.items() if args.only in name}
     for name, make in variants.items():
         for share in SHARES:
             with replaced(layers, [make(layer, share) for layer in layers]):
@@ -189,7 +191,9 @@ def main():
         print(f"{name:38}", *(f"{cell['ratio']:.3f}" for cell in rows[name].values()), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     about = machine(torch.get_num_threads()) | {"model": args.folder.name, "tokens": args.max_tokens}
-    write_json(args.out / f"sparsity-search_{about['name']}.json", {"machine": about, "rows": rows})
+    write_json(
+        args.out / f"sparsity-search{args.only and '-'}{args.only}_{about['name']}.json", {"machine": about, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ class Run:
 
     def __init__(self, folder: str | Path, out: str | Path, arguments: TrainArguments):
         self.folder, self.work = Path(folder), Path(out).with_name(f"{Path(out).name}.checkpoints")
-        check_weights(folder)
         config = load_dynamoe_config(folder)
         self.arguments, self.tokenizer = _settled(arguments, config), load_tokenizer(folder)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         self.state = _resumed(self.work, arguments, {**_sources(folder, arguments), "processes": processes})
+        check_weights(folder)  # before anything is written
         self.started = time.monotonic() - self.state.seconds
         self.step_blocks = processes * arguments.batch_size * arguments.gradient_accumulation_steps
         self.step_tokens = self.step_blocks * self.arguments.block_size

@@ -86,7 +86,7 @@ def vllm_command(folder: str, sensitivity: float, arguments: ServeArguments) -> 
 def transformers_command(folder: str, sensitivity: float, arguments: ServeArguments) -> list[str]:
     """How the server of transformers is started."""
     command = [sys.executable, "-m", "dynamoe_hf.serve_transformers", str(sensitivity), folder, "--host", arguments.host]
-    command += ["--port", str(arguments.port), "--dtype", arguments.dtype, "--continuous-batching"]
+    command += ["--port", str(arguments.port), "--dtype", arguments.dtype]
     return command + shlex.split(arguments.engine_flags)
 
 

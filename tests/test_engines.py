@@ -7,7 +7,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import assert_close
 from test_sparsity import PATH, TABLE
 from torch import nn
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling.engine_layers import EngineLinear, prepare_for_engine
@@ -116,6 +116,10 @@ def greedy():
     return GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
 
 
+# The trap: without a number of blocks it takes most of the memory that is free.
+SMALL_CACHE = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+
+
 def tokens_of(outputs):
     return [output.generated_tokens for output in outputs.values()]
 
@@ -139,11 +143,11 @@ def test_continuous_batching_hears_the_dial(greedy):
                 for prompt in prompts
             ]
     assert len({str(tokens) for tokens in alone.values()}) == 3, "the dial must matter here"
-    assert tokens_of(model.generate_batch(prompts, greedy, sensitivity=0.05)) == alone[0.05]
+    assert tokens_of(model.generate_batch(prompts, greedy, SMALL_CACHE, sensitivity=0.05)) == alone[0.05]
     dials = [0.05, 1.0, 0.9, 0.05]
-    found = tokens_of(model.generate_batch(prompts, greedy, sensitivity=dials))
+    found = tokens_of(model.generate_batch(prompts, greedy, SMALL_CACHE, sensitivity=dials))
     assert found == [alone[dial][index] for index, dial in enumerate(dials)]
-    assert tokens_of(model.generate_batch(prompts, greedy)) == alone[1.0]
+    assert tokens_of(model.generate_batch(prompts, greedy, SMALL_CACHE)) == alone[1.0]
     assert model.config.sensitivity == 1
 
 
