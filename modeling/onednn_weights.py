@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Weights laid out for oneDNN on a CPU: the numbers of the model, in the order in which the processor multiplies them. PyTorch's float32
-products on AMD processors take two to three times as long as these, at any number of tokens (docs/notebook/sparsity.md).
+products on AMD processors take two to five times as long as these, at any number of tokens (docs/results.md).
 
 A layout cannot be cut afterwards, so blocks of neurons that end at widths have their own, gate above up, and a prefix is the first
 blocks. Where a width lies within a block, the block is computed and what is beyond is cleared.
