@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import ServeArguments, resolve
-from .folder import load_config
+from .folder import check_digests, load_dynamoe_config
+from .modeling.checks import check_sensitivity
 
 
 # The first that is installed is taken. What Python must find for it, and how to install it.
@@ -32,18 +33,21 @@ def serve_folder(folder: str | Path, arguments: ServeArguments | None = None, **
         arguments, settings: the fields of `ServeArguments`, as one object or by name.
 
     Raises:
-        ValueError: both a budget and a sensitivity, or a budget that is not calibrated.
+        ValueError: no DynaMoE folder, weights that are not those that were written, both a budget and a sensitivity, one outside
+            (0, 1], or a budget that is not calibrated.
         ImportError: the engine, or every engine, is not installed.
         ChildProcessError: the engine has ended by itself.
     """
     arguments = resolve(ServeArguments, arguments, settings)
     if arguments.budget is not None and arguments.sensitivity is not None:
         raise ValueError("Both a budget and a sensitivity were given. Give one of them.")
-    config = load_config(folder)
+    config = load_dynamoe_config(folder)
     sensitivity = config.sensitivity if arguments.sensitivity is None else arguments.sensitivity
     if arguments.budget is not None:
         sensitivity = config.sensitivity_of(arguments.budget)
+    check_sensitivity(sensitivity)
     engine = chosen_engine(arguments.engine)
+    check_digests(folder)  # engines do not look
     command = {"vllm": vllm_command, "transformers": transformers_command}[engine](str(folder), sensitivity, arguments)
     print(
         f"Serving {folder} with {engine} at http://{arguments.host}:{arguments.port}, sensitivity {sensitivity:.4g}.",
@@ -70,17 +74,15 @@ def chosen_engine(asked: str) -> str:
 def vllm_command(folder: str, sensitivity: float, arguments: ServeArguments) -> list[str]:
     """How vLLM's server is started."""
     # Not the command `vllm`, which the CPU build's wheel breaks: it asks for the version of a package of another name.
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        folder,
-        "--served-model-name",
-        served_name(folder),
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--served-model-name", served_name(folder), "--host", arguments.host, "--port", str(arguments.port)]
+    return command + [
+        "--dtype",
+        arguments.dtype,
+        "--hf-overrides",
+        json.dumps({"sensitivity": sensitivity}),
+        *shlex.split(arguments.engine_flags),
     ]
-    command += ["--host", arguments.host, "--port", str(arguments.port), "--dtype", arguments.dtype]
-    return command + ["--hf-overrides", json.dumps({"sensitivity": sensitivity}), *shlex.split(arguments.engine_flags)]
 
 
 def transformers_command(folder: str, sensitivity: float, arguments: ServeArguments) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,10 +12,12 @@ import time
 import urllib.request
 
 import pytest
-from conftest import tiny_dynamoe, tiny_tokenizer
+from conftest import tiny_dense, tiny_dynamoe, tiny_tokenizer
 
 from dynamoe_hf import serve
 from dynamoe_hf.arguments import ServeArguments
+from dynamoe_hf.folder import write_json
+from dynamoe_hf.integrity import digests_of
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,27 @@ def test_the_dial_reaches_the_engine(folder, monkeypatch, capsys):
         serve.serve_folder(folder, budget=0.5, sensitivity=0.5)
     with pytest.raises(ValueError, match="budget=0.2 is outside the calibrated range"):
         serve.serve_folder(folder, budget=0.2)
+
+
+@pytest.mark.parametrize("damage", ["a dense folder", "a flipped bit", "a wrong sensitivity"])
+def test_what_cannot_be_served_is_told_before_an_engine_starts(damage, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "run_until_stopped", lambda command: pytest.fail("started"))
+    installed(monkeypatch, "vllm")
+    if damage == "a dense folder":
+        tiny_dense().save_pretrained(tmp_path / "dense")
+        with pytest.raises(ValueError, match="holds a dense llama model"):
+            serve.serve_folder(tmp_path / "dense")
+    elif damage == "a flipped bit":
+        copied = shutil.copytree(folder, tmp_path / "copied")
+        write_json(copied / "conversion.json", {"weights": digests_of(copied)})
+        content = bytearray((copied / "model.safetensors").read_bytes())
+        content[-5] ^= 1
+        (copied / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="are not those that were written"):
+            serve.serve_folder(copied)
+    else:
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\], found 2.0"):
+            serve.serve_folder(folder, sensitivity=2.0)
 
 
 def test_an_engine_that_ends_by_itself_is_told(folder, monkeypatch):
