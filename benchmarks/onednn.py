@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packed import PROMPT, steps_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -83,17 +84,15 @@ def folder_model(folder, rounds, new_tokens=8):
     prompt = token_blocks(documents_for("held-out"), tokenizer, 512, 512)
     error = (packed(prompt, sensitivity=1.0).logits - plain(prompt, sensitivity=1.0).logits).abs().max().item()
     assert error < 1e-2, f"packed logits differ by {error:.2g}"
+    prompts: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
+    for side, model in (("PyTorch", plain), ("oneDNN", packed)):
+        for budget in [1.0, *sorted(map(float, model.config.budgets), reverse=True)]:
+            name, theta = f"{side}, budget {budget:g}", model.config.sensitivity_of(budget)
+            prompts[name] = [partial(model, prompt, sensitivity=theta, use_cache=True, logits_to_keep=1)]
+            steps[name] = steps_of(model, prompt[:, :PROMPT], new_tokens, sensitivity=theta)
     rows = {}
-    for task in ("prompt", "decode"):
-        runs: dict[str, Any] = {}
-        for name, model in (("PyTorch", plain), ("oneDNN", packed)):
-            for budget in [1.0, *sorted(map(float, model.config.budgets), reverse=True)]:
-                options = {"sensitivity": model.config.sensitivity_of(budget), "use_cache": True, "logits_to_keep": 1}
-                runs[f"{name}, budget {budget:g}"] = [partial(model, prompt, **options)]
-                if task == "decode":
-                    cache = model(prompt[:, :64], **options).past_key_values
-                    step = partial(model, prompt[:, :1], past_key_values=cache, **options)
-                    runs[f"{name}, budget {budget:g}"] = [*[step] * new_tokens, partial(cache.crop, -new_tokens)]
+    for task, runs in (("prompt", prompts), ("decode", steps)):
         rows |= {f"{task}: {name}": row for name, row in interleaved(runs, rounds, task).items()}
     return rows
 

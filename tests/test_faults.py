@@ -205,23 +205,17 @@ def stopped_at(patch, step, action):
     patch.setattr(DynaMoETrainer, "training_step", training_step)
 
 
+def words_of(stage, source, out, settings):
+    """The words of a command line for a stage of some steps."""
+    size = ["--max-tokens", "384", "--block-size", "16", "--batch-size", "4"]
+    return [stage, str(source), str(out), "--text", settings["text"], *size]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop(number, converted, settings, undisturbed, tmp_path, monkeypatch, capsys):
     """The run ends behind the step, which is kept, with one line that says how to go on."""
     whole, out = undisturbed("adapt"), tmp_path / "runs" / "out"
-    words = [
-        "adapt",
-        str(converted),
-        str(out),
-        "--text",
-        settings["text"],
-        "--max-tokens",
-        "384",
-        "--block-size",
-        "16",
-        "--batch-size",
-        "4",
-    ]
+    words = words_of("adapt", converted, out, settings)
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         stopped_at(patch, 3, lambda: os.kill(os.getpid(), number))
@@ -288,19 +282,7 @@ def test_a_full_disk(converted, settings, undisturbed, tmp_path, monkeypatch, ca
     def run():
         with pytest.MonkeyPatch.context() as patch:
             stopped_at(patch, 4, fill)
-            words = [
-                "--text",
-                settings["text"],
-                "--max-tokens",
-                "384",
-                "--block-size",
-                "16",
-                "--batch-size",
-                "4",
-                "--save-steps",
-                "2",
-            ]
-            os._exit(40 + cli.main(["adapt", str(converted), str(out), *words]))
+            os._exit(40 + cli.main([*words_of("adapt", converted, out, settings), "--save-steps", "2"]))
 
     assert os.waitstatus_to_exitcode(in_child(run)) == 41
     told = capfd.readouterr().err
