@@ -6,8 +6,9 @@ What is kept is tested on the device, and the grids are those of the whole MLP, 
 load that is masked fetches nothing where all that lies beside it in memory is masked too. So the weights must lie by what is left out: all
 neurons of one input side by side, then those of the next, and likewise all outputs of one neuron (`lay_by_inputs`).
 
-Two kernels. The first sums over the inputs, in parts (`SPLIT`), since few tokens would leave most of a chip idle; the second adds the parts
-up, activates, and sums over the neurons, in parts again. Parts are added in a fixed order: the same numbers in every run.
+Two kernels. The first sums over the inputs, activates and clears what is under the threshold; the second sums over the neurons, in
+parts, which are added in a fixed order: the same numbers in every run. Products are added up element by element and across a block
+once, at the end, since adding across a block takes as long as many loads.
 
 Shapes: T tokens (at most `FEW`), D hidden size, H MLP width, P parts.
 """
@@ -21,114 +22,134 @@ from .sparsity import Thresholds
 
 
 FEW = 4  # tokens: each further one is likely to need what the others leave out
-READ, WRITTEN = 16, 128  # rows of weights in a block, and what they give; of several tokens half of it, or registers spill
-SPLIT = 8  # parts of a sum
+# Rows of weights in a block, and what they give, of the first kernel and of the second. Several tokens share the rows, or registers spill.
+ROWS, NEURONS = 128, 32
+HIDDEN_ROWS, OUTPUTS = 256, 16
+PARTS = 4  # of the second kernel's sum: few outputs would leave most of a chip idle
+WARPS, OUTPUT_WARPS = 4, 8
 
 
 @jit
-def _kept(values, least_ptr, row, live):
-    """The values (T, K) of tokens that are not smaller than the token's threshold, the others as zeros."""
-    least = tl.load(least_ptr + row, live, 0.0)
-    return tl.where(tl.abs(values) < least[:, None], 0.0, values)  # what is not a number stays, to be seen in the output
+def _kept(values, least_ptr, row, live, EACH: constexpr):
+    """The values (T, K) of tokens that are larger than the token's threshold, the others as zeros. Without `EACH` it is one number."""
+    least = tl.load(least_ptr + row, live, 0.0)[:, None] if EACH else least_ptr
+    return tl.where(tl.abs(values) <= least, 0.0, values)  # what is not a number stays, to be seen in the output
 
 
 @jit
-def _products(values, weight_ptr, stride, row, column, row_live, column_live):
-    """
-    values (T, K) by the block of weights with K rows: (T, N). Rows that no token keeps are not read.
-    """
+def _block(values, weight_ptr, stride, row, column, row_live, column_live):
+    """The block of weights (K, N) that values (T, K) are multiplied with. Rows that no token keeps are not read."""
     needed = (tl.max((values != 0).to(tl.int32), 0) > 0) & row_live
     offset = row.to(tl.int64)[:, None] * stride + column[None, :]
-    block = tl.load(weight_ptr + offset, needed[:, None] & column_live[None, :], 0.0).to(tl.float32)
-    return tl.sum(values[:, :, None] * block[None, :, :], 1)
+    return tl.load(weight_ptr + offset, needed[:, None] & column_live[None, :], 0.0)
 
 
 @jit
-def _input_kernel(
-    x_ptr, expert_ptr, least_ptr, gate_ptr, up_ptr, part_ptr, T, D, H, gate_stride, up_stride, widths,
-    GATED: constexpr, TOKENS: constexpr, SPLIT: constexpr, BLOCK_D: constexpr, BLOCK_H: constexpr,
+def _products(values, block):
+    """(T, K, N), to be summed over K."""
+    return values[:, :, None] * block.to(tl.float32)[None, :, :]
+
+
+@jit
+def _hidden_kernel(
+    x_ptr, expert_ptr, least_ptr, least_hidden_ptr, gate_ptr, gate_bias_ptr, up_ptr, up_bias_ptr, hidden_ptr,
+    T, D, H, gate_stride, up_stride, widths,
+    ACT: constexpr, GATED: constexpr, EACH: constexpr, TOKENS: constexpr, BLOCK_D: constexpr, BLOCK_H: constexpr,
 ):  # fmt: skip
-    """One part of x gate' and x up': (P, 2, T, H) float32. What lies beyond a token's prefix is not written."""
+    """Activations of kept inputs, without those under the threshold or beyond the prefix: (T, H) float32. Beyond all of them: not written."""
     neuron = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    part = tl.program_id(1)
     token, live, width = _tokens(expert_ptr, 0, T, widths, TOKENS)
     widest = tl.max(width, 0)
     if tl.program_id(0) * BLOCK_H >= widest:
         return
     neuron_live = neuron < widest
-    gate = tl.zeros((TOKENS, BLOCK_H), tl.float32)
-    up = tl.zeros((TOKENS, BLOCK_H), tl.float32)
-    for start in range(part * BLOCK_D, D, SPLIT * BLOCK_D):
+    first = tl.zeros((TOKENS, BLOCK_D, BLOCK_H), tl.float32)
+    second = tl.zeros((TOKENS, BLOCK_D, BLOCK_H), tl.float32)
+    row = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + token[:, None] * D + row[None, :], live[:, None] & (row < D)[None, :], 0.0).to(tl.float32)
+    x = _kept(x, least_ptr, token, live, EACH)
+    up = _block(x, up_ptr, up_stride, row, neuron, row < D, neuron_live)
+    gate = up
+    if GATED:
+        gate = _block(x, gate_ptr, gate_stride, row, neuron, row < D, neuron_live)
+    for start in range(BLOCK_D, D + BLOCK_D, BLOCK_D):  # fetch a block, multiply the one before: the last fetch reads nothing
         row = start + tl.arange(0, BLOCK_D)
         here = live[:, None] & (row < D)[None, :]
-        x = tl.load(x_ptr + token[:, None] * D + row[None, :], here, 0.0).to(tl.float32)
-        x = _kept(x, least_ptr, token, live)
+        next_x = tl.load(x_ptr + token[:, None] * D + row[None, :], here, 0.0).to(tl.float32)
+        next_x = _kept(next_x, least_ptr, token, live, EACH)
+        next_up = _block(next_x, up_ptr, up_stride, row, neuron, row < D, neuron_live)
+        next_gate = next_up
         if GATED:
-            gate += _products(x, gate_ptr, gate_stride, row, neuron, row < D, neuron_live)
-        up += _products(x, up_ptr, up_stride, row, neuron, row < D, neuron_live)
-    place = (part * 2 * T + token[:, None]) * H + neuron[None, :]
-    written = live[:, None] & neuron_live[None, :]
+            next_gate = _block(next_x, gate_ptr, gate_stride, row, neuron, row < D, neuron_live)
+            first += _products(x, gate)
+        second += _products(x, up)
+        x, up, gate = next_x, next_up, next_gate
+    hidden = tl.sum(second, 1)
+    if up_bias_ptr is not None:
+        hidden += tl.load(up_bias_ptr + neuron, neuron_live, 0.0).to(tl.float32)[None, :]
     if GATED:
-        tl.store(part_ptr + place, gate, written)
-    tl.store(part_ptr + place + T * H, up, written)
+        gated = tl.sum(first, 1)
+        if gate_bias_ptr is not None:
+            gated += tl.load(gate_bias_ptr + neuron, neuron_live, 0.0).to(tl.float32)[None, :]
+        gated, _ = _activate(gated, ACT)
+        hidden = hidden * gated
+    else:
+        hidden, _ = _activate(hidden, ACT)
+    hidden = tl.where(neuron[None, :] < width[:, None], hidden, 0.0)
+    hidden = _kept(hidden, least_hidden_ptr, token, live, EACH)
+    tl.store(hidden_ptr + token[:, None] * H + neuron[None, :], hidden, live[:, None] & neuron_live[None, :])
 
 
 @jit
 def _output_kernel(
-    part_ptr, expert_ptr, least_ptr, gate_bias_ptr, up_bias_ptr, down_ptr, y_ptr, T, D, H, down_stride, widths,
-    ACT: constexpr, GATED: constexpr, TOKENS: constexpr, SPLIT: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr,
+    hidden_ptr, expert_ptr, down_ptr, bias_ptr, y_ptr, T, D, H, down_stride, widths,
+    TOKENS: constexpr, PARTS: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr,
 ):  # fmt: skip
-    """One part of hidden down': (P, T, D) float32."""
+    """hidden down' and its bias, of the sum's one part or of several without the bias: (P, T, D)."""
     output = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     part = tl.program_id(1)
     token, live, width = _tokens(expert_ptr, 0, T, widths, TOKENS)
     widest = tl.max(width, 0)
-    y = tl.zeros((TOKENS, BLOCK_D), tl.float32)
-    for start in range(part * BLOCK_H, widest, SPLIT * BLOCK_H):
+    output_live = output < D
+    sums = tl.zeros((TOKENS, BLOCK_H, BLOCK_D), tl.float32)
+    row = part * BLOCK_H + tl.arange(0, BLOCK_H)
+    hidden = tl.load(hidden_ptr + token[:, None] * H + row[None, :], live[:, None] & (row < widest)[None, :], 0.0)
+    down = _block(hidden, down_ptr, down_stride, row, output, row < widest, output_live)
+    for start in range((part + PARTS) * BLOCK_H, widest + PARTS * BLOCK_H, PARTS * BLOCK_H):
         row = start + tl.arange(0, BLOCK_H)
-        row_live = row < widest
-        here = live[:, None] & row_live[None, :]
-        first = tl.zeros((TOKENS, BLOCK_H), tl.float32)
-        up = tl.zeros((TOKENS, BLOCK_H), tl.float32)
-        for other in range(SPLIT):
-            place = (other * 2 * T + token[:, None]) * H + row[None, :]
-            if GATED:
-                first += tl.load(part_ptr + place, here, 0.0)
-            up += tl.load(part_ptr + place + T * H, here, 0.0)
-        if up_bias_ptr is not None:
-            up += tl.load(up_bias_ptr + row, row_live, 0.0).to(tl.float32)[None, :]
-        if GATED:
-            if gate_bias_ptr is not None:
-                first += tl.load(gate_bias_ptr + row, row_live, 0.0).to(tl.float32)[None, :]
-            hidden, _ = _activate(first, ACT)
-            hidden = hidden * up
-        else:
-            hidden, _ = _activate(up, ACT)
-        hidden = tl.where(row[None, :] < width[:, None], hidden, 0.0)
-        hidden = _kept(hidden, least_ptr, token, live)
-        y += _products(hidden, down_ptr, down_stride, row, output, row_live, output < D)
-    written = live[:, None] & (output < D)[None, :]
-    tl.store(y_ptr + (part * T + token[:, None]) * D + output[None, :], y, written)
+        here = live[:, None] & (row < widest)[None, :]
+        next_hidden = tl.load(hidden_ptr + token[:, None] * H + row[None, :], here, 0.0)
+        next_down = _block(next_hidden, down_ptr, down_stride, row, output, row < widest, output_live)
+        sums += _products(hidden, down)
+        hidden, down = next_hidden, next_down
+    y = tl.sum(sums, 1)
+    if PARTS == 1 and bias_ptr is not None:
+        y += tl.load(bias_ptr + output, output_live, 0.0).to(tl.float32)[None, :]
+    place = (part * T + token[:, None]) * D + output[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), live[:, None] & output_live[None, :])
 
 
 def _forward(x_TD, expert_T, least, weights, act, widths):
+    """`least`: two numbers, or two tensors (T,)."""
     (least_input, least_hidden), (gate, gate_bias, up, up_bias, down, down_bias) = least, weights
     (T, D), H = x_TD.shape, up.shape[0]
     x_TD, expert_T, tokens = x_TD.contiguous(), expert_T.contiguous(), triton.next_power_of_2(len(x_TD))
-    parts = x_TD.new_empty(SPLIT, 2, T, H, dtype=torch.float32)
-    y = x_TD.new_empty(SPLIT, T, D, dtype=torch.float32)
+    hidden = x_TD.new_empty(T, H, dtype=torch.float32)
+    y = x_TD.new_empty(PARTS, T, D, dtype=x_TD.dtype if PARTS == 1 else torch.float32)
     gated, first = gate is not None, up if gate is None else gate
-    sizes = {"GATED": gated, "TOKENS": tokens, "SPLIT": SPLIT}
-    block = WRITTEN if tokens == 1 else WRITTEN // 2
     with torch.cuda.device_of(x_TD):
-        _input_kernel[triton.cdiv(H, block), SPLIT](
-            x_TD, expert_T, least_input, first, up, parts, T, D, H, first.stride(1), up.stride(1), tuple(widths),
-            **sizes, BLOCK_D=READ, BLOCK_H=block,
+        _hidden_kernel[(triton.cdiv(H, NEURONS),)](
+            x_TD, expert_T, least_input, least_hidden, first, gate_bias, up, up_bias, hidden,
+            T, D, H, first.stride(1), up.stride(1), tuple(widths),
+            ACT=ACTIVATIONS[act], GATED=gated, EACH=isinstance(least_input, torch.Tensor),
+            TOKENS=tokens, BLOCK_D=max(16, ROWS // tokens), BLOCK_H=NEURONS, num_warps=WARPS,
         )  # fmt: skip
-        _output_kernel[triton.cdiv(D, block), SPLIT](
-            parts, expert_T, least_hidden, gate_bias, up_bias, down, y, T, D, H, down.stride(1), tuple(widths),
-            ACT=ACTIVATIONS[act], **sizes, BLOCK_H=READ, BLOCK_D=block,
+        _output_kernel[triton.cdiv(D, OUTPUTS), PARTS](
+            hidden, expert_T, down, down_bias, y, T, D, H, down.stride(1), tuple(widths),
+            TOKENS=tokens, PARTS=PARTS, BLOCK_H=max(16, HIDDEN_ROWS // tokens), BLOCK_D=OUTPUTS, num_warps=OUTPUT_WARPS,
         )  # fmt: skip
+    if PARTS == 1:
+        return y[0]
     y = y.sum(0)
     return (y if down_bias is None else y + down_bias).to(x_TD.dtype)
 
@@ -170,11 +191,14 @@ def sparse_decode(
     """
     x_TD, shape = x.flatten(0, 1), x.shape[:2]
     expert_T = expert.flatten() if isinstance(expert, torch.Tensor) else torch.full((len(x_TD),), expert, device=x.device)
+    each = any(isinstance(value, torch.Tensor) for value in thresholds) or torch.compiler.is_compiling()
     # Filled on the device: a tensor made from a list would make the host wait for the copy.
     least = [
         value.expand(*shape, 1).flatten()
         if isinstance(value, torch.Tensor)
         else torch.full((len(x_TD),), value, device=x.device)
+        if each
+        else value
         for value in thresholds
     ]
     if torch.compiler.is_compiling():

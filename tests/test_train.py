@@ -238,7 +238,7 @@ def test_stages_on_a_gpu(dense_folder, text_file, token_ids, tmp_path):
     loaded, tokenizer = load_dense(dense_folder)
     assert loaded.device.type == "cuda"
     with contextlib.suppress(ValueError):  # tiny routers may reach no budget, but where they run is the same
-        calibrate_budgets(trained, [0.6], max_tokens=1024, **text)
+        calibrate_budgets(trained, budgets=[0.6], max_tokens=1024, **text)
     assert len(token_difficulty(model, tokenizer, "Some words.", 0.5)[0]) == 11
     assert continue_text(model, tokenizer, "Some words", 4)
 
