@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from .dense_base import Projections
 from .nested_mlp_triton import triton_mlp
-from .sparse_decode_triton import runs_sparse_decode, sparse_decode
 from .sparsity import Thresholds, keep_large
 
 
@@ -230,17 +229,12 @@ def run_packed(call: Call) -> torch.Tensor:
     return call.weights.packed.run(call.given, call.expert, call.weights.widths, call.thresholds)
 
 
-def run_sparse_decode(call: Call) -> torch.Tensor:
-    """Few tokens on a GPU, which read the weights of what they keep, tested there."""
-    weights = call.weights
-    assert call.thresholds is not None and weights.activation is not None
-    return sparse_decode(call.given, call.expert, call.thresholds, call.tensors, weights.activation, weights.widths)
-
-
 def run_triton(call: Call) -> torch.Tensor:
-    """Each token through its own prefix on a GPU, without waiting for the device."""
-    weights = call.weights
-    return triton_mlp(call.x_TD, call.expert_T, call.tensors, weights.activation, weights.widths).view_as(call.x)
+    """Each token through its own prefix on a GPU, without waiting for the device. What is left out of it is read, as zeros."""
+    weights, threshold = call.weights, 0.0 if call.thresholds is None else call.thresholds.hidden
+    if isinstance(threshold, torch.Tensor):
+        threshold = threshold.expand(*call.x.shape[:2], 1).flatten()
+    return triton_mlp(call.x_TD, call.expert_T, call.tensors, weights.activation, weights.widths, threshold).view_as(call.x)
 
 
 def run_sliced(call: Call) -> torch.Tensor:
@@ -276,13 +270,10 @@ def _all_neurons_needed(call):
     return call.decision.hidden is not None or call.weights.tensors is None or call.weights.training and call.routed
 
 
-def _sparse_on_triton(call):
-    sparse = call.thresholds is not None and call.weights.triton
-    return sparse and runs_sparse_decode(call.given, call.tensors, call.weights.activation)
-
-
 def _on_triton(call):
-    return call.routed and call.weights.triton and call.thresholds is None
+    sparse = call.thresholds is not None
+    # The kernels' gradient knows no thresholds.
+    return call.routed and call.weights.triton and not (sparse and torch.is_grad_enabled())
 
 
 def _single_token_compiled(call):
@@ -323,7 +314,6 @@ EXECUTIONS = (
     Execution("gated", lambda call: call.decision.gates is not None, run_gated, "gates need a gradient through every block"),
     Execution("masked", _all_neurons_needed, run_masked,
               "labels have computed all neurons; in training reading the routes would wait for the device; or the MLP cannot be cut"),
-    Execution("sparse triton", _sparse_on_triton, run_sparse_decode, "few tokens need few weights, and routes never leave the GPU"),
     Execution("triton", _on_triton, run_triton, "routes never leave the GPU"),
     Execution("sliced", _single_token_compiled, run_sliced, "a compiled graph may hold one number that is read when it runs"),
     Execution("operator", _compiled, run_operator, "what is computed depends on numbers that a compiler does not have"),

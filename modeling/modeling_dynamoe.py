@@ -208,10 +208,10 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
         Args:
             kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`, for few tokens on a CPU; `"onednn"`, the
-                numbers as they are, for any number of tokens on a CPU; `"transposed"`, for the sparse Triton kernel on a GPU.
+                numbers as they are, for any number of tokens on a CPU.
 
         Returns:
-            This model. But for "transposed" it can no longer be trained or saved: its folder stays as it is.
+            This model. It can no longer be trained or saved: its folder stays as it is.
 
         Raises:
             ValueError: an unknown kind, another device, or MLPs that are wrapped, quantised or packed.

@@ -114,12 +114,13 @@ def _load(source, offset, live, row, column, BULK: constexpr, TRANSPOSED: conste
 @jit
 def _hidden_kernel(
     x_ptr, grad_ptr, expert_ptr, gate_ptr, gate_bias_ptr, up_ptr, up_bias_ptr, down_ptr,
-    hidden_ptr, gate_grad_ptr, up_grad_ptr, T, D, H,
+    hidden_ptr, gate_grad_ptr, up_grad_ptr, least_ptr, least, T, D, H,
     gate_stride_h, gate_stride_d, up_stride_h, up_stride_d, down_stride_d, down_stride_h, widths,
     ACT: constexpr, BLOCK_T: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr, BULK: constexpr,
 ):  # fmt: skip
     """
-    hidden = act(x gate') * (x up'), (T, H); where `grad` of the output is given, the gradients of both products too.
+    hidden = act(x gate') * (x up'), (T, H), zero where it is not larger than the threshold `least`; where `grad` of the output is
+    given, the gradients of both products too.
 
     Tiles beyond their widest token are left unwritten; in the others every neuron is written, unused ones as zeros.
     With BULK, x, grad and the weights are descriptors of their tiles.
@@ -171,6 +172,9 @@ def _hidden_kernel(
         hidden, slope = _activate(up, ACT)
         if grad_ptr is not None:
             tl.store(up_grad_ptr + here, tl.where(used, grad * slope, 0.0).to(dtype), written)
+    if least_ptr is not None:
+        least = tl.load(least_ptr + place, live, 0.0)[:, None]
+    used = used & ~(tl.abs(hidden) <= least)  # what is not a number stays
     tl.store(hidden_ptr + here, tl.where(used, hidden, 0.0).to(dtype), written)
 
 
@@ -381,7 +385,7 @@ def _sorted(expert_T):
     return torch.sort(expert_T.to(torch.int16), descending=True, stable=True)
 
 
-def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk):
+def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk, least=0.0, least_T=None):
     """Launch `_hidden_kernel`: hidden (T, H), and with `grad_TD` the gradients of gate and up products, or `None`."""
     gate, gate_bias, up, up_bias, down = weights
     (T, D), H, tile = x_TD.shape, len(up), plan.hidden
@@ -393,7 +397,7 @@ def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk):
     _hidden_kernel[(triton.cdiv(T, plan.tokens) * triton.cdiv(H, tile.columns),)](
         _source(x_TD, *token), _source(grad_TD, *token), expert_T, _source(gate, *weight), gate_bias,
         _source(up, *weight), up_bias, _source(down if backward else None, tile.inner, tile.columns, bulk),
-        hidden_TH, gate_grad_TH, up_grad_TH, T, D, H,
+        hidden_TH, gate_grad_TH, up_grad_TH, least_T, least, T, D, H,
         *(gate.stride() if gated else (0, 0)), *up.stride(), *down.stride(), tuple(widths),
         ACT=ACTIVATIONS[act], BLOCK_T=plan.tokens, BLOCK_H=tile.columns, BLOCK_D=tile.inner,
         **_options(tile, (1 + backward) * plan.tokens + (1 + gated + backward) * tile.columns, x_TD, bulk),
@@ -432,36 +436,31 @@ def _weight_grad(a_TH, b_TD, like, bias, expert_T, widths, plan, bulk, transpose
     return weight_grad, bias_grad
 
 
-def _forward(x_TD, expert_T, gate, gate_bias, up, up_bias, down, down_bias, act, widths):
+def _forward(x_TD, expert_T, weights, act, widths, least, least_T):
+    *weights, down, down_bias = weights
     x_TD, expert_T, plan, order_T = x_TD.contiguous(), expert_T.contiguous(), _plan(x_TD), None
-    bulk = plan is PREFILL_LARGE and _bulk(x_TD, gate, up, down)
+    bulk = plan is PREFILL_LARGE and _bulk(x_TD, weights[0], weights[2], down)
     with torch.cuda.device_of(x_TD):
         if len(x_TD) > plan.tokens:  # within one tile any order will do
             expert_T, order_T = _sorted(expert_T)
             x_TD = x_TD.index_select(0, order_T)
-        hidden_TH, _, _ = _hidden(x_TD, None, expert_T, (gate, gate_bias, up, up_bias, down), act, widths, plan, bulk)
+            least_T = None if least_T is None else least_T.index_select(0, order_T)
+        hidden_TH, _, _ = _hidden(x_TD, None, expert_T, (*weights, down), act, widths, plan, bulk, least, least_T)
         return _output((hidden_TH, down), (None, None), down_bias, expert_T, order_T, widths, plan, bulk, True)
 
 
 @torch.library.custom_op("dynamoe::triton_mlp", mutates_args=())
 def triton_mlp_op(
-    x_TD: torch.Tensor,
-    expert_T: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_bias: torch.Tensor | None,
-    up: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    act: str,
-    widths: list[int],
-) -> torch.Tensor:
+    x_TD: torch.Tensor, expert_T: torch.Tensor, gate: torch.Tensor | None, gate_bias: torch.Tensor | None, up: torch.Tensor,
+    up_bias: torch.Tensor | None, down: torch.Tensor, down_bias: torch.Tensor | None, act: str, widths: list[int],
+    least: float = 0.0, least_T: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Each token through its own prefix: (T, D), (T,) int -> (T, D)."""
-    return _forward(x_TD, expert_T, gate, gate_bias, up, up_bias, down, down_bias, act, widths)
+    return _forward(x_TD, expert_T, (gate, gate_bias, up, up_bias, down, down_bias), act, widths, least, least_T)
 
 
 @triton_mlp_op.register_fake
-def _(x_TD, expert_T, gate, gate_bias, up, up_bias, down, down_bias, act, widths):
+def _(x_TD, *inputs):
     return x_TD.new_empty(x_TD.shape)  # contiguous, whatever x is
 
 
@@ -543,7 +542,7 @@ def triton_choose(x_TR, weight, bias, threshold):
 
 
 def _save(ctx, inputs, output):
-    x_TD, expert_T, *weights, _, ctx.act, ctx.widths = inputs
+    x_TD, expert_T, *weights, _, ctx.act, ctx.widths, _, _ = inputs
     ctx.save_for_backward(x_TD, expert_T, *weights)
 
 
@@ -553,7 +552,7 @@ def _backward(ctx, grad_TD):
     grads = iter(triton_mlp_backward_op(grad_TD, x_TD, expert_T, *weights, ctx.act, ctx.widths, of_x, of_weights))
     of_input = next(grads) if of_x else None
     of_each = [next(grads) if of_weights and weight is not None else None for weight in weights]
-    return of_input, None, *of_each, grad_TD.sum(0) if ctx.needs_input_grad[7] else None, None, None
+    return of_input, None, *of_each, grad_TD.sum(0) if ctx.needs_input_grad[7] else None, *[None] * 4
 
 
 triton_mlp_op.register_autograd(_backward, setup_context=_save)
@@ -578,7 +577,7 @@ def _capability(device):
     return torch.cuda.get_device_capability(device)
 
 
-def triton_mlp(x_TD, expert_T, weights, act, widths):
+def triton_mlp(x_TD, expert_T, weights, act, widths, threshold=0.0):
     """
     Each token through its own prefix, without waiting for the device: (T, D), (T,) int -> (T, D).
 
@@ -586,12 +585,16 @@ def triton_mlp(x_TD, expert_T, weights, act, widths):
         weights: the `Projections` of the whole MLP.
         act: name of the activation, one of `ACTIVATIONS`.
         widths: neurons of each expert.
+        threshold: activations that are not larger are zero, a number or (T,); above 0 there is no gradient.
     """
     tensors = x_TD, *weights[:6]
     if torch.is_autocast_enabled(x_TD.device.type):  # autocast knows no custom kernels
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         tensors = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
     x_TD, *weights = tensors
+    least, least_T = (0.0, threshold.contiguous()) if isinstance(threshold, torch.Tensor) else (threshold, None)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return triton_mlp_op(x_TD, expert_T, *weights, act, widths)
-    return _forward(x_TD, expert_T, *weights, act, widths)  # without the operator's overhead, which a few tokens would feel
+        return triton_mlp_op(x_TD, expert_T, *weights, act, widths, least, least_T)
+    return _forward(
+        x_TD, expert_T, weights, act, widths, least, least_T
+    )  # without the operator's overhead, which a few tokens would feel

@@ -20,11 +20,10 @@ from .dense_base import Layout, Projections
 from .mlp_backends import activation_of
 from .onednn_weights import OneDnnLinear, OneDnnMLP, is_available
 from .routing import plain_parameters
-from .sparse_decode_triton import lay_by_inputs
 from .sparsity import Thresholds, keep_large
 
 
-KINDS = ("int8", "bfloat16", "onednn", "transposed")
+KINDS = ("int8", "bfloat16", "onednn")
 # Tokens up to which each reads its own rows; more take one product together. On an EPYC that is faster from 8 tokens on at
 # SmolLM2-135M's shape, from 40 on at Llama-3.2-1B's (`benchmarks/packed.py`).
 FEW_TOKENS = 16
@@ -327,10 +326,8 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
     """
     if kind not in KINDS:
         raise ValueError(f"The kind of packing is unknown: found {kind!r}. Choose one of {', '.join(KINDS)}.")
-    if model.device.type != "cpu" and kind != "transposed":
-        raise ValueError(
-            f"Packed weights are for the CPU, found a model on {model.device}. Move it with `model.to('cpu')`, or pack it 'transposed'."
-        )
+    if model.device.type != "cpu":
+        raise ValueError(f"Packed weights are for the CPU, found a model on {model.device}. Move it with `model.to('cpu')`.")
     if kind == "onednn" and not is_available(model.dtype):
         raise ValueError(
             f"Weights cannot be laid out for oneDNN: found {model.dtype}, and this PyTorch and processor offer it for float32, and for "
@@ -343,14 +340,9 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
                 "Merge adapters (`merge_and_unload`), or load the model anew."
             )
     for mlp in mlps:
-        if kind == "transposed":
-            for name in mlp.layout.projections:
-                lay_by_inputs(getattr(mlp, name))
-        else:
-            mlp.pack(kind)
-    if kind != "transposed":
-        pack_linears(model, kind, tuple({type(mlp) for mlp in mlps}))
-        model.requires_grad_(False)
+        mlp.pack(kind)
+    pack_linears(model, kind, tuple({type(mlp) for mlp in mlps}))
+    model.requires_grad_(False)
     return model
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 TRAVELLING = {
     "configuration_dynamoe.py", "modeling_dynamoe.py", "dense_base.py", "difficulty.py", "routing.py", "nested_mlp.py",
     "mlp_backends.py", "quantized_slices.py", "fast_decode.py", "nested_mlp_triton.py", "packed_weights.py", "sparsity.py",
-    "sparse_decode_triton.py", "engine_layers.py", "onednn_weights.py", "request_dials.py", "checks.py", "outputs.py",
+    "engine_layers.py", "onednn_weights.py", "request_dials.py", "checks.py", "outputs.py",
     "self_draft.py",
 }  # fmt: skip
 

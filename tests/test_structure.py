@@ -12,7 +12,7 @@ import dynamoe_hf
 ROOT = Path(__file__).parent.parent
 # A file may import only names to its left.
 ORDER = {
-    "modeling": ["difficulty", "checks", "sparsity", "dense_base", "nested_mlp_triton", "sparse_decode_triton", "engine_layers", "routing",
+    "modeling": ["difficulty", "checks", "sparsity", "dense_base", "nested_mlp_triton", "engine_layers", "routing",
                  "configuration_dynamoe", "mlp_backends", "quantized_slices", "onednn_weights", "packed_weights", "fast_decode", "request_dials", "nested_mlp", "outputs", "self_draft", "modeling_dynamoe", "__init__"],
     "dynamoe_hf": ["_version", "arguments", "training_arguments", "modeling", "integrity", "disk", "folder", "tables", "card", "data", "observe", "label", "convert",
                    "gguf_tokenizer", "gguf_file", "export", "losses",

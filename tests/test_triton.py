@@ -20,7 +20,6 @@ triton = pytest.importorskip("triton")
 from dynamoe_hf.modeling import nested_mlp_triton as kernels  # noqa: E402
 from dynamoe_hf.modeling.dense_base import Projections  # noqa: E402
 from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution  # noqa: E402
-from dynamoe_hf.modeling.sparse_decode_triton import lay_by_inputs, sparse_decode  # noqa: E402
 from dynamoe_hf.modeling.sparsity import Thresholds  # noqa: E402
 
 
@@ -323,14 +322,6 @@ for dtype in (torch.bfloat16, torch.float32):
     case += "-backward"
     with Calls():
         kernels.triton_mlp_backward_op._init_fn(x, x, expert, gate, None, up, None, down, "silu", widths, True, True)
-from dynamoe_hf.modeling import sparse_decode_triton as sparse
-gate, up, down = (torch.empty(*shape, dtype=torch.bfloat16).t() for shape in ((D, H), (D, H), (H, D)))
-for tokens in (1, 4):
-    case = f"sparse-{tokens}"
-    x, expert = torch.empty(tokens, D, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.long)
-    least = torch.empty(tokens)
-    with Calls():
-        sparse._forward(x, expert, (least, least), (gate, None, up, None, down, None), "silu", widths)
 expert = torch.zeros(8, dtype=torch.long)
 x, up, down, bias, D_bias = (torch.empty(*s, dtype=torch.bfloat16) for s in ((8, 64), (256, 64), (64, 256), (256,), (64,)))
 for act in ("gelu", "gelu_new", "relu", "relu2"):
@@ -363,7 +354,7 @@ def test_compiles_for_real_chips(chip, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert set(re.findall(r"^call (\S+)$", result.stdout, flags=re.M)) <= CALLS
     compiled = re.findall(r"^kernel (\S+) (\w+) (\d+) (\d+) (\d+) (\d+) (\d+)$", result.stdout, flags=re.M)
-    assert len(compiled) == 26 + 4 * 6 + 4
+    assert len(compiled) == 26 + 4 * 6
     for case, kernel, _, spilled, used, wide, copies in compiled:
         assert int(used) <= shared, f"{case} {kernel} wants {used} bytes of shared memory"
         # The sums of the backward pass do spill on an H100, and are faster so than in smaller tiles. Elsewhere only Triton
@@ -371,8 +362,7 @@ def test_compiles_for_real_chips(chip, tmp_path):
         sums = kernel == "_hidden_kernel" and case.endswith("backward")
         allowed = 200 if sums and chip == "H100" else 80 if sums and case.startswith("float32") and OLD_TRITON else 16
         assert int(spilled) <= allowed, f"{case} {kernel} spills {spilled} bytes of each thread's registers"
-        if not case.startswith("sparse"):  # whose loads depend on what is kept, so nothing is fetched ahead
-            assert int(wide) == int(copies) > 0, f"{case} {kernel}: {wide} of {copies} asynchronous copies are of 16 bytes"
+        assert int(wide) == int(copies) > 0, f"{case} {kernel}: {wide} of {copies} asynchronous copies are of 16 bytes"
 
 
 @pytest.mark.gpu
@@ -417,68 +407,54 @@ SPARSE_CASES = {**CASES, "relu": {"family": "starcoder2", "hidden_act": "relu"}}
 
 
 @pytest.mark.parametrize("of_each", [False, True], ids=["one threshold", "thresholds of each sequence"])
-@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("case", SPARSE_CASES)
-def test_sparse_decoding_equals_the_plain_loop(case, tokens, of_each, fresh_memory_holds_nan):
+def test_prefixes_with_thresholds_equal_the_plain_loop(case, tokens, of_each, fresh_memory_holds_nan):
+    """40 tokens are sorted by their experts, and their thresholds with them."""
     mlp = tiny_mlp(**SPARSE_CASES[case])
-    for name in mlp.layout.projections:
-        lay_by_inputs(getattr(mlp, name))
     torch.manual_seed(tokens)
     x, experts = torch.randn(tokens, 1, 72).to(DEVICE), len(mlp.widths)
     least_input = in_a_gap(x, 0.2, 0.9)
     hidden = mlp.hidden(x * (x.abs() >= least_input))
-    values = (least_input, in_a_gap(hidden, 0.01, 2.0))
-    thresholds = Thresholds(*values)
+    least = [least_input] * tokens, [in_a_gap(hidden, 0.01, 2.0)] * tokens
+    thresholds = Thresholds(least[0][0], least[1][0])
     if of_each:
-        thresholds = Thresholds(*(torch.full((tokens, 1, 1), value, device=DEVICE) for value in values))
-    for expert in (torch.arange(tokens, device=DEVICE).view(-1, 1) % experts, experts - 1, 0):
-        own = expert.flatten() if isinstance(expert, torch.Tensor) else torch.full((tokens,), expert)
-        with torch.no_grad():
-            call = Call(x, Decision(expert, thresholds=thresholds), mlp.weights(x, Decision(expert, thresholds=thresholds)))
-            assert choose_execution(call).name == "sparse triton"
-            y = choose_execution(call).run(call)[:, 0]
-            expected, _ = sparse_mlp(mlp.double(), x[:, 0].double(), own, *([value] * tokens for value in values))
-            mlp.float()
-            for name in mlp.layout.projections:
-                lay_by_inputs(getattr(mlp, name))
-        assert_close(f"{tokens} tokens, {expert}", y.double(), expected, atol=1e-5 * expected.abs().max().item() + 1e-7)
-
-
-def test_what_is_left_out_is_not_read():
-    """Weights of inputs and neurons that are left out, and beyond the prefix, may be anything."""
-    mlp = tiny_mlp()
-    x = torch.zeros(1, 1, 72, device=DEVICE)
-    x[..., ::3] = torch.linspace(1, 2, 24, device=DEVICE)
-    thresholds, width = Thresholds(0.5, 0.0), mlp.widths[1]
-    for name in mlp.layout.projections:
-        lay_by_inputs(getattr(mlp, name))
+        least[1][::2] = [0.0] * len(least[1][::2])
+        thresholds = Thresholds(*(torch.tensor(values, device=DEVICE).view(-1, 1, 1) for values in least))
+    expert = torch.arange(tokens, device=DEVICE).view(-1, 1) % experts
     with torch.no_grad():
-        run = sparse_decode(x, 1, thresholds, mlp.tensors(x), mlp.act_name, mlp.widths)
-        left_out = torch.ones(72, dtype=torch.bool, device=DEVICE)
-        left_out[::3] = False
-        mlp.gate_proj.weight[:, left_out] = mlp.up_proj.weight[:, left_out] = float("nan")
-        mlp.gate_proj.weight[width:] = mlp.up_proj.weight[width:] = float("nan")
-        mlp.down_proj.weight[:, width:] = float("nan")
-        again = sparse_decode(x, 1, thresholds, mlp.tensors(x), mlp.act_name, mlp.widths)
-    assert torch.equal(run, again)
+        call = Call(x, Decision(expert, thresholds=thresholds), mlp.weights(x, Decision(expert, thresholds=thresholds)))
+        assert choose_execution(call).name == "triton"
+        y = choose_execution(call).run(call)[:, 0]
+        expected, _ = sparse_mlp(mlp.double(), x[:, 0].double(), expert.flatten(), *least)
+    assert_close(f"{tokens} tokens", y.double(), expected, atol=1e-5 * expected.abs().max().item() + 1e-7)
 
 
 def test_what_is_not_a_number_is_seen():
     """A threshold must not hide a broken input."""
     mlp, x = tiny_mlp(), torch.randn(2, 1, 72, device=DEVICE)
-    for name in mlp.layout.projections:
-        lay_by_inputs(getattr(mlp, name))
     x[0, 0, 3] = float("nan")
     with torch.no_grad():
-        y = sparse_decode(x, 3, Thresholds(0.5, 0.1), mlp.tensors(x), mlp.act_name, mlp.widths)
+        expert = torch.full((2, 1), 3, device=DEVICE)
+        call = Call(x, Decision(expert, thresholds=Thresholds(0.5, 0.1)), mlp.weights(x, Decision(expert)))
+        assert choose_execution(call).name == "triton"
+        y = choose_execution(call).run(call)
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
+def test_thresholds_with_gradients_are_not_for_the_kernels():
+    mlp, expert = tiny_mlp(), torch.full((2, 1), 3, device=DEVICE)
+    x = torch.randn(2, 1, 72, device=DEVICE, requires_grad=True)
+    decision = Decision(expert, thresholds=Thresholds(0.5, 0.1))
+    assert choose_execution(Call(x, decision, mlp.weights(x, decision))).name != "triton"
+
+
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
-def test_a_transposed_model_is_the_same(family, token_ids):
+def test_a_calibrated_model_decodes_as_without_the_kernels(family, token_ids):
     settings = {"thresholds": TABLE, "density_path": PATH}
     plain, model = (tiny_dynamoe(family, **settings).to(DEVICE) for _ in range(2))
-    model.pack("transposed").set_mlp_implementation("triton")
+    plain.set_mlp_implementation("torch")
+    model.set_mlp_implementation("triton")
     ids = token_ids.to(DEVICE)
     with torch.no_grad():
         for dial in (0.5, torch.tensor([0.35, 0.9], device=DEVICE)):
