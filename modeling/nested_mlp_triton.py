@@ -112,6 +112,14 @@ def _load(source, offset, live, row, column, BULK: constexpr, TRANSPOSED: conste
 
 
 @jit
+def _kept(hidden, used, least_ptr, least, place, live):
+    """Activations of used neurons that are larger than their token's threshold, or than the one of all. What is not a number stays."""
+    if least_ptr is not None:
+        least = tl.load(least_ptr + place, live, 0.0)[:, None]
+    return tl.where(used & ~(tl.abs(hidden) <= least), hidden, 0.0)
+
+
+@jit
 def _hidden_kernel(
     x_ptr, grad_ptr, expert_ptr, gate_ptr, gate_bias_ptr, up_ptr, up_bias_ptr, down_ptr,
     hidden_ptr, gate_grad_ptr, up_grad_ptr, least_ptr, least, T, D, H,
@@ -119,8 +127,7 @@ def _hidden_kernel(
     ACT: constexpr, BLOCK_T: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr, BULK: constexpr,
 ):  # fmt: skip
     """
-    hidden = act(x gate') * (x up'), (T, H), zero where it is not larger than the threshold `least`; where `grad` of the output is
-    given, the gradients of both products too.
+    hidden = act(x gate') * (x up'), (T, H), kept where it is larger than `least`; with `grad`, the gradients of both products too.
 
     Tiles beyond their widest token are left unwritten; in the others every neuron is written, unused ones as zeros.
     With BULK, x, grad and the weights are descriptors of their tiles.
@@ -172,10 +179,7 @@ def _hidden_kernel(
         hidden, slope = _activate(up, ACT)
         if grad_ptr is not None:
             tl.store(up_grad_ptr + here, tl.where(used, grad * slope, 0.0).to(dtype), written)
-    if least_ptr is not None:
-        least = tl.load(least_ptr + place, live, 0.0)[:, None]
-    used = used & ~(tl.abs(hidden) <= least)  # what is not a number stays
-    tl.store(hidden_ptr + here, tl.where(used, hidden, 0.0).to(dtype), written)
+    tl.store(hidden_ptr + here, _kept(hidden, used, least_ptr, least, place, live).to(dtype), written)
 
 
 @jit
@@ -466,19 +470,9 @@ def _(x_TD, *inputs):
 
 @torch.library.custom_op("dynamoe::triton_mlp_backward", mutates_args=())
 def triton_mlp_backward_op(
-    grad_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    expert_T: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_bias: torch.Tensor | None,
-    up: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    act: str,
-    widths: list[int],
-    of_x: bool,
-    of_weights: bool,
-) -> list[torch.Tensor]:
+    grad_TD: torch.Tensor, x_TD: torch.Tensor, expert_T: torch.Tensor, gate: torch.Tensor | None, gate_bias: torch.Tensor | None,
+    up: torch.Tensor, up_bias: torch.Tensor | None, down: torch.Tensor, act: str, widths: list[int], of_x: bool, of_weights: bool,
+) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of x, gate, its bias, up, its bias and down: those that exist and are asked for. Hidden is computed again."""
     plan, grads = _plan(x_TD, backward=True), []
     with torch.cuda.device_of(x_TD):
