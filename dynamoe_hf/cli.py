@@ -6,6 +6,7 @@ torch, transformers or a stage before the stage runs, so that `--help` and wrong
 
 import difflib
 import logging
+import os
 import signal
 import sys
 import textwrap
@@ -199,10 +200,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stage.arguments is not None:
         inputs.append(stage.arguments(**values))
     quieten_imports()
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if not is_main:
+        if stage.module != "train":
+            return 0  # the first process does it
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         with terminable():
             result = getattr(import_module(f".{stage.module}", __package__), stage.function)(*inputs)
-            show(result)
+            if is_main:
+                show(result)
+            if "RANK" in os.environ:
+                import_module(".processes", __package__).leave_processes()
     except KeyboardInterrupt as error:
         if debug:
             raise
