@@ -29,6 +29,7 @@ from .arguments import (
     ExportArguments,
     GenerateArguments,
     InspectArguments,
+    PlanArguments,
     PublishArguments,
     ReportArguments,
     ServeArguments,
@@ -42,6 +43,7 @@ from .screens import (
     show_inspection,
     show_json,
     show_paths,
+    show_plan,
     show_publication,
     show_record,
     show_training,
@@ -86,6 +88,13 @@ class Stage:
 
 
 STAGES = {
+    "plan": Stage(
+        "plan", "plan_base", PlanArguments, {"base": "Hub id or folder of a dense model, or of a DynaMoE one; or a config.json"}, show_plan,
+        "What a base will cost, from its config alone: sizes at each budget, FLOPs, memory, hours.",
+        ["dynamoe plan HuggingFaceTB/SmolLM2-135M-Instruct --tokens 2000000",
+         "dynamoe plan meta-llama/Llama-3.1-8B --tokens 200000000 --hardware h100 --devices 8 --dtype bfloat16"],
+        json=True,
+    ),
     "convert": Stage(
         "convert", "convert_model", ConvertArguments,
         {"base": "Hub id or folder of a dense model; or a .gguf file, or its folder", "out": "folder to write; must not exist"},
