@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .export import export_dense
     from .label import difficulty_labels
     from .modeling import DynaMoEConfig, DynaMoEForCausalLM, DynaMoEModel
+    from .plan import plan_base
     from .publish import publish_model
     from .report import report_folder
     from .router_fit import fit_routers
@@ -41,6 +42,7 @@ _MODULES = {
     "fit_routers": "router_fit",
     "fit_thresholds": "threshold_fit",
     "lora_config": "trainable",
+    "plan_base": "plan",
     "publish_model": "publish",
     "report_folder": "report",
     "train_model": "train",
@@ -62,6 +64,7 @@ __all__ = [
     "fit_routers",
     "fit_thresholds",
     "lora_config",
+    "plan_base",
     "publish_model",
     "report_folder",
     "train_model",

@@ -251,6 +251,51 @@ class InspectArguments:
     """Read all weights too: compare their SHA-256 with the records, and look whether they load and are finite."""
 
 
+# TFLOPS of dense bfloat16 products and GB/s of memory, from the makers' data sheets.
+HARDWARE: dict[str, tuple[float, float]] = {
+    "a100": (312, 2039),
+    "h100": (989, 3350),
+    "h200": (989, 4800),
+    "l40s": (362, 864),
+    "rtx4090": (165, 1008),
+}
+
+
+@dataclass(kw_only=True)
+class PlanArguments:
+    """Settings of `plan_base`. Either `hardware`, or `tflops` and `bandwidth`; without them neither hours nor speeds are told."""
+
+    tokens: Count = 100_000
+    """Tokens to train on."""
+    hardware: str | None = None
+    """What it is to run on: a100 (80 GB), h100, h200, l40s or rtx4090."""
+    tflops: float | None = None
+    """Speed of one device, in 10^12 floating-point operations a second."""
+    bandwidth: float | None = None
+    """Speed of its memory, in GB/s."""
+    devices: Count = 1
+    """Devices that train together."""
+    utilisation: Annotated[float, "share"] = 0.3
+    """Share of the speed that training reaches."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights; training keeps it."""
+    budgets: Numbers = (0.5, 0.75, 1.0)
+    """Mean shares of the MLPs' weights."""
+    block_size: Count = 256
+    """Tokens in one sequence."""
+    batch_size: Count = 4
+    """Sequences in one batch of one device."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice in training."""
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, Literal["float32", "bfloat16"])
+        for name in ("tflops", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number above 0, found {value!r}.")
+
+
 @dataclass(kw_only=True)
 class BenchArguments:
     """Settings of `bench_folder`."""

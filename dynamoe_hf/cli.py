@@ -6,6 +6,7 @@ torch, transformers or a stage before the stage runs, so that `--help` and wrong
 
 import difflib
 import logging
+import os
 import signal
 import sys
 import textwrap
@@ -28,6 +29,7 @@ from .arguments import (
     ExportArguments,
     GenerateArguments,
     InspectArguments,
+    PlanArguments,
     PublishArguments,
     ReportArguments,
     ServeArguments,
@@ -41,6 +43,7 @@ from .screens import (
     show_inspection,
     show_json,
     show_paths,
+    show_plan,
     show_publication,
     show_record,
     show_training,
@@ -85,6 +88,13 @@ class Stage:
 
 
 STAGES = {
+    "plan": Stage(
+        "plan", "plan_base", PlanArguments, {"base": "Hub id or folder of a dense model, or of a DynaMoE one; or a config.json"}, show_plan,
+        "What a base will cost, from its config alone: sizes at each budget, FLOPs, memory, hours.",
+        ["dynamoe plan HuggingFaceTB/SmolLM2-135M-Instruct --tokens 2000000",
+         "dynamoe plan meta-llama/Llama-3.1-8B --tokens 200000000 --hardware h100 --devices 8 --dtype bfloat16"],
+        json=True,
+    ),
     "convert": Stage(
         "convert", "convert_model", ConvertArguments,
         {"base": "Hub id or folder of a dense model; or a .gguf file, or its folder", "out": "folder to write; must not exist"},
@@ -199,10 +209,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stage.arguments is not None:
         inputs.append(stage.arguments(**values))
     quieten_imports()
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if not is_main:
+        if stage.module != "train":
+            return 0  # the first process does it
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         with terminable():
             result = getattr(import_module(f".{stage.module}", __package__), stage.function)(*inputs)
-            show(result)
+            if is_main:
+                show(result)
+            if "RANK" in os.environ:
+                import_module(".processes", __package__).leave_processes()
     except KeyboardInterrupt as error:
         if debug:
             raise

@@ -41,7 +41,7 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
 
     The neurons of every MLP are ranked on calibration text and reordered in place, so a full-width model computes what the
     dense one does; its logits are compared with the dense ones before anything is written, and again when the folder is
-    loaded. Peak memory is the model, one layer and a few sequences of activations.
+    loaded. Peak memory is the model, a layer, and the activations of one sequence, of one layer alone where all take over 2 GB.
 
     Args:
         base: Hub id or folder of a dense causal language model, or a `.gguf` file or its folder, which is dequantised.
@@ -244,7 +244,7 @@ def _accumulate(dense, blocks, statistic, gradients=False):
 
     hooks = [down.register_forward_pre_hook(watch(index)) for index, down in enumerate(downs)]
     try:
-        with gradients_of_activations(dense, recompute=True) if gradients else torch.no_grad():
+        with gradients_of_activations(dense, blocks.shape[1]) if gradients else torch.no_grad():
             for block in tqdm(blocks, desc="Ranking neurons", leave=False):
                 block = block.view(1, -1).to(dense.device)
                 loss_backward(dense, block) if gradients else dense.model(block, use_cache=False)

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,9 @@ import torch
 TOPIC_SHARES = {"held-out": 0.2, "calibration": 0.15}  # of the characters; the rest is for training
 WINDOW = 16  # characters of a long text that are read for each token wanted; prose has 3 to 5 in a token
 SPACE = re.compile(r"\s")
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them, by the first suffix
+
+Document = str | list[dict]  # a text, or the messages of a conversation
 
 
 def topic_documents(split: str) -> list[str]:
@@ -65,31 +69,108 @@ def read_documents(text: str | Path | Iterable[str | Path]) -> list[str]:
     return documents
 
 
-def dataset_documents(dataset: str, split: str = "train", column: str = "text") -> Iterator[str]:
+def dataset_documents(dataset: str, split: str = "train", column: str = "text") -> Iterator[Document]:
     """
-    Documents of a dataset on the Hub or on disk, streamed. `dataset` is an id, or `id:config`.
+    Documents of a dataset, streamed: texts, or conversations where the column holds messages. `dataset` is an id of the Hub, or
+    `id:config`; a JSONL, JSON or Parquet file, or a folder of them; or a folder of `save_to_disk`.
 
     Raises:
-        ValueError: there is no such column, or a row of it is not text.
+        ValueError: there is no such dataset or column, or a row of it is neither text nor messages.
     """
-    import datasets
-
-    name, _, config = dataset.partition(":")
-    rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+    rows, name = _rows(dataset, split)
     for index, row in enumerate(rows):
         if column not in row:
             raise ValueError(f"Dataset {name} has no column {column!r}, found {', '.join(row)}. Name it with --column.")
-        if not isinstance(row[column], str):
+        document = row[column]
+        if not (isinstance(document, str) or is_conversation(document)):
             raise ValueError(
-                f"Row {index} of dataset {name} has no text in column {column!r}, found {row[column]!r:.60}. Leave such rows out of the "
-                "dataset, or name a column of text with --column."
+                f"Row {index} of dataset {name} has no text in column {column!r}, found {document!r:.60}. Leave such rows out of the "
+                "dataset, or name a column of text, or of messages with `role` and `content`, with --column."
             )
-        yield row[column]
+        yield document
 
 
-def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iterator[list[int]]:
+def _rows(dataset, split):
+    """The rows of a dataset, of which few are in memory at a time, and its name."""
+    import datasets
+
+    path = Path(dataset)
+    kind = FILE_KINDS.get(next(iter(path.suffixes), ""))
+    try:
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            return (saved[split] if isinstance(saved, dict) else saved).to_iterable_dataset(), path.name
+        if path.is_file() and kind:
+            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True), path.name
+        name, _, config = dataset.partition(":")
+        return datasets.load_dataset(name, config or None, split=split, streaming=True), name
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Dataset {dataset} cannot be read: {error}. Give an id of the Hub, a JSONL or Parquet file, a folder of them, or one that "
+            f"`save_to_disk` has written, with a split {split!r}."
+        ) from error
+
+
+def is_conversation(document) -> bool:
+    """Whether a document is a list of messages, as chat templates take them, and not a text."""
+    return isinstance(document, list) and bool(document) and all(isinstance(m, dict) and "role" in m for m in document)
+
+
+def _encoded(document: Document, tokenizer) -> tuple[list[int], list[bool]]:
     """
-    Documents, an end-of-text token after each, packed one after the other into blocks of `block_size` tokens. Each block
+    The token ids of a text, or of a conversation in the tokenizer's template, and which of them are learned: all of a text, of a
+    conversation the answers, with what ends them. An answer that the template writes in another way once the conversation goes on, as
+    some do with thoughts, is not learned.
+    """
+    if isinstance(document, str):
+        # A long document is one "sequence longer than the model's maximum" to the tokenizer, and that is as intended here.
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids, [True] * len(ids)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "Conversations need a chat template, found none in the tokenizer. Name a column of text with --column."
+        )
+
+    def written(messages, **options):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    text, spans = written(document), []
+    for index, message in enumerate(document):
+        if message["role"] == "assistant":
+            before, after = written(document[:index], add_generation_prompt=True), written(document[: index + 1])
+            if text.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    learned = [any(begin <= start < end for begin, end in spans) for start, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], learned
+
+
+class Block(NamedTuple):
+    """Packed tokens: their ids, whether each is learned, and whether a document begins with it."""
+
+    ids: list[int]
+    learned: list[bool]
+    begins: list[bool]
+
+    def cut(self, first: int, last: int | None = None) -> "Block":
+        return Block(self.ids[first:last], self.learned[first:last], self.begins[first:last])
+
+    def example(self, apart: bool) -> dict[str, torch.Tensor]:
+        """
+        What a Trainer reads: `input_ids` and `labels`, (S,) int64. `apart`: and `position_ids` that begin anew with each document, by
+        which transformers keeps documents from each other; no document's first token is learned from the one before.
+        """
+        ids, learned, begins = torch.tensor(self.ids), torch.tensor(self.learned), torch.tensor(self.begins)
+        if not apart:
+            return {"input_ids": ids, "labels": ids.masked_fill(~learned, -100)}
+        places = torch.arange(len(ids))
+        positions = places - places.where(begins, 0).cummax(0).values
+        return {"input_ids": ids, "labels": ids.masked_fill(~learned | begins, -100), "position_ids": positions}
+
+
+def packed_blocks(documents: Iterable[Document], tokenizer, block_size: int) -> Iterator[Block]:
+    """
+    Documents, an end-of-text token after each text, packed one after the other into blocks of `block_size` tokens. Each block
     begins with the begin-of-text token where the tokenizer puts one before a text: some families are lost without it.
     """
     if block_size < 2:
@@ -99,17 +180,29 @@ def iterate_blocks(documents: Iterable[str], tokenizer, block_size: int) -> Iter
     # A vocabulary need not know any letter: some are of DNA or of digits alone.
     start = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     block_size -= len(start)
-    buffer = []
+    begin = [True] * len(start)
+    buffer = Block([], [], [])
     for document in documents:
-        # A long document is one "sequence longer than the model's maximum" to the tokenizer, and that is as intended here.
-        buffer += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-        whole = len(buffer) // block_size * block_size
+        ids, learned = _encoded(document, tokenizer)
+        ending = end if isinstance(document, str) else []
+        buffer.ids.extend(ids + ending)
+        buffer.learned.extend(learned + [True] * len(ending))
+        buffer.begins.extend(index == 0 for index in range(len(ids + ending)))
+        whole = len(buffer.ids) // block_size * block_size
         for place in range(0, whole, block_size):
-            yield start + buffer[place : place + block_size]
-        buffer = buffer[whole:]
+            block = buffer.cut(place, place + block_size)
+            yield Block(start + block.ids, begin + block.learned, begin + block.begins)
+        buffer = buffer.cut(whole)
 
 
-def token_blocks(documents: Iterable[str], tokenizer, block_size: int = 512, max_tokens: int | None = None) -> torch.Tensor:
+def iterate_blocks(documents: Iterable[Document], tokenizer, block_size: int) -> Iterator[list[int]]:
+    """The token ids of `packed_blocks`."""
+    return (block.ids for block in packed_blocks(documents, tokenizer, block_size))
+
+
+def token_blocks(
+    documents: Iterable[Document], tokenizer, block_size: int = 512, max_tokens: int | None = None
+) -> torch.Tensor:
     """
     Packed token ids, (N, `block_size`) int64: N whole blocks of at most `max_tokens` tokens in all, but one at least.
 
@@ -179,3 +272,8 @@ def text_names(text) -> str | list[str]:
     if text is None:
         return "pydoc_data.topics"
     return [Path(path).name for path in ([text] if isinstance(text, str | Path) else text)]
+
+
+def dataset_name(dataset: str) -> str:
+    """What a record says of a dataset: its id, or of one on this machine the name."""
+    return Path(dataset).name if Path(dataset).exists() else dataset

@@ -19,8 +19,9 @@ def digest_of(path: str | Path) -> str:
 
 
 def digests_of(folder: Path, patterns: Iterable[str] = WEIGHT_FILES) -> dict[str, str]:
-    """{name: SHA-256} of the files right in `folder` that fit one of the patterns."""
-    return {path.name: digest_of(path) for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    """{path in `folder`: SHA-256} of its files that fit one of the patterns; `**/*` are all, those of shards in folders too."""
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): digest_of(path) for path in paths}
 
 
 def differing(folder: Path, digests: dict[str, str]) -> list[str]:
@@ -32,7 +33,7 @@ def differing(folder: Path, digests: dict[str, str]) -> list[str]:
 def first_not_finite(model: torch.nn.Module) -> str | None:
     """The name of the first parameter that holds NaN or an infinity. Types of numbers that a quantiser defines are not looked at."""
     for name, parameter in model.named_parameters():
-        data = parameter.data
+        data = getattr(parameter.data, "_local_tensor", parameter.data)  # of a weight that FSDP divides, this process's part
         known = type(data) is torch.Tensor and data.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         # Both are NaN if one number is. `isfinite` instead would make a second tensor.
         if known and data.numel() and data.device.type != "meta" and not all(end.isfinite() for end in data.aminmax()):

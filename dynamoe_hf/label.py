@@ -43,8 +43,9 @@ def error_weights(model: DynaMoEForCausalLM, blocks: Iterable[torch.Tensor]) -> 
     def add(index, gradient):
         totals[index] += gradient.double().square().sum().item()
 
-    full_width = {"force_expert": model.config.expert_count - 1}
-    with gradients_of_activations(model, recompute=True), output_gradients(mlps, add), model.routing(**full_width):
+    full_width, blocks = {"force_expert": model.config.expert_count - 1}, list(blocks)
+    longest = max((block.numel() for block in blocks), default=0)
+    with gradients_of_activations(model, longest), output_gradients(mlps, add), model.routing(**full_width):
         for block in tqdm(blocks, desc="Measuring gradients", leave=False):
             loss_backward(model, block.view(1, -1).to(model.device))
             tokens += block.numel()

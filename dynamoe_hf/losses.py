@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses on hidden states, and on logits that are computed in chunks."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -71,6 +72,19 @@ def layer_outputs(layers: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, calls of the modules fire none of their forward hooks."""
+    kept = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    for module, *_ in kept:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def relative_error(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:

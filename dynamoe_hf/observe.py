@@ -23,6 +23,9 @@ from .modeling.difficulty import label_of
 from .modeling.routing import LayerRecord
 
 
+KEPT_BYTES = 2 * 2**30  # of activations, for which layers need not run twice
+
+
 def watch(
     model: DynaMoEForCausalLM,
     blocks: torch.Tensor,
@@ -122,13 +125,15 @@ def bisect_rising(value_at: Callable[[float], float], target: float, low: float,
 
 
 @contextmanager
-def gradients_of_activations(model: PreTrainedModel, recompute: bool = False) -> Iterator[None]:
+def gradients_of_activations(model: PreTrainedModel, tokens: int = 0) -> Iterator[None]:
     """
     Inside, gradients flow back to the embeddings and parameters get none.
 
     Args:
-        recompute: run layers again in backward, so that memory is that of the model and one layer's activations.
+        tokens: of a batch. Where their activations would not fit into `KEPT_BYTES`, layers run again in backward, so that memory is
+            that of the model and one layer's activations, for a third more time.
     """
+    recompute = _activation_bytes(model, tokens) > KEPT_BYTES
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Parameters are frozen, so the graph must begin somewhere.
     begin = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -168,6 +173,15 @@ def output_gradients(modules: Sequence[nn.Module], add: Callable[[int, torch.Ten
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _activation_bytes(model, tokens: int) -> int:
+    """
+    What backward keeps of so many tokens, at most: inputs and outputs of the layers' products, and as much again of norms,
+    activations and attention.
+    """
+    weights = [p for p in model.model.layers.parameters() if p.ndim == 2] if tokens else []
+    return sum(2 * sum(weight.shape) * weight.element_size() for weight in weights) * tokens
 
 
 def _recompute_layers(model, enable):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fit routers to the difficulty of tokens, on cached inputs. (A module named `fit_routers` would hide the function.)"""
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
@@ -11,10 +13,12 @@ from .modeling import DynaMoEForCausalLM
 from .modeling.difficulty import label_of
 from .modeling.routing import TokenRouter
 from .observe import gradients_of_activations, loss_backward, output_gradients, watch
+from .processes import gather_rows, hand_over, process_count, process_index
 
 
 # Limits of the target: a single token must not outweigh all others, and the logarithm of a harm of 0 is not finite.
 LARGEST_WEIGHT, SMALLEST_HARM = 30.0, 1e-3
+BATCH = 4  # sequences that are run together
 
 
 @dataclass(kw_only=True)
@@ -59,7 +63,8 @@ class RouterFit:
 def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> dict:
     """
     Fit every router from new initial weights to the difficulty of tokens, layer by layer. The rest of the model runs
-    once, to collect the inputs of the routers, so hundreds of steps cost less than a few of full training.
+    once, to collect the inputs of the routers, so hundreds of steps cost less than a few of full training. Where several processes
+    are connected, all of them call this: they share the sequences, then the layers, and end with the same routers.
 
     Args:
         blocks: token ids (N, S) int64; the last tenth of the tokens is held out, to measure the agreement.
@@ -74,30 +79,36 @@ def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> 
     """
     fit = resolve(RouterFit, None, settings)
     fit.harm = checked_harm(model.config, fit.harm)
-    torch.manual_seed(fit.seed)
+    torch.manual_seed(fit.seed + process_index())
     model.eval()
-    mlps = model.nested_mlps
+    mlps, processes = model.nested_mlps, process_count()
     held_out = max(1, blocks.numel() // 10)
     group = max(1, fit.cache_bytes // (blocks.numel() * model.config.hidden_size * 2))
-    agreement, commonest = [], []
+    measured = torch.zeros(len(mlps), 2, device=model.device)  # agreement, and share of the commonest label
     with tqdm(total=len(mlps), desc="Fitting routers", leave=False) as progress:
         for start in range(0, len(mlps), group):
             part = range(start, min(start + group, len(mlps)))
             inputs, profiles, weights, thetas = router_inputs(model, part, blocks, fit)
             for index, x, profile, weight in zip(part, inputs, profiles, weights):
+                if index % processes != process_index():
+                    continue
+                torch.manual_seed(fit.seed + index)
                 router = mlps[index].router
                 fitted = None if weight is None else weight[:-held_out]
                 data = x[:-held_out], profile[:-held_out], thetas[:-held_out]
                 fit_router(router, *data, fit.steps, fit.batch_size, fit.learning_rate, fitted)
                 label, chosen = _labels_and_choices(router, x[-held_out:], profile[-held_out:], thetas[-held_out:])
-                agreement.append((chosen == label).float().mean().item())
-                commonest.append(label.bincount().max().item() / label.numel())
+                measured[index, 0] = (chosen == label).float().mean()
+                measured[index, 1] = label.bincount().max() / label.numel()
                 progress.update()
+    for index, mlp in enumerate(mlps):
+        hand_over([*mlp.router.parameters(), measured[index]], index % processes)
+    agreement, commonest = measured.mean(0).tolist()
     return {
         "tokens": blocks.numel(),
         "harm": fit.harm,
-        "router_agreement": round(sum(agreement) / len(agreement), 4),
-        "label_frequency": round(sum(commonest) / len(commonest), 4),
+        "router_agreement": round(agreement, 4),
+        "label_frequency": round(commonest, 4),
     }
 
 
@@ -137,8 +148,11 @@ def router_inputs(
         harm="layer". And the sensitivity of each token (T,).
     """
     kept: list[dict[int, list[torch.Tensor]]] = [{index: [] for index in layers} for _ in range(3)]
-    (inputs, profiles, squares), thetas = kept, []
-    low, high = fit.sensitivity_range or model.config.train_sensitivity
+    inputs, profiles, squares = kept
+    sensitivities, densities = _drawn(model, len(blocks), fit)
+    ends = _ends_of_parts(len(blocks))
+    own = slice(ends[process_index()], ends[process_index() + 1])
+    dials = zip(sensitivities[own].split(BATCH), densities[own].split(BATCH))
     mlps, by_token = model.nested_mlps, fit.harm == "token"
     hooks = [
         mlps[index].router.register_forward_pre_hook(
@@ -152,13 +166,10 @@ def router_inputs(
             squares[index].append(gradient.float().square().sum(-1).flatten())
 
     def run(batch):
-        sensitivity = low + (high - low) * torch.rand(len(batch), device=batch.device)
+        sensitivity, density = next(dials)
         dial: dict = {"sensitivity": sensitivity}
         if model.config.thresholds is not None:
-            least, most = fit.density_range or (1, 1)
-            drawn = least + (most - least) * torch.rand(len(batch), device=batch.device)
-            dial["density"] = 1.0 if least == 1 else drawn
-        thetas.append(sensitivity.repeat_interleave(batch.shape[1]))
+            dial["density"] = 1.0 if fit.density_range is None or fit.density_range[0] == 1 else density
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=fit.bf16):
             if by_token:
                 loss_backward(model, batch, **dial)
@@ -168,19 +179,44 @@ def router_inputs(
     watched = output_gradients(mlps if by_token else [], keep_square)
     try:
         with watched, gradients_of_activations(model) if by_token else torch.no_grad():
-            for records in watch(model, blocks, 4, "Collecting router inputs", run, route=fit.route, needs_labels=True):
+            for records in watch(
+                model, blocks[own], BATCH, "Collecting router inputs", run, route=fit.route, needs_labels=True
+            ):
                 for index in layers:
                     profiles[index].append(records[index].profile.flatten(0, 1))
     finally:
         for hook in hooks:
             hook.remove()
-    weights = [torch.cat(each) if each else None for each in squares.values()]
+    rows = [(end - begin) * blocks.shape[1] for begin, end in pairwise(ends)]
+    weights = [gather_rows(torch.cat(each), rows) if each else None for each in squares.values()]
     return (
-        [torch.cat(each) for each in inputs.values()],
-        [torch.cat(each) for each in profiles.values()],
+        [gather_rows(torch.cat(each), rows) for each in inputs.values()],
+        [gather_rows(torch.cat(each), rows) for each in profiles.values()],
         [None if weight is None else weight / weight.mean().clamp_min(1e-30) for weight in weights],
-        torch.cat(thetas),
+        sensitivities.repeat_interleave(blocks.shape[1]),
     )
+
+
+def _drawn(model, count: int, fit: RouterFit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sensitivities and densities of `count` sequences, the same in all processes: (N,), (N,)."""
+    ranges = fit.sensitivity_range or model.config.train_sensitivity, fit.density_range or (1, 1)
+    drawn_2N = torch.rand(2, count, generator=torch.Generator().manual_seed(fit.seed)).to(model.device)
+    first, second = (low + (high - low) * drawn for (low, high), drawn in zip(ranges, drawn_2N))
+    return first, second
+
+
+def _ends_of_parts(count: int) -> list[int]:
+    """
+    Where the parts of `count` sequences end that the processes run, in whole batches, so that these are those of one process. Raises
+    `ValueError` where there is none for some.
+    """
+    batches, processes = math.ceil(count / BATCH), process_count()
+    if batches < processes:
+        raise ValueError(
+            f"Each process needs a batch of {BATCH} sequences to fit routers on, found {count} sequences for {processes} processes. "
+            "Give more router_tokens, or fewer processes."
+        )
+    return [min(count, BATCH * (batches * index // processes)) for index in range(processes + 1)]
 
 
 def fit_router(

@@ -3,7 +3,6 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -17,9 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, IterableDataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import TrainerCallback
 
-from .data import check_ids, documents_for, iterate_blocks, text_names, token_blocks
+from .data import check_ids, documents_for, packed_blocks, text_names, token_blocks
 from .folder import (
     carry_records,
     check_digests,
@@ -33,6 +33,7 @@ from .folder import (
     write_json,
 )
 from .integrity import DIGESTS, differing, digest_of, digests_of
+from .processes import from_main, hand_over, is_main_process, launched_processes
 from .router_fit import checked_harm
 from .self_text import SELF, own_text_file
 from .trainable import DENSITY_RANGE
@@ -70,9 +71,11 @@ class Run:
         self.folder, self.work = Path(folder), Path(out).with_name(f"{Path(out).name}.checkpoints")
         config = load_dynamoe_config(folder)
         self.arguments, self.tokenizer = _settled(arguments, config), load_tokenizer(folder)
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        self.state = _resumed(self.work, arguments, {**_sources(folder, arguments), "processes": processes})
-        check_weights(folder)  # before anything is written
+        processes, state = launched_processes(), None
+        if is_main_process():
+            state = _resumed(self.work, arguments, {**_sources(folder, arguments), "processes": processes})
+            check_weights(folder)  # before anything is written
+        self.state = from_main(state)
         self.started = time.monotonic() - self.state.seconds
         self.step_blocks = processes * arguments.batch_size * arguments.gradient_accumulation_steps
         self.step_tokens = self.step_blocks * self.arguments.block_size
@@ -99,7 +102,7 @@ class Run:
         start = first_step * self.step_blocks
         if self.distinct is not None:
             return RepeatedBlocks(self.distinct, start, steps * self.step_blocks)
-        return StreamedBlocks(self.documents, self.tokenizer, self.arguments.block_size, start)
+        return StreamedBlocks(self.documents, self.tokenizer, self.arguments, start)
 
     def seconds(self) -> float:
         """Time that the run has taken, over all its parts."""
@@ -121,9 +124,9 @@ class Run:
 
     def save(self, model) -> None:
         """Keep the model that the current phase, or the training after its fit, starts from."""
+        before, self.state.model = self.state.model, f"model-{self.state.phase}{'-fitted' * self.state.fitted}"
         if not is_main_process():
             return
-        before, self.state.model = self.state.model, f"model-{self.state.phase}{'-fitted' * self.state.fitted}"
         shutil.rmtree(self.work / self.state.model, ignore_errors=True)
         with new_folder(self.work / self.state.model) as target:
             save_model(model, target)
@@ -135,6 +138,23 @@ class Run:
         self.write()
         if before:
             shutil.rmtree(self.work / before)
+
+    def whole_model(self, trainer, wrap=lambda model: model):
+        """
+        The model that a Trainer has trained. Where FSDP or DeepSpeed have divided its weights over the processes, a new one that has
+        all of them in each. `wrap`: what the Trainer was given, from a model of this run.
+        """
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            return trainer.model
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        unset_hf_deepspeed_config()  # else transformers divides what it loads, too
+        model = self.load_model()
+        model.config.thresholds = trainer.core.config.thresholds
+        model = wrap(model)
+        if is_main_process():
+            model.load_state_dict(weights)
+        hand_over(model.state_dict().values(), 0)
+        return model
 
     def write(self) -> None:
         """Write `run.json`."""
@@ -160,7 +180,7 @@ class Run:
         Let Ctrl-C and SIGTERM end the run while the block runs: at once, or where a Trainer runs behind its step and a checkpoint. A
         second one ends it at once. Several processes, which would not end in the same step, and threads are left as they are.
         """
-        if threading.current_thread() is not threading.main_thread() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if threading.current_thread() is not threading.main_thread() or launched_processes() > 1:
             yield
             return
 
@@ -195,6 +215,8 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
             f"Routers that learn by choosing need a price of width, found width_loss_coef=0 and choice_share={choice_share:g}. "
             "Give it a weight, such as 0.9, or set choice_share to 0."
         )
+    if arguments.documents_apart and arguments.dataset is None:
+        raise ValueError("`documents_apart` is for the documents of a dataset, found none. Give a dataset, or leave it out.")
     routers_alone = arguments.train_parts == "routers"
     # Without a dial there is nothing that would move the density.
     routes_alone = not config.has_dial
@@ -238,7 +260,7 @@ def _resumed(work: Path, arguments: TrainArguments, sources: dict) -> State:
     if arguments.resume and not found:
         raise ValueError(f"There is nothing to resume: {work} holds no checkpoint. Leave out `--resume`.")
     if not found or not arguments.resume:
-        if work.is_dir() and is_main_process():
+        if work.is_dir():
             shutil.rmtree(work)  # left by a run that ended before its first checkpoint was complete
         return State(settings)
     before = found["settings"]
@@ -287,11 +309,6 @@ class WatchRun(TrainerCallback):
         self.run.write()
 
 
-def is_main_process() -> bool:
-    """Whether this process writes files: under a launcher only the first one does."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 class RepeatedBlocks(Dataset):
     """`count` token blocks from `start` on, of blocks (N, S) repeated without end: one epoch is a whole phase."""
 
@@ -312,10 +329,9 @@ class RepeatedBlocks(Dataset):
 class StreamedBlocks(IterableDataset):
     """Blocks of a streamed dataset, from one on, of which only one batch is in memory at a time."""
 
-    def __init__(self, documents, tokenizer, block_size, start):
-        self.documents, self.tokenizer, self.block_size, self.start = documents, tokenizer, block_size, start
+    def __init__(self, documents, tokenizer, arguments, start):
+        self.documents, self.tokenizer, self.arguments, self.start = documents, tokenizer, arguments, start
 
     def __iter__(self):
-        for block in islice(iterate_blocks(self.documents(), self.tokenizer, self.block_size), self.start, None):
-            ids = torch.tensor(block)
-            yield {"input_ids": ids, "labels": ids}
+        blocks = packed_blocks(self.documents(), self.tokenizer, self.arguments.block_size)
+        return (block.example(self.arguments.documents_apart) for block in islice(blocks, self.start, None))

@@ -23,6 +23,28 @@ def show_training(record):
     print("Next: `dynamoe calibrate` puts marks on the dial.")
 
 
+def show_plan(plan):
+    counts = plan["parameters"]
+    print(
+        f"{plan['base']}: {plan['family']}, {counts['total']:,} parameters, {counts['mlp']:,} of them in MLPs; routers add {counts['router']:,}"
+    )
+    print("budget  active parameters       bytes  GFLOPs a token")
+    for budget, row in plan["budgets"].items():
+        speed = row.get("decoded_tokens_per_second")
+        print(
+            f"{float(budget):6.0%}  {row['active_parameters']:17,}  {row['bytes'] / 1e9:7.2f} GB  {row['forward_flops'] / 1e9:14.2f}"
+            + (f"  decodes at most {speed:,.0f} tokens/s" if speed else "")
+        )
+    training = plan["training"]
+    hours = f", {training['hours']:.3g} hours" if "hours" in training else ""
+    print(f"Training on {training['tokens']:,} tokens: {training['flops']:.3g} FLOPs{hours}")
+    for layout, parts in plan["memory"].items():
+        told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
+        print(f"Memory of a training process, {layout}: {parts['total'] / 1e9:.2f} GB ({told})")
+    for line in plan["assumptions"]:
+        print(f"- {line}")
+
+
 def show_calibration(record):
     print("budget  sensitivity  density  mean share reached (95%)   of the width")
     for budget, entry in record["budgets"].items():

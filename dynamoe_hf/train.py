@@ -15,14 +15,15 @@ from transformers.trainer_callback import ProgressCallback
 
 from .arguments import Route, resolve
 from .card import render_card
-from .data import text_names
+from .data import dataset_name, text_names
 from .disk import staging_of
-from .folder import TRAINING, carry_records, new_folder, read_json, refuse_existing, save_model, write_json
+from .folder import TRAINING, carry_records, new_folder, read_json, save_model, write_json
+from .processes import from_main, is_main_process, join_processes
 from .router_fit import fit_routers
-from .run import Run, WatchRun, is_main_process, newest_whole
+from .run import Run, WatchRun, newest_whole
 from .self_text import SELF
 from .threshold_fit import THRESHOLD_TOKENS, fit_thresholds
-from .trainable import lora_config
+from .trainable import with_adapters
 from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar
 from .training_arguments import AdaptArguments, TrainArguments, nested_settings
 
@@ -124,9 +125,10 @@ def adapt_model(folder: str | Path, out: str | Path, arguments: AdaptArguments |
 
 def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainArguments, int], list[Phase]]) -> dict:
     """Run the phases of a recipe that are not done yet, write the model folder and return its record."""
+    join_processes()
     if not is_main_process():
-        refuse_existing(out)
-        return _run_phases(Run(folder, out, arguments), recipe)[1]
+        _run_phases(Run(folder, out, arguments), recipe)
+        return from_main({})
     with new_folder(out) as target:
         run = Run(folder, out, arguments)
         with run.interruptible():
@@ -138,7 +140,7 @@ def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainAr
             render_card(target, local_files_only=True, name=Path(out).name).save(target / "README.md")
     os.replace(run.work, staging_of(run.work))  # what is half deleted is no run to resume
     shutil.rmtree(staging_of(run.work), ignore_errors=True)
-    return record
+    return from_main(record)
 
 
 def _run_phases(run: Run, recipe) -> tuple[Any, dict]:
@@ -156,9 +158,10 @@ def _run_phases(run: Run, recipe) -> tuple[Any, dict]:
 def _run_phase(phase: Phase, model, run: Run):
     """Fit the routers and train, from where an interrupted run stopped; keep the state of `run`, and return the model."""
     arguments, state, folder = run.arguments, run.state, run.checkpoints_of(phase.name)
-    checkpoint = newest_whole(folder) if folder.is_dir() else None
+    checkpoint = from_main(newest_whole(folder) if is_main_process() and folder.is_dir() else None)
     if phase.sparse and not state.fitted:
         fit_thresholds(model, run.blocks(THRESHOLD_TOKENS))
+        model.config.thresholds = from_main(model.config.thresholds)
     if phase.fit and not state.fitted:
         shared = ("seed", "harm", "sensitivity_range", "density_range", "bf16")
         settings = {name: getattr(arguments, name) for name in shared}
@@ -169,12 +172,12 @@ def _run_phase(phase: Phase, model, run: Run):
     if phase.steps == 0:
         return model
     lora = phase.settings["train_parts"] == "lora"
-    if lora:
-        from peft import get_peft_model
 
-        model = get_peft_model(model, lora_config(arguments.lora_rank, 2 * arguments.lora_rank))
+    def wrap(model):
+        return with_adapters(model, arguments.lora_rank, arguments.seed) if lora else model
+
     trainer = DynaMoETrainer(
-        model=model,
+        model=wrap(model),
         args=_trainer_arguments(arguments, phase, folder),
         train_dataset=run.training_blocks(state.steps, phase.steps),
         processing_class=run.tokenizer,
@@ -192,6 +195,7 @@ def _run_phase(phase: Phase, model, run: Run):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     state.history += [{**entry, "step": state.steps + entry["step"]} for entry in logged]
     state.steps += trainer.state.global_step
+    model = run.whole_model(trainer, wrap)
     return (model.merge_and_unload() if lora else model).requires_grad_(True)
 
 
@@ -239,7 +243,7 @@ def _record(run: Run, chooses: bool) -> dict:
     )
     return {
         "from": run.folder.name,
-        "text": arguments.dataset or text_names(arguments.text),
+        "text": text_names(arguments.text) if arguments.dataset is None else dataset_name(arguments.dataset),
         "tokens": state.steps * run.step_tokens,
         "distinct_tokens": None if run.distinct is None else run.distinct.numel(),
         "steps": state.steps,

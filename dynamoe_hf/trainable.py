@@ -24,6 +24,19 @@ def frozen_copy(model: DynaMoEForCausalLM) -> DynaMoEForCausalLM:
     return copy.deepcopy(model, {id(config): config for config in configs}).eval().requires_grad_(False)
 
 
+def divide_layers(model: DynaMoEForCausalLM) -> None:
+    """
+    Leave each of the connected processes its part of the layers' weights (FSDP2), gathered where a layer runs. Embeddings and head
+    stay whole, as the head also runs on its own.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    outer = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.model, ignored_params=outer)
+
+
 def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:
     """
     What densities are drawn from in training, `None` for a model without thresholds. Raises `ValueError` where there are no thresholds
@@ -67,3 +80,11 @@ def lora_config(rank: int = 16, alpha: int = 32, **settings):
     projections = rf".*\.mlp\.({'|'.join(PROJECTIONS)})"
     settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
     return LoraConfig(r=rank, lora_alpha=alpha, **settings)
+
+
+def with_adapters(model: DynaMoEForCausalLM, rank: int, seed: int):
+    """The model in PEFT's wrapper, with the adapters of `lora_config`, scaled as usual: alpha twice the rank."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)  # the first weights of the adapters are drawn, alike in all processes
+    return get_peft_model(model, lora_config(rank, 2 * rank))

@@ -3,6 +3,7 @@
 
 import math
 import os
+import random
 import re
 import shutil
 from contextlib import nullcontext
@@ -20,10 +21,12 @@ from .card import render_card
 from .disk import sync, sync_entry
 from .folder import CONVERSION, carry_records, write_json
 from .integrity import DIGESTS, digests_of, first_not_finite
-from .losses import LossesInChunks, layer_outputs, relative_error
+from .losses import LossesInChunks, layer_outputs, relative_error, without_hooks
+from .modeling import DynaMoEForCausalLM
 from .modeling.routing import loss_mask, mean_router_loss
 from .observe import expert_shares
-from .trainable import choose_trainable, density_range_of, frozen_copy, router_parameters
+from .processes import check_division
+from .trainable import choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
 from .training_arguments import NestedTrainingArguments
 
 
@@ -104,11 +107,14 @@ class DynaMoETrainer(Trainer):
                 f"Training on {self.args.n_gpu} GPUs needs one process for each: start it with `accelerate launch` or "
                 "torchrun, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
+        check_division(self.accelerator.state)
         self.expert_shares = expert_shares(core).to(self.args.device)
         self.sensitivity_range = self.args.sensitivity_range or core.config.train_sensitivity
         self.density_range = density_range_of(core.config, self.args.density_range)
         if self.teacher is not None:
             self.teacher.to(self.args.device)  # type: ignore[arg-type]  # transformers' decorator hides `to`
+            if self.is_fsdp_enabled:
+                divide_layers(self.teacher)
 
     def create_optimizer(self, model=None):
         """As the base class, with the routers in a group of their own, at `router_learning_rate`."""
@@ -159,15 +165,18 @@ class DynaMoETrainer(Trainer):
         args, core = self.args, self.core
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        sensitivity, density = self._draw(self.sensitivity_range, labels), None
+        # What is drawn, in the layers too, depends on the place of a batch in the training, not on the process that has it.
+        torch.manual_seed(self._seed_of(self._place()))
+        sensitivity, density = self._draw("sensitivity_range", labels), None
         if self.density_range is not None:
-            density = 1.0 if min(self.density_range) == 1 else self._draw(self.density_range, labels)
+            density = 1.0 if min(self.density_range) == 1 else self._draw("density_range", labels)
         positions = self._sample_positions(labels)
         needs_labels = args.route == "label" or args.router_loss_coef > 0
         choice = {"route": args.route, "temperature": ROUTER_TEMPERATURE if args.width_loss_coef else None}
         dial = {"sensitivity": sensitivity, "density": density}
         with core.routing(**choice, **dial, needs_labels=needs_labels, records=[]) as routing:
-            hidden, states = self._hidden_states(model, core, inputs)
+            # Outputs are where DDP looks for the parameters that get a gradient.
+            hidden, states = self._hidden_states(model, core, {**inputs, "output_router_logits": needs_labels})
 
         mask = loss_mask(labels)
         items = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
@@ -193,9 +202,12 @@ class DynaMoETrainer(Trainer):
         loss = outer_loss + args.router_loss_coef * router_loss + args.hidden_loss_coef * hidden_loss
         loss = loss + args.width_loss_coef * width_loss
         losses = {"lm_loss": lm_loss, "router_loss": router_loss, "kd_loss": kd_loss, "hidden_loss": hidden_loss}
-        self._keep_metrics(routing.records, sensitivity, mask, **losses, width_loss=width_loss)
-        if args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+        # Processes are averaged over, but `items` are those of all of them.
+        shared = args.average_tokens_across_devices and num_items_in_batch is not None
+        processes = self.accelerator.num_processes if shared else 1
+        losses = {name: value * processes for name, value in {**losses, "width_loss": width_loss}.items()}
+        self._keep_metrics(routing.records, sensitivity, mask, **losses)
+        loss = loss * processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @staticmethod
@@ -204,15 +216,24 @@ class DynaMoETrainer(Trainer):
         reached = args.train_parts != "routers" or args.width_loss_coef
         return bool(reached and (args.kd_loss_coef or args.hidden_loss_coef)) and args.teacher != "none"
 
-    @staticmethod
-    def _draw(drawn_from, labels):
+    def _place(self) -> int:
+        """The place of this process's batch among those of a step: in one process with more accumulation it is the same."""
+        return max(0, self._batch[1] - 1) * self.accelerator.num_processes + self.accelerator.process_index
+
+    def _seed_of(self, what) -> int:
+        return random.Random(f"{self.args.seed} {self.state.global_step} {what}").getrandbits(32)
+
+    def _draw(self, name, labels):
         """
-        (B,): one from each of B equal parts of the range, so that a batch of a few sequences has narrow and wide
-        experts, or sparse and dense ones, alike.
+        (B,): one from each of as many equal parts of a range as a step has sequences, in all its batches and processes, so that
+        a step of a few sequences has narrow and wide experts, or sparse and dense ones, alike.
         """
-        low, high = drawn_from
-        count, device = labels.shape[0], labels.device
-        return low + (high - low) * (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+        low, high = getattr(self, name)
+        batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        generator, count = torch.Generator().manual_seed(self._seed_of(name)), labels.shape[0] * batches
+        drawn = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        own = drawn.view(batches, -1)[self._place() % batches]
+        return low + (high - low) * own.to(labels.device)
 
     def _sample_positions(self, labels):
         """Sorted positions (P,), the same for all sequences of a batch, of those that have a next token."""
@@ -269,7 +290,10 @@ class DynaMoETrainer(Trainer):
         rows = [tensor.flatten(0, 1) for tensor in (hidden, targets, target_hidden) if tensor is not None]
         head = [parameter for parameter in core.get_output_embeddings().parameters() if parameter.requires_grad]
         weights = scale * torch.tensor([self.args.lm_loss_coef, self.args.kd_loss_coef], device=hidden.device)
-        with self.accelerator.autocast():  # accelerate casts in the model's own `forward` alone, which this is not
+        # FSDP has gathered the head in the model's `forward`; its hooks would take the end of a chunk for that of backward.
+        heads = {core.get_output_embeddings(), teacher.get_output_embeddings()} if self.is_fsdp_enabled else ()
+        # accelerate casts in the model's own `forward` alone, which this is not.
+        with without_hooks(heads), self.accelerator.autocast():
             loss, parts = LossesInChunks.apply(losses, weights, *rows, *head)
         return loss, *(parts * scale)
 
@@ -341,7 +365,7 @@ class DynaMoETrainer(Trainer):
         if (written / "config.json").is_file():  # a LoRA checkpoint is an adapter alone
             carry_records(self.core.name_or_path, written, [CONVERSION])
             render_card(written, local_files_only=True).save(written / "README.md")
-        write_json(written / DIGESTS, digests_of(written, ["*"]))
+        write_json(written / DIGESTS, digests_of(written, ["**/*"]))
         sync(written)
         if final.exists():  # damaged, and resumed from one before it
             os.replace(final, written.parent / "replaced")
@@ -355,6 +379,9 @@ class DynaMoETrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """As the base class, without the pickle of the arguments, which nothing reads."""
+        if self.is_fsdp_enabled:
+            # FSDP gives the model a class of its own, and a folder gets the code of the class's module, by its name.
+            type(self.core).__module__, type(self.core).__name__ = DynaMoEForCausalLM.__module__, DynaMoEForCausalLM.__name__
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir or ".", TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -362,8 +389,8 @@ class DynaMoETrainer(Trainer):
         """Add the averages since the last log. Losses are sums over a whole accumulated batch, so they add up over it."""
         if "loss" in logs and self._parts:
             steps = self.args.gradient_accumulation_steps
-            for name, values in self._parts.items():
-                mean = self.accelerator.gather(torch.stack(values).mean()).mean().item()
+            means = torch.stack([torch.stack(values).mean() for values in self._parts.values()])
+            for name, mean in zip(self._parts, self.accelerator.reduce(means, "mean").tolist()):
                 logs[name] = round(mean * steps if name.endswith("_loss") else mean, 6)
             self._parts.clear()
         super().log(logs, start_time)

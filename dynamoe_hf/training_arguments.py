@@ -106,9 +106,16 @@ class StageArguments:
     them is text that the model writes itself.
     """
     dataset: str | None = None
-    """Instead of text: ID or ID:CONFIG of a dataset on the Hub, or its folder, streamed."""
+    """Instead of text, streamed: ID or ID:CONFIG of a dataset on the Hub; a JSONL or Parquet file, or a folder of them; or
+    a folder of `save_to_disk`.
+    """
     column: str = "text"
-    """Text column of the dataset."""
+    """Column of the dataset: of texts, or of messages, whose answers alone are learned, in the tokenizer's chat template.
+    """
+    documents_apart: bool = False
+    """Let the tokens of a dataset see their own document alone, and none be learned from the one before, where several are packed into
+    one sequence.
+    """
     max_tokens: Count = 100_000
     """Tokens to train on; a shorter text is repeated."""
     learning_rate: Rate = 2e-4

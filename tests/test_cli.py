@@ -22,7 +22,7 @@ from dynamoe_hf.modeling.difficulty import SIMILARITIES
 from dynamoe_hf.modeling.routing import ROUTERS
 
 
-STAGES = ("convert", "adapt", "train", "calibrate", "evaluate", "generate", "serve", "inspect", "bench", "report", "publish", "export",
+STAGES = ("plan", "convert", "adapt", "train", "calibrate", "evaluate", "generate", "serve", "inspect", "bench", "report", "publish", "export",
           "demo")  # fmt: skip
 
 

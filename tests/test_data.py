@@ -1,11 +1,23 @@
 """Token blocks: nothing lost, nothing repeated, and the splits of the topics share no paragraph."""
 
+import json
+import tracemalloc
+
+import datasets
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_dynamoe, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from dynamoe_hf.data import dataset_documents, documents_for, iterate_blocks, read_documents, token_blocks, topic_documents
+from dynamoe_hf.data import (
+    dataset_documents,
+    documents_for,
+    iterate_blocks,
+    packed_blocks,
+    read_documents,
+    token_blocks,
+    topic_documents,
+)
 
 
 def test_blocks_hold_every_token_once():
@@ -128,3 +140,105 @@ def test_bad_text(tmp_path):
 def test_form_feed_divides_documents(tmp_path):
     (tmp_path / "two.txt").write_text("first\fsecond\f\n")
     assert read_documents(tmp_path / "two.txt") == ["first", "second"]
+
+
+ROWS = {"text": ["first", "second", "third"], "body": ["one", "two", "three"]}
+WRITERS = {
+    "rows.jsonl": lambda rows, path: rows.to_json(path),
+    "rows.jsonl.gz": lambda rows, path: rows.to_json(path, compression="gzip"),
+    "rows.parquet": lambda rows, path: rows.to_parquet(path),
+    "saved": lambda rows, path: rows.save_to_disk(path),
+    "splits": lambda rows, path: datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(path),
+    "folder/part-0.parquet": lambda rows, path: rows.to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_local_datasets(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    WRITERS[name](datasets.Dataset.from_dict(ROWS), str(tmp_path / name))
+    source = tmp_path / name.split("/")[0]
+    assert list(dataset_documents(str(source))) == ROWS["text"]
+    assert list(dataset_documents(str(source), column="body")) == ROWS["body"]
+    with pytest.raises(ValueError, match="no column 'words', found text, body"):
+        next(dataset_documents(str(source), column="words"))
+
+
+def test_datasets_that_are_not_there(tmp_path):
+    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(ROWS)).save_to_disk(tmp_path / "splits")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    for name in ("missing.jsonl", "empty", "splits", "broken.parquet"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: .*Give an id of the Hub"):
+            next(dataset_documents(str(tmp_path / name)))
+
+
+def test_a_long_dataset_is_never_in_memory(tmp_path):
+    line = json.dumps({"text": "abc " * 250}) + "\n"
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        file.writelines(line for _ in range(60_000))  # 60 MB
+    blocks = packed_blocks(dataset_documents(str(tmp_path / "rows.jsonl")), tiny_tokenizer(), 64)
+    next(blocks)
+    tracemalloc.start()
+    count = sum(1 for _, block in zip(range(2000), blocks) if len(block.ids) == 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 2000 and peak < 30e6
+
+
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+CONVERSATION = [
+    {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"},
+    {"role": "user", "content": "who"}, {"role": "assistant", "content": "me"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.parquet"])
+def test_answers_alone_are_learned(name, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    write = WRITERS[name.replace("chats", "rows")]
+    write(datasets.Dataset.from_dict({"messages": [CONVERSATION] * 3}), str(tmp_path / name))
+    documents = list(dataset_documents(str(tmp_path / name), column="messages"))
+    text = "[user]hi\n[assistant]yes?\n[user]who\n[assistant]me\n"
+    (block,) = packed_blocks(documents[:1], tokenizer, len(text))
+    example = block.example(apart=False)
+    assert tokenizer.decode(example["input_ids"]) == text
+    learned = tokenizer.decode(example["labels"][example["labels"] != -100])
+    assert learned == "yes?\nme\n", "the answers, with what ends them"
+    assert "position_ids" not in example
+    with pytest.raises(ValueError, match="need a chat template, found none"):
+        next(packed_blocks(documents, tiny_tokenizer(), 16))
+
+
+def test_an_answer_that_changes_as_the_conversation_goes_on_is_not_learned():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m.content }}", "{{ '(thought)' if loop.last and m.role == 'assistant' }}{{ m.content }}"
+    )
+    text = "[user]hi\n[assistant]yes?\n[user]who\n[assistant](thought)me\n"
+    (block,) = packed_blocks([CONVERSATION], tokenizer, len(text))
+    labels = block.example(apart=True)["labels"]
+    assert tokenizer.decode(labels[labels != -100]) == "(thought)me\n"
+
+
+def test_packed_documents_are_kept_apart():
+    """Each token of a packed block gets the logits of its document alone."""
+    tokenizer, model = tiny_tokenizer(), tiny_dynamoe()
+    texts = ["first one", "second", "the third one"]
+    length = sum(map(len, texts)) + len(texts)
+    (block,) = packed_blocks(texts, tokenizer, length)
+    example = {name: value[None] for name, value in block.example(apart=True).items()}
+    with torch.no_grad():
+        packed = model(example["input_ids"], position_ids=example["position_ids"], sensitivity=0.6, use_cache=False).logits[0]
+        place = 0
+        for text in texts:
+            ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+            alone = model(ids, sensitivity=0.6, use_cache=False).logits[0]
+            torch.testing.assert_close(packed[place : place + ids.numel()], alone, rtol=1e-4, atol=1e-4)
+            assert example["labels"][0, place] == -100, "nothing before it tells the first token"
+            assert torch.equal(example["labels"][0, place + 1 : place + ids.numel()], ids[0, 1:])
+            place += ids.numel()
+    cut = [block.example(apart=True)["position_ids"].tolist() for block in packed_blocks(texts, tokenizer, 8)]
+    assert cut == [[*range(8)], [0, 1, *range(6)], [0, *range(7)]], "a document that goes on begins anew in each block"

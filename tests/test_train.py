@@ -3,13 +3,11 @@
 import contextlib
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_tokenizer
@@ -168,6 +166,42 @@ def test_streamed_dataset(converted, tmp_path):
     )
     assert record["tokens"] == 256
     assert record["distinct_tokens"] is None
+
+
+def test_chats_are_resumed_at_the_row(converted, tmp_path, monkeypatch):
+    """Of a Parquet file of conversations, documents apart: whole or in two parts it is the same training."""
+    model, tokenizer = tmp_path / "model", tiny_tokenizer()
+    shutil.copytree(converted, model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    chats = [
+        [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": f"{i} is {i * 'one '}"}]
+        for i in range(40)
+    ]
+    datasets.Dataset.from_dict({"messages": chats}).to_parquet(tmp_path / "chats.parquet")
+    settings = {"dataset": str(tmp_path / "chats.parquet"), "column": "messages", "documents_apart": True, "save_steps": 2,
+                "max_tokens": 16 * 64, "block_size": 32, "batch_size": 2, "router_tokens": 0, "choice_share": 0, "route": "label", "router_loss_coef": 1.0}  # fmt: skip
+    whole = train_model(model, tmp_path / "whole", **settings)
+    assert whole["text"] == "chats.parquet", "no path of the machine"
+    step, seen = DynaMoETrainer.training_step, []
+
+    def stopping(self, network, inputs, *args):
+        seen.append(inputs)
+        if len(seen) == 6:
+            raise Stopped
+        return step(self, network, inputs, *args)
+
+    monkeypatch.setattr(DynaMoETrainer, "training_step", stopping)
+    with pytest.raises(Stopped):
+        train_model(model, tmp_path / "parts", **settings)
+    assert any((batch["position_ids"] == 0).sum() > len(batch["position_ids"]) for batch in seen), "documents begin in between"
+    assert any((batch["labels"] == -100).any() for batch in seen)
+    resumed = train_model(model, tmp_path / "parts", resume=True, **settings)
+    assert [entry["loss"] for entry in resumed["history"]] == [entry["loss"] for entry in whole["history"]]
+    with pytest.raises(ValueError, match="documents of a dataset, found none"):
+        train_model(model, tmp_path / "text", documents_apart=True)
 
 
 def test_bf16_in_the_stage(converted, text_file, tmp_path):
@@ -408,24 +442,3 @@ def test_what_is_not_resumed(converted, text_file, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nothing to resume"):
         adapt_model(converted, tmp_path / "new", resume=True, **settings)
     assert adapt_model(converted, tmp_path / "new", **settings)["steps"] == 6
-
-
-SEVERAL_PROCESSES = """
-import sys
-from dynamoe_hf import train_model
-folder, out, text = sys.argv[1:]
-train_model(folder, out, text=text, max_tokens=960, block_size=16, batch_size=2, save_steps=4, choice_share=1 / 3)
-"""
-
-
-@pytest.mark.slow
-def test_several_processes_train_one_model(converted, text_file, tmp_path):
-    """Each on its part of every batch, and one of them writes."""
-    (tmp_path / "script.py").write_text(SEVERAL_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
-    script = [str(path) for path in (tmp_path / "script.py", converted, tmp_path / "two", text_file)]
-    subprocess.run([*launch, *script], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    two = json.loads((tmp_path / "two" / "training.json").read_text())
-    assert two["steps"] == 15 and two["tokens"] == 960
-    assert not (tmp_path / "two.checkpoints").exists()
-    assert load_model(tmp_path / "two")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()

@@ -134,13 +134,12 @@ def loss_and_gradients(family, folder, checkpointing=False, **settings):
     batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
     if checkpointing:
         model.gradient_checkpointing_enable()
-    torch.manual_seed(0)
     loss = trainer.compute_loss(model, batch)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    torch.manual_seed(0)
-    torch.randperm(4), torch.rand(4), torch.rand(15)  # what the trainer draws before the routes: sensitivities and positions
+    torch.manual_seed(trainer._seed_of(trainer._place()))
+    torch.rand(15)  # what the trainer draws before the routes: positions
     return trainer, batch, loss, gradients
 
 
