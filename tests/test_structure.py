@@ -17,7 +17,7 @@ ORDER = {
     "dynamoe_hf": ["_version", "arguments", "training_arguments", "modeling", "integrity", "disk", "folder", "tables", "card", "data", "observe", "label", "convert",
                    "gguf_tokenizer", "gguf_file", "export", "losses",
                    "threshold_fit", "trainable", "trainer", "router_fit", "self_text", "run", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
-                   "serve_transformers", "serve", "vllm_plugin", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],
+                   "serve_transformers", "serve", "vllm_plugin", "vllm_metrics", "vllm_dials", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],
 }  # fmt: skip
 FILES = {folder: [name for name in names if name != "modeling"] for folder, names in ORDER.items()}
 TRANSFORMERS_SIGNATURES = {
