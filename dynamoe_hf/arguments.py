@@ -239,6 +239,8 @@ class ServeArguments:
     """Port to listen at."""
     dtype: str = "auto"
     """Numbers to compute in, such as bfloat16."""
+    request_dials: bool = False
+    """Let each request bring a sensitivity of its own: with vLLM on a CPU, and without its prefix caching."""
     engine_flags: str = ""
     """Further flags of the engine, as one text."""
 

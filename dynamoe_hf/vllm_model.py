@@ -7,19 +7,41 @@ neurons r, r + R, r + 2R, ..., and a prefix of all neurons is a prefix of each r
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
+from .modeling.engine_layers import keeps_layers
 from .modeling.onednn_weights import is_available
+from .vllm_dials import RequestDials, are_asked
+from .vllm_metrics import Meters, are_read, can_count
 
 
 class DynaMoEForCausalLM(TransformersForCausalLM):
     """`DynaMoEModel` with vLLM's attention, embeddings and head."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        config = vllm_config.model_config.hf_config
+        # In the config, since vLLM keeps compiled graphs by it: these have a dial for each token, and counters.
+        config.request_dials, config.counted = are_asked(vllm_config), are_read()
+        self.meters: Meters | None = None
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+        """As the base class."""
+        nobody = get_forward_context().attn_metadata is None  # a pass of vLLM's own, to warm up
+        if self.config.request_dials:
+            dials = RequestDials.of_engines[self.vllm_config.instance_id]
+            kwargs["sensitivity"] = dials.of_tokens(positions.shape[-1], self.config.sensitivity)
+            torch._dynamo.mark_dynamic(kwargs["sensitivity"], 1)
+        with self.meters.stopped() if nobody and self.meters else nullcontext():
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def init_parameters(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         """Allocate what has not been replaced, and of each MLP only the part of this rank."""
@@ -35,10 +57,14 @@ class DynaMoEForCausalLM(TransformersForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As the base class; on a CPU the MLPs are then laid out for oneDNN, as vLLM does with its own layers."""
         loaded = super().load_weights(weights)
-        kept = not self.config.is_dense and self.device_config.device.type == "cpu" and is_available(self.model_config.dtype)
-        if kept:
-            for mlp in self.model.nested_mlps:
+        device, mlps = self.device_config.device, self.model.nested_mlps
+        if keeps_layers(self.config) and device.type == "cpu" and is_available(self.model_config.dtype):
+            for mlp in mlps:
                 mlp.pack("onednn")
+        if self.config.counted and can_count(self.config, mlps):
+            self.meters = Meters(mlps, self.text_config.hidden_size, device, self.config.num_hidden_layers)
+            if self.tp_group.rank_in_group == 0:
+                self.meters.publish()
         return loaded
 
 

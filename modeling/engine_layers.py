@@ -30,6 +30,11 @@ class EngineLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+def keeps_layers(config) -> bool:
+    """Whether nested MLPs keep linear layers of their own: not where every token takes the full width, whatever requests ask for."""
+    return not config.is_dense or getattr(config, "request_dials", False)
+
+
 def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
     """
     Keep the linear layers of `nested_mlps` from being replaced, where an engine builds the model, and tell it the scale of logits.
@@ -47,8 +52,8 @@ def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
                 f"{family!r}. Serve it with transformers, or export one width (`dynamoe export`)."
             )
         config.logit_scale = scaling ** LOGITS_SCALING[family]
-    if config.is_dense:
-        return  # the engine's own layers are right then, and fast
+    if not keeps_layers(config):
+        return  # the engine's own are right then, and fast
     for mlp in nested_mlps:
         for owner in list(mlp.modules()):
             for name, child in list(owner.named_children()):

@@ -40,6 +40,8 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
     logits = router.logits_of(F.linear(hidden, second["weight"], second["bias"]))
     expert = router.choose(logits, routing.sensitivity)
     thresholds = None if routing.thresholds is None else routing.thresholds[mlp.layer]
+    if mlp.meter is not None:
+        mlp.meter(x, expert, thresholds)
     if packed is not None:
         return packed.run(x, expert, mlp.widths, thresholds)
     widths = [mlp.widths[index] for index in expert.flatten().tolist()]

@@ -42,6 +42,7 @@ class NestedMLP(nn.Module):
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
         self.packed: PackedMLP | OneDnnMLP | None = None
+        self.meter: nn.Module | None = None  # is told what every pass decides: (x, expert, thresholds)
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
         router_dim = config.router_dim or default_router_dim(width)
@@ -67,6 +68,8 @@ class NestedMLP(nn.Module):
         decision = self.decide(x, routing)
         if routing.records is not None:
             routing.records.append(self.record(x, decision))
+        if self.meter is not None:
+            self.meter(x, decision.expert, decision.thresholds)
         y = run_experts(x, decision, self.weights(x, decision))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 

@@ -58,9 +58,17 @@ class Blocks(NamedTuple):
     gated: bool
 
     def run(
-        self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
+        self,
+        x: torch.Tensor,
+        expert: int | torch.Tensor,
+        widths: list[int],
+        thresholds: Thresholds | None,
+        neurons: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
+        """
+        Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D). The neurons that down reads
+        of all tokens, where something is left out, are added to `neurons`, (1,) float64.
+        """
         least: Any = None
         if thresholds is not None:
             x, least = keep_large(x, thresholds.input), thresholds.hidden
@@ -70,19 +78,19 @@ class Blocks(NamedTuple):
         if isinstance(expert, torch.Tensor) and len(x_TD) > 1:
             counts = torch.bincount(expert.flatten(), minlength=len(widths)).tolist()
             if max(counts) < len(x_TD):
-                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], least).view_as(x)
+                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], least, neurons).view_as(x)
             expert = counts.index(len(x_TD))
-        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], least).view_as(x)
+        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], least, neurons).view_as(x)
 
-    def _staircase(self, x_TD, expert_T, counts, least):
+    def _staircase(self, x_TD, expert_T, counts, least, neurons):
         """Tokens of several experts: sorted, widest first."""
         order_T = torch.argsort(expert_T, descending=True, stable=True)
         if isinstance(least, torch.Tensor):
             least = least.index_select(0, order_T)
-        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], least)
+        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], least, neurons)
         return y_TD.index_select(0, order_T.argsort())
 
-    def _blocks(self, x_TD, counts, least):
+    def _blocks(self, x_TD, counts, least, neurons):
         """Sorted tokens through the blocks that they need. `counts`: (width, tokens) of each expert, the widest first."""
         y_TD: Any = None
         tokens, low = len(x_TD), 0
@@ -99,6 +107,8 @@ class Blocks(NamedTuple):
                 if count and width < end:
                     hidden[first : first + count, max(0, width - low) :] = 0
                 first += count
+            if neurons is not None and least is not None:
+                neurons += torch.count_nonzero(hidden)
             if taken == tokens:
                 y_TD = self._added(y_TD, hidden, block)
             else:
@@ -149,6 +159,7 @@ class OneDnnMLP(nn.Module):
     def __init__(self, tensors: Projections, widths: list[int], activation: str | None):
         super().__init__()
         self.activation = activation
+        self.neurons: torch.Tensor | None = None  # where `Blocks.run` counts
         ends = block_ends(widths, tensors.down.shape[0] * (2 if tensors.gate is None else 3))
         sides = [tensors.block(low, high) for low, high in zip([0, *ends], ends)]
         self.blocks = Blocks(
@@ -184,12 +195,16 @@ class OneDnnMLP(nn.Module):
     ) -> torch.Tensor:
         """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
         if not torch.compiler.is_compiling():
-            return self.blocks.run(x, expert, widths, thresholds)
+            return self.blocks.run(x, expert, widths, thresholds, self.neurons)
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
         of_each = [None if thresholds is None else torch.as_tensor(value) for value in thresholds or (0, 0)]
         *tensors, _, gated = self.blocks
-        return onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, widths)
+        counted = None if thresholds is None else self.neurons
+        y, neurons = onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, widths, counted is not None)
+        if counted is not None:
+            counted.add_(neurons)
+        return y
 
 
 def _joined(first, second):
@@ -211,16 +226,18 @@ def onednn_mlp_op(
     activation: str,
     gated: bool,
     widths: list[int],
-) -> torch.Tensor:
-    """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D)."""
+    counted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D), and the neurons that down reads, (1,) float64."""
+    neurons = torch.zeros(1, dtype=torch.float64)
     blocks = Blocks(ends, inputs, outputs, input_biases, down_bias, activation_of(activation), gated)
     thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
-    return blocks.run(x, expert, widths, thresholds)
+    return blocks.run(x, expert, widths, thresholds, neurons if counted else None), neurons
 
 
 @onednn_mlp_op.register_fake
 def _(x, *inputs):
-    return torch.empty_like(x)
+    return torch.empty_like(x), x.new_empty(1, dtype=torch.float64)
 
 
 class OneDnnLinear(nn.Module):

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling.engine_layers import EngineLinear, prepare_for_engine
+from dynamoe_hf.vllm_metrics import Meters, can_count
 
 
 def test_the_bases_fields_are_at_the_top_of_the_config(tmp_path):
@@ -163,3 +164,50 @@ def test_continuous_batching_hears_the_dial(greedy):
 def test_what_continuous_batching_does_not_hear_is_refused(settings, message, greedy):
     with pytest.raises(ValueError, match=message):
         tiny_dynamoe().generate_batch([[3, 4], [5, 6]], greedy, **settings)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("case", ["routed", "laid out", "sparse", "one width", "of each token"])
+def test_meters_count_what_the_model_says(case, compiled, token_ids):
+    """The share that vLLM's server tells, from counts on the way, is that of `mlp_shares`."""
+    settings = {"thresholds": TABLE, "density_path": PATH} if case in ("sparse", "of each token") else {}
+    model = tiny_dynamoe(sensitivity=0.5, **settings).eval()
+    assert can_count(model.config, model.nested_mlps) == (not settings)  # what is left out is counted where it is laid out
+    if case != "routed":
+        for mlp in model.nested_mlps:
+            mlp.pack("onednn")
+    assert can_count(model.config, model.nested_mlps)
+    dial = {"force_expert": 1} if case == "one width" else {"sensitivity": 0.5}
+    if case == "of each token":
+        dial = {"sensitivity": torch.linspace(0.2, 1, token_ids.numel()).view(token_ids.shape)}
+    with torch.no_grad():
+        expected = torch.stack(model(token_ids, output_router_logits=True, **dial).mlp_shares).mean()
+        meters = Meters(model.nested_mlps, model.config.hidden_size, model.device, len(model.nested_mlps))
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for inputs in (token_ids, *(row[:1, None] for row in token_ids)):  # decoding has a way of its own
+            with meters.stopped():
+                run(inputs, **({"sensitivity": 0.5} if case == "of each token" else dial))
+        assert meters.totals() == (0, 0)
+        for _ in range(2):
+            run(token_ids, **dial)
+        share, tokens = meters.totals()
+    assert tokens == 2 * token_ids.numel()
+    assert 0 < share / tokens < 1 and share / tokens == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_meters_count_single_tokens(token_ids):
+    model = tiny_dynamoe(thresholds=TABLE, density_path=PATH).eval()
+    for mlp in model.nested_mlps:
+        mlp.pack("onednn")
+    meters = Meters(model.nested_mlps, model.config.hidden_size, model.device, len(model.nested_mlps))
+    steps = token_ids.flatten()[:8].view(-1, 1, 1)
+    with torch.no_grad():
+        expected = [torch.stack(model(step, sensitivity=0.5, output_router_logits=True).mlp_shares).mean() for step in steps]
+        with meters.stopped():
+            pass
+        before = meters.totals()
+        for step in steps:
+            model(step, sensitivity=0.5)
+    share, tokens = (now - then for now, then in zip(meters.totals(), before))
+    assert tokens == len(steps) and share == pytest.approx(sum(expected).item(), abs=1e-5)

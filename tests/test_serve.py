@@ -49,7 +49,7 @@ def test_the_best_engine_that_is_installed(monkeypatch):
 
 def test_the_dial_reaches_the_engine(folder, monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(serve, "run_until_stopped", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(serve, "run_until_stopped", lambda command, environment: commands.append(command) or 0)
     installed(monkeypatch, "vllm")
     serve.serve_folder(folder, budget=0.5, engine_flags="--max-model-len 64")
     assert json.loads(commands[0][commands[0].index("--hf-overrides") + 1]) == {"sensitivity": 0.4}
@@ -59,11 +59,25 @@ def test_the_dial_reaches_the_engine(folder, monkeypatch, capsys):
         serve.serve_folder(folder, budget=0.5, sensitivity=0.5)
     with pytest.raises(ValueError, match="budget=0.2 is outside the calibrated range"):
         serve.serve_folder(folder, budget=0.2)
+    assert "RequestDials" not in "".join(commands[0])
+    serve.serve_folder(folder, request_dials=True)
+    assert {"dynamoe_hf.vllm_dials:RequestDials", "--no-enable-prefix-caching"} < set(commands[1])
+    installed(monkeypatch, "fastapi", "uvicorn", "openai")
+    with pytest.raises(ValueError, match="needs vLLM, found the engine transformers"):
+        serve.serve_folder(folder, request_dials=True)
+
+
+def test_vllm_counts_into_a_folder_that_goes_away(folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(serve, "chosen_engine", lambda asked: "vllm")
+    monkeypatch.setattr(serve, "run_until_stopped", lambda command, environment: told.append(environment) or 0)
+    serve.serve_folder(folder)
+    assert not os.path.exists(told[0]["PROMETHEUS_MULTIPROC_DIR"])
 
 
 @pytest.mark.parametrize("damage", ["a dense folder", "a flipped bit", "a wrong sensitivity"])
 def test_what_cannot_be_served_is_told_before_an_engine_starts(damage, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "run_until_stopped", lambda command: pytest.fail("started"))
+    monkeypatch.setattr(serve, "run_until_stopped", lambda *given: pytest.fail("started"))
     installed(monkeypatch, "vllm")
     if damage == "a dense folder":
         tiny_dense().save_pretrained(tmp_path / "dense")
@@ -89,17 +103,40 @@ def test_an_engine_that_ends_by_itself_is_told(folder, monkeypatch):
         serve.serve_folder(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+WAITS = "import sys, time; from dynamoe_hf.serve import run_until_stopped; "
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_it_stops_when_told(number):
     """The engine is told too, and the end is no error."""
-    waits = "import sys, time; from dynamoe_hf.serve import run_until_stopped; "
     engine = "import time; print('up', flush=True); time.sleep(60)"
     process = subprocess.Popen(
-        [sys.executable, "-c", waits + f"sys.exit(run_until_stopped([sys.executable, '-c', {engine!r}]))"],
+        [sys.executable, "-c", WAITS + f"sys.exit(run_until_stopped([sys.executable, '-c', {engine!r}]))"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "up\n"
     process.send_signal(number)
+    assert process.wait(20) == 0
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_engine_once():
+    """A terminal sends it to all processes of its foreground group, the engine's would be among them."""
+    engine = """
+import signal, sys, time
+count = []
+signal.signal(signal.SIGINT, lambda *given: count.append(1))
+print('up', flush=True)
+while not count: time.sleep(0.01)
+time.sleep(1)
+print(len(count), flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS + f"sys.exit(run_until_stopped([sys.executable, '-c', {engine!r}]))"],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "up\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stdout.readline() == "1\n"
     assert process.wait(20) == 0
 
 

@@ -17,7 +17,7 @@ ORDER = {
     "dynamoe_hf": ["_version", "arguments", "training_arguments", "modeling", "integrity", "disk", "processes", "folder", "tables", "card", "data", "observe", "label", "convert",
                    "gguf_tokenizer", "gguf_file", "export", "losses", "plan",
                    "threshold_fit", "trainable", "trainer", "router_fit", "self_text", "run", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
-                   "serve_transformers", "serve", "vllm_plugin", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],
+                   "serve_transformers", "serve", "vllm_plugin", "vllm_metrics", "vllm_dials", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],
 }  # fmt: skip
 FILES = {folder: [name for name in names if name != "modeling"] for folder, names in ORDER.items()}
 TRANSFORMERS_SIGNATURES = {
@@ -147,6 +147,8 @@ def test_every_public_function_says_what_it_does():
 
 def test_no_path_of_a_machine_is_committed():
     for path in ROOT.rglob("*"):
-        if path.suffix in {".py", ".md", ".cfg", ".toml", ".json"} and not {".venv", "runs", "build"} & set(path.parts):
+        if path.suffix in {".py", ".md", ".cfg", ".toml", ".json"} and not {".venv", ".venv-vllm", "runs", "build"} & set(
+            path.parts
+        ):
             text = path.read_text()
             assert "/work/" not in text or path == Path(__file__), f"{path} names a path of one machine"

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_dynamoe, tiny_tokenizer
+from test_sparsity import PATH, TABLE
 
 from dynamoe_hf import DynaMoEForCausalLM
 
 
+openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.vllm
 SENSITIVITY = 0.6
 # vLLM's attention wants heads of 32.
@@ -31,8 +33,6 @@ FEW_BLOCKS = ["--num-gpu-blocks-override", "128"]  # of the cache, so that all h
 @contextmanager
 def served(folder, log, *flags, **environment):
     """A server of `folder` and a client for it."""
-    import openai
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,8 +69,8 @@ def prompts():
     return torch.randint(3, 128, (20, 100), generator=generator).tolist()
 
 
-def saved(folder, family="llama", **settings):
-    model = tiny_dynamoe(family, dense_settings={**SIZES, **settings})
+def saved(folder, family="llama", config=None, **settings):
+    model = tiny_dynamoe(family, dense_settings={**SIZES, **settings}, **(config or {}))
     model.set_sensitivity(SENSITIVITY)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -163,6 +163,86 @@ def test_the_dial_of_a_server(folder, prompts, tmp_path):
     assert in_pieces == found
 
 
+def share_of(metrics):
+    """The mean share of the MLPs' weights, and of how many tokens, by the text of `/metrics`."""
+    found = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("dynamoe:"))
+    tokens = float(found["dynamoe:mlp_tokens_total"])
+    return float(found["dynamoe:mlp_share_total"]) / max(1, tokens), tokens
+
+
+def metrics_of(address, tokens):
+    """The text of `/metrics`, once so many tokens are in it."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(50):
+        text = opener.open(f"{address}/metrics", timeout=5).read().decode()
+        if share_of(text)[1] >= tokens:
+            return text
+        time.sleep(0.1)
+    raise AssertionError(f"found no {tokens} tokens in {text}")
+
+
+def test_the_share_that_tokens_take(prompts, tmp_path):
+    """With thresholds, compiled: the share of `model(...)` on the same tokens."""
+    folder = saved(tmp_path / "model", config={"thresholds": TABLE, "density_path": PATH})
+    with torch.no_grad():
+        shares = DynaMoEForCausalLM.from_pretrained(folder).eval()(torch.tensor(prompts), output_router_logits=True).mlp_shares
+    (tmp_path / "counters").mkdir()
+    where = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "counters"), "VLLM_PLUGINS": "dynamoe"}
+    with served(folder, tmp_path / "log", **where) as client:
+        for prompt in prompts:
+            answer(client, prompt, max_tokens=1)
+        share, tokens = share_of(metrics_of(f"http://127.0.0.1:{client.base_url.port}", 2000))
+    assert tokens == 2000 and abs(share - torch.stack(shares).mean().item()) < 0.005
+
+
+@pytest.mark.parametrize("flags", [["--enforce-eager"], []], ids=["eager", "compiled"])
+def test_requests_of_one_batch_have_their_own_dials(flags, folder, prompts, tmp_path):
+    """20 requests in 8 places, of several lengths and sensitivities: the answers and log-probabilities of each alone."""
+    dials = [None, 0.3, 1.0, 0.55] * 5
+    model = DynaMoEForCausalLM.from_pretrained(folder).eval()
+    flags = [*flags, "--max-num-seqs", "8", "--logits-processors", "dynamoe_hf.vllm_dials:RequestDials"]
+    with (
+        served(folder, tmp_path / "log", *flags, "--no-enable-prefix-caching", VLLM_PLUGINS="dynamoe") as client,
+        ThreadPoolExecutor(20) as pool,
+    ):
+
+        def request(number):
+            extra = {"prompt_logprobs": 0, "ignore_eos": True, "return_token_ids": True}
+            if dials[number]:
+                extra["vllm_xargs"] = {"sensitivity": dials[number]}
+            return answer(client, prompts[number], max_tokens=8 + number, extra=extra).choices[0]
+
+        choices = list(pool.map(request, range(20)))
+        with pytest.raises(openai.BadRequestError, match=r"sensitivity must be in \(0, 1\], found 2.0"):
+            answer(client, prompts[0], max_tokens=1, extra={"vllm_xargs": {"sensitivity": 2.0}})
+    for number, (choice, prompt, dial) in enumerate(zip(choices, prompts, dials)):
+        inputs = torch.tensor([prompt])
+        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        alone = model.generate(inputs, max_new_tokens=8 + number, sensitivity=dial, **settings)[0, len(prompt) :]
+        assert choice.token_ids == alone.tolist()
+        with torch.no_grad():
+            logits = model(inputs, sensitivity=dial).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(-1, inputs[0, 1:, None]).flatten()
+        found = [at[str(token)]["logprob"] for at, token in zip(choice.prompt_logprobs[1:], prompt[1:])]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "error"),
+    [
+        ("dynamoe", "cannot be kept apart here: found prefix caching"),
+        ("", "would not be heard: found the model DynaMoEForCausalLM, without the plug-in"),
+    ],
+    ids=["prefix caching", "no plug-in"],
+)
+def test_dials_that_would_mix_or_not_be_heard_are_refused(plugins, error, folder, tmp_path):
+    log = tmp_path / "log"
+    flags = [*REMOTE_CODE, "--enforce-eager", "--logits-processors", "dynamoe_hf.vllm_dials:RequestDials"]
+    with pytest.raises(AssertionError), served(folder, log, *flags, VLLM_PLUGINS=plugins):
+        pytest.fail("started")
+    assert error in log.read_text()
+
+
 def memory_of(process):
     """Bytes of a process and of all that it has started."""
     import psutil
@@ -205,26 +285,27 @@ def test_five_hundred_requests_at_once(folder, prompts, tmp_path):
     assert not wrong and answers.count(None) == 50
 
 
-def test_dynamoe_serve_starts_it_and_stops_it(folder, tmp_path):
+def test_dynamoe_serve_starts_it_and_stops_it(folder, prompts, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "dynamoe_hf.cli", "serve", str(folder), "--port", str(port), "--sensitivity", "0.6"]
     command += ["--dtype", "float32", "--engine-flags=--enforce-eager --max-model-len 128"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    metrics = ""
     for _ in range(120):
         assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
         try:
             opener.open(f"http://127.0.0.1:{port}/health", timeout=5)
-            metrics = opener.open(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
             break
         except OSError:
             time.sleep(1)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+    client.completions.create(model=folder.name, prompt=prompts[0], max_tokens=1)
+    metrics = metrics_of(f"http://127.0.0.1:{port}", len(prompts[0]))
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
-    assert "vllm:generation_tokens_total" in metrics
+    assert "vllm:generation_tokens_total" in metrics and 0 < share_of(metrics)[0] < 1
     assert "with vllm at" in (tmp_path / "log").read_text()
