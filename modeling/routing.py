@@ -17,11 +17,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
 from .engine_layers import EngineLinear
 from .sparsity import Thresholds, density_at, thresholds_at
 
 
+logger = logging.get_logger(__name__)
 ROUTES = ("router", "label", "random")
 
 
@@ -149,11 +151,17 @@ class RoutingSlot:
 def checkpoint_with_routing(slot: RoutingSlot, checkpoint: Callable) -> Callable:
     """
     `checkpoint`, torch's with some of its options, for layers that read `slot`. The trap: backward runs a layer again, after the pass
-    and maybe in another thread. So the routing is carried along. Raises `ValueError`, when a layer is called, for the reentrant kind,
-    which runs layers without gradients: only what a layer returns gets one, and the losses of routers and hidden states do not.
+    and maybe in another thread. So the routing is carried along. The reentrant kind runs layers without gradients: only what a layer
+    returns gets one, and the losses of routers and hidden states do not. The other kind replaces it, with a warning; where it cannot
+    be replaced, a layer that is called raises `ValueError`.
     """
     if isinstance(checkpoint, partial):  # torch's own default is the reentrant kind
-        checkpoint = partial(checkpoint.func, *checkpoint.args, **{"use_reentrant": False, **checkpoint.keywords})
+        if checkpoint.keywords.get("use_reentrant"):
+            logger.warning_once(
+                "DynaMoE: reentrant activation checkpointing gives routers no gradient, found use_reentrant=True. It runs with "
+                "use_reentrant=False."
+            )
+        checkpoint = partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False})
 
     def checkpointed(function, *args, **options):
         current, gradients = slot.current, torch.is_grad_enabled()

@@ -529,15 +529,28 @@ def test_a_dense_model_is_not_loaded_as_a_llama(family, tmp_path):
             load()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("widths", [[0.5, 1], [[0.25, 1], [0.5, 1], [0.75, 1]]])
+def test_a_model_loads_with_its_first_layers_alone(family, widths, tmp_path, token_ids):
+    """Depth pruning, as of a dense model: lists with an entry for each layer are cut, and what was calibrated on all layers goes."""
+    settings = {"expert_widths": widths, "error_weights": [0.1, 0.2, 0.3], "budgets": {"0.5": 0.4}, "sensitivity": 0.6}
+    thresholds = {"density": [0.5], "input": [[0.1, 0.2, 0.3]], "hidden": [[0.1, 0.2, 0.3]]}
+    sparse = {"thresholds": thresholds, "density_path": [[0.4, 0.5]]}
+    whole = tiny_dynamoe(family, dense_settings={"num_hidden_layers": 3}, **settings, **sparse)
+    whole.save_pretrained(tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=2).save_pretrained(tmp_path / "shorter")
+    shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter")
+    assert shorter.config.error_weights == [0.1, 0.2] and shorter.config.budgets == {} and shorter.config.density_path == []
+    assert shorter.config.thresholds == {"density": [0.5], "input": [[0.1, 0.2]], "hidden": [[0.1, 0.2]]}
+    del whole.model.layers[2]
+    with whole.routing(density=0.5), shorter.routing(density=0.5):
+        assert torch.equal(whole(token_ids, use_cache=False).logits, shorter(token_ids, use_cache=False).logits)
+
+
 def test_what_cannot_be_loaded_is_not_saved(tmp_path):
-    """Depth pruning, as of a dense model, leaves lists with an entry for each layer; a field may be set to anything."""
+    """Depth pruning in memory leaves lists with an entry for each layer; a field may be set to anything."""
     model = tiny_dynamoe(error_weights=[0.1, 0.2])
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="`error_weights` must have one entry for each of 1 layers, found 2"):
-        DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
-    shorter = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1, error_weights=[0.1])
-    shorter.save_pretrained(tmp_path / "shorter")
-    assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "shorter").nested_mlps) == 1
     for name, value, message in (
         ("sensitivity", 2.0, r"sensitivity must be in \(0, 1\], found 2.0"),
         ("num_hidden_layers", 1, "`error_weights` must have one entry for each of 1 layers"),
