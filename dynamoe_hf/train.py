@@ -23,7 +23,7 @@ from .run import Run, WatchRun, is_main_process, newest_whole
 from .self_text import SELF
 from .threshold_fit import THRESHOLD_TOKENS, fit_thresholds
 from .trainable import lora_config
-from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar
+from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar, know_nothing
 from .training_arguments import AdaptArguments, TrainArguments, nested_settings
 
 
@@ -157,6 +157,13 @@ def _run_phase(phase: Phase, model, run: Run):
     """Fit the routers and train, from where an interrupted run stopped; keep the state of `run`, and return the model."""
     arguments, state, folder = run.arguments, run.state, run.checkpoints_of(phase.name)
     checkpoint = newest_whole(folder) if folder.is_dir() else None
+    trainer_arguments = _trainer_arguments(arguments, phase, folder)
+    if phase.steps and not phase.fit and know_nothing(model, trainer_arguments):
+        raise ValueError(
+            "Tokens would follow routers that know nothing: found route=router, routers as `dynamoe convert` makes them, "
+            f"router_tokens={arguments.router_tokens} and router_loss_coef=0. Fit routers on some tokens (`--router-tokens`), or set "
+            "`--route label --router-loss-coef 1`."
+        )
     if phase.sparse and not state.fitted:
         fit_thresholds(model, run.blocks(THRESHOLD_TOKENS))
     if phase.fit and not state.fitted:
@@ -175,7 +182,7 @@ def _run_phase(phase: Phase, model, run: Run):
         model = get_peft_model(model, lora_config(arguments.lora_rank, 2 * arguments.lora_rank))
     trainer = DynaMoETrainer(
         model=model,
-        args=_trainer_arguments(arguments, phase, folder),
+        args=trainer_arguments,
         train_dataset=run.training_blocks(state.steps, phase.steps),
         processing_class=run.tokenizer,
         # Blocks are of one length, so nothing is padded: many tokenizers have no padding token.

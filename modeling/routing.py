@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging
 
-from .engine_layers import EngineLinear
+from .engine_layers import BareLinear
 from .sparsity import Thresholds, density_at, thresholds_at
 
 
@@ -198,8 +198,8 @@ class TokenRouter(nn.Module):
 
     def __init__(self, hidden_size: int, router_dim: int, experts: int):
         super().__init__()
-        self.input = nn.Linear(hidden_size, router_dim)
-        self.output = nn.Linear(router_dim, self.outputs(experts))
+        self.input = BareLinear(nn.Linear(hidden_size, router_dim))
+        self.output = BareLinear(nn.Linear(router_dim, self.outputs(experts)))
 
     @staticmethod
     def outputs(experts: int) -> int:
@@ -216,9 +216,7 @@ class TokenRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first: Any = self.input
-        # The weight of torch's dynamically quantised layers is a method, and they read float32.
-        dtype = first.weight.dtype if isinstance(first.weight, torch.Tensor) else torch.float32
-        return self.logits_of(self.output(F.silu(first(x.to(dtype)))))
+        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
 
     def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""
@@ -342,7 +340,7 @@ def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] 
     """
     found = []
     for linear in linears:
-        if linear is None or type(linear) not in (nn.Linear, EngineLinear) or has_hooks(linear):
+        if linear is None or type(linear) not in (nn.Linear, BareLinear) or has_hooks(linear):
             return None
         weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.device != device:

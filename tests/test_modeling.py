@@ -62,16 +62,34 @@ def test_adapters_on_routers_are_heard(token_ids):
     model = tiny_dynamoe()
     with torch.no_grad():
         model(token_ids[:1, :1], sensitivity=0.4)  # before the routers are wrapped
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*router\.(input|output)"))
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["router"]))
         for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+            if "modules_to_save.default.output" in name:
+                parameter.normal_(std=3.0)
         mlp, x = model.model.layers[1].mlp, torch.randn(1, 8, 32)
         for sensitivity in (0.2, 0.4, 0.6, 0.8):
             chosen = mlp.router.choose(mlp.router(x), sensitivity)
             with model.routing(sensitivity=sensitivity):
                 for token, expert in zip(x[0], chosen[0]):
                     assert_close("one token", mlp(token[None, None])[0], nested_mlp(mlp, token[None], expert[None]))
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_adapters_go_where_those_of_a_dense_model_go(kind, family, token_ids):
+    """By default on what the base's family has by default, but that IA3 follows Llama; with `all-linear` not on routers."""
+    peft = pytest.importorskip("peft")
+    steps = {"total_step": 10} if kind == "AdaLoraConfig" else {}
+    for targets in (None, "all-linear"):
+        if kind == "IA3Config" and targets is not None:
+            continue
+        config = getattr(peft, kind)
+        adapted = []
+        for model in (tiny_dense("llama" if kind == "IA3Config" else family), tiny_dynamoe(family)):
+            wrapped = peft.get_peft_model(model, config(task_type="CAUSAL_LM", target_modules=targets, **steps))
+            adapted.append(set(wrapped.base_model.targeted_module_names))
+        assert adapted[0] == adapted[1]
+        assert wrapped(token_ids, sensitivity=0.4).logits.isfinite().all()
 
 
 def test_sensitivity_for_each_sequence(token_ids):
