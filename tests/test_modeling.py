@@ -74,6 +74,21 @@ def test_adapters_on_routers_are_heard(token_ids):
                     assert_close("one token", mlp(token[None, None])[0], nested_mlp(mlp, token[None], expert[None]))
 
 
+@pytest.mark.parametrize("router", ["profile", "argmax"])
+def test_routers_that_a_checkpoint_lacks_are_fresh(router, token_ids):
+    """transformers makes empty tensors of what is missing, and draws what it knows how to draw."""
+    model = tiny_dynamoe(router_type=router)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    loaded = DynaMoEForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+    for mlp in loaded.nested_mlps:
+        expected = copy.deepcopy(mlp.router)
+        expected.reset()
+        assert torch.equal(mlp.router.output.weight, expected.output.weight)
+        assert torch.equal(mlp.router.output.bias, expected.output.bias)
+        assert 0.5 < mlp.router.input.weight.std() * 32**0.5 < 1.5 and not mlp.router.input.bias.any()
+    assert_close("full width", loaded(token_ids).logits, tiny_dense()(token_ids).logits)
+
+
 @pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_adapters_go_where_those_of_a_dense_model_go(kind, family, token_ids):
