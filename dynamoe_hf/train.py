@@ -24,7 +24,7 @@ from .run import Run, WatchRun, newest_whole
 from .self_text import SELF
 from .threshold_fit import THRESHOLD_TOKENS, fit_thresholds
 from .trainable import with_adapters
-from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar
+from .trainer import DynaMoETrainer, DynaMoETrainingArguments, LossBar, know_nothing
 from .training_arguments import AdaptArguments, TrainArguments, nested_settings
 
 
@@ -159,6 +159,13 @@ def _run_phase(phase: Phase, model, run: Run):
     """Fit the routers and train, from where an interrupted run stopped; keep the state of `run`, and return the model."""
     arguments, state, folder = run.arguments, run.state, run.checkpoints_of(phase.name)
     checkpoint = from_main(newest_whole(folder) if is_main_process() and folder.is_dir() else None)
+    trainer_arguments = _trainer_arguments(arguments, phase, folder)
+    if phase.steps and not phase.fit and know_nothing(model, trainer_arguments):
+        raise ValueError(
+            "Tokens would follow routers that know nothing: found route=router, routers as `dynamoe convert` makes them, "
+            f"router_tokens={arguments.router_tokens} and router_loss_coef=0. Fit routers on some tokens (`--router-tokens`), or set "
+            "`--route label --router-loss-coef 1`."
+        )
     if phase.sparse and not state.fitted:
         fit_thresholds(model, run.blocks(THRESHOLD_TOKENS))
         model.config.thresholds = from_main(model.config.thresholds)
@@ -178,7 +185,7 @@ def _run_phase(phase: Phase, model, run: Run):
 
     trainer = DynaMoETrainer(
         model=wrap(model),
-        args=_trainer_arguments(arguments, phase, folder),
+        args=trainer_arguments,
         train_dataset=run.training_blocks(state.steps, phase.steps),
         processing_class=run.tokenizer,
         # Blocks are of one length, so nothing is padded: many tokenizers have no padding token.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`DynaMoETrainer`, a `transformers.Trainer` for nested experts and their routers, and its arguments."""
 
+import copy
 import math
 import os
 import random
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 from .card import render_card
 from .disk import sync, sync_entry
@@ -30,6 +32,7 @@ from .trainable import choose_trainable, density_range_of, divide_layers, frozen
 from .training_arguments import NestedTrainingArguments
 
 
+logger = logging.get_logger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Scale of the logistic noise on the routers' threshold, in logits, while they learn by choosing.
 ROUTER_TEMPERATURE = 0.5
@@ -71,12 +74,12 @@ class DynaMoETrainer(Trainer):
     `kd_loss`, `hidden_loss`, `width_loss`, `mean_width` (share of the MLPs' width that tokens took), `mean_share` (share of
     their weights that tokens read, where sparsity leaves some out), `router_accuracy`
     (agreement of the routers with the labels, where the route or the router loss needs labels) and `share_expert_0` ...
-    (share of the tokens).
+    (share of the tokens). Where tokens would follow routers that know nothing and do not learn, they follow their labels and the
+    router loss has weight 1, with a warning.
 
     Raises:
         ValueError: the model is no DynaMoE model; `train_parts="lora"` without adapters, or `"routers"` without a loss
-            for them; tokens would follow routers that know nothing and do not learn; several GPUs without a launcher;
-            `compute_loss_func`, which this Trainer would not call.
+            for them; several GPUs without a launcher; `compute_loss_func`, which this Trainer would not call.
         FloatingPointError: in training, a loss, a gradient or a weight is not finite. Checkpoints written before stay.
     """
 
@@ -85,6 +88,14 @@ class DynaMoETrainer(Trainer):
     def __init__(self, model=None, args=None, **kwargs):
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         check_model(core, args, adapted=core is not model)
+        if know_nothing(core, args):
+            logger.warning(
+                'DynaMoE: tokens would follow routers that know nothing, found route="router" and router_loss_coef=0. They follow their '
+                'labels, and the routers learn these: route="label", router_loss_coef=1. To let them follow routers, call '
+                "`fit_routers(model, blocks)` first."
+            )
+            args = copy.copy(args)
+            args.route, args.router_loss_coef = "label", 1.0
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "`compute_loss_func` does not go with the losses of this Trainer. Subclass it, and `compute_loss`."
@@ -413,15 +424,15 @@ def check_model(core, args: DynaMoETrainingArguments, adapted: bool) -> None:
             "`--router-type profile`."
         )
     density_range_of(core.config, args.density_range)
+
+
+def know_nothing(core, args: DynaMoETrainingArguments) -> bool:
+    """Whether tokens would follow routers as `dynamoe convert` makes them, and nothing would train these."""
     full_width_alone = (args.sensitivity_range or core.config.train_sensitivity)[0] == 1
     if args.route != "router" or args.router_loss_coef or args.width_loss_coef or full_width_alone:
-        return
+        return False
     outputs = [p for name, p in core.named_parameters() if ".router." in name and name.endswith("output.weight")]
-    if any(weight.numel() and not weight.any() for weight in outputs):
-        raise ValueError(
-            'Tokens would follow routers that know nothing: found route="router", routers as `dynamoe convert` makes them, and '
-            'no loss that trains them. Call `fit_routers(model, blocks)` first, or set route="label", router_loss_coef=1.0.'
-        )
+    return any(weight.numel() and not weight.any() for weight in outputs)
 
 
 class LossBar(ProgressCallback):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that travel to the Hub with every model. This one does not travel: it registers them with the Auto classes."""
 
+from peft.utils import constants
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dynamoe import DynaMoEConfig
@@ -14,5 +15,9 @@ AutoModelForCausalLM.register(DynaMoEConfig, DynaMoEForCausalLM, exist_ok=True)
 DynaMoEConfig.register_for_auto_class()
 DynaMoEModel.register_for_auto_class("AutoModel")
 DynaMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# What PEFT adapts in a family by default. Its tables are read by the model type, so all bases get what Llama has.
+for name, table in vars(constants).items():
+    if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
+        table.setdefault("dynamoe", table["llama"])
 
 __all__ = ["DynaMoEConfig", "DynaMoEForCausalLM", "DynaMoEModel"]

@@ -135,8 +135,16 @@ class DynaMoEConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As the base class. Raises `ValueError` for the config of a dense model, whose family would be lost in silence."""
+        """
+        As the base class. With a smaller `num_hidden_layers` the first layers stay, as in a dense model, and what was calibrated on all
+        of them goes. Raises `ValueError` for the config of a dense model, whose family would be lost in silence.
+        """
         check_model_type(config_dict.get("model_type"))
+        asked: Any = kwargs.get("num_hidden_layers")
+        found: Any = config_dict.get("base_config", {}).get("num_hidden_layers")
+        if is_whole(asked) and is_whole(found) and 0 < asked < found:
+            super().from_dict(config_dict)  # tells what is wrong with any field
+            config_dict = _first_layers(config_dict, asked)
         return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> None:
@@ -331,6 +339,22 @@ def _base_config(given):
             f"`base_config` must be the config of a dense model, or a dictionary with its fields, found {type(given).__name__}."
         )
     return given
+
+
+def _first_layers(fields, layers):
+    """The fields of a config, already checked, with the entries of the first layers alone and without what was calibrated on all."""
+    base = dict(fields["base_config"], num_hidden_layers=layers)
+    cut = {"base_config": base, "num_hidden_layers": layers, "budgets": None, "density_path": None}
+    for owner, name in ((base, "layer_types"), (base, "mlp_layer_types"), (fields, "error_weights")):
+        if owner.get(name) is not None:
+            (cut if owner is fields else base)[name] = owner[name][:layers]
+    if isinstance(fields.get("expert_widths", [0])[0], list):
+        cut["expert_widths"] = fields["expert_widths"][:layers]
+    if fields.get("thresholds") is not None:
+        cut["thresholds"] = {name: [row[:layers] for row in rows] if name != "density" else rows
+                             for name, rows in fields["thresholds"].items()}  # fmt: skip
+    copies = {name: base[name] for name in ("layer_types", "mlp_layer_types") if name in fields.keys() & base.keys()}
+    return {**fields, **copies, **cut}
 
 
 def _without_copies(fields, base_config):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What changes where an inference engine builds the model. vLLM and SGLang set an attention of their own and then replace every
-`nn.Linear` by a layer that cannot be cut (on a CPU vLLM even gives its weights away), so nested MLPs keep layers that engines leave
-alone.
+Layers that others leave alone, and what changes where an inference engine builds the model. vLLM and SGLang set an attention of their
+own and then replace every `nn.Linear` by a layer that cannot be cut (on a CPU vLLM even gives its weights away), so nested MLPs keep
+layers that are none. Routers always have such layers: PEFT's `all-linear` and quantisers take every `nn.Linear`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ENGINES = ("vllm", "sglang")
 LOGITS_SCALING = {"granite": -1, "granite_swa": -1, "hyperclovax": 1}
 
 
-class EngineLinear(nn.Module):
+class BareLinear(nn.Module):
     """A linear layer that holds the parameters of an `nn.Linear` and is none: (..., D) -> (..., H)."""
 
     def __init__(self, linear: nn.Linear):
@@ -58,4 +58,4 @@ def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
         for owner in list(mlp.modules()):
             for name, child in list(owner.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(owner, name, EngineLinear(child))
+                    setattr(owner, name, BareLinear(child))

@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .checks import (
     check_adapters,
@@ -50,7 +52,7 @@ from .nested_mlp_triton import TRITON
 from .outputs import DynaMoECausalLMOutputWithPast, DynaMoEModelOutputWithPast, experts_of
 from .packed_weights import pack_model
 from .request_dials import RequestDials
-from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
+from .routing import ROUTES, Routing, RoutingSlot, checkpoint_with_routing, loss_mask, mean_router_loss
 from .self_draft import SelfDraftGenerationMixin
 
 
@@ -66,7 +68,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     model_tags = ["dynamoe", "dynamic-moe", "conditional-computation"]
     # Routers stay float32 in float16 models, and quantisers skip what is listed here. The trap: they match from the start of
     # the full name, so that "router" alone would skip nothing.
-    _keep_in_fp32_modules = [".*router"]
+    _keep_in_fp32_modules: Any = [".*router"]
     # What engines ask of the class, before there is a model. The class of a model has the flags of its base.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -100,7 +102,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             config.base_config._attn_implementation = config._attn_implementation
             dense = self.base_class(config.base_config)
         take_over(self, dense)
-        self._keep_in_fp32_modules = [*(self._keep_in_fp32_modules or ()), *DynaMoEPreTrainedModel._keep_in_fp32_modules]
+        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *DynaMoEPreTrainedModel._keep_in_fp32_modules}
         # A prefix of a column-sharded projection would differ from rank to rank, so tensor parallelism replicates the MLPs.
         if plan := getattr(self, "_tp_plan", None):
             self._tp_plan = {key: style for key, style in plan.items() if ".mlp" not in key}
@@ -112,12 +114,17 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, TokenRouter):
-            module.reset()
-            for parameter in module.parameters():
-                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010  # a mark of transformers
-        elif not (isinstance(module, torch.nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
+        if not (isinstance(module, torch.nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
             super()._init_weights(module)
+
+    def initialize_weights(self):
+        """As the base class, which passes modules of other packages by that have no parameters of their own, such as a router."""
+        routers = [mlp.router for mlp in self.nested_mlps]
+        loaded = [all(getattr(p, "_is_hf_initialized", False) for p in router.parameters()) for router in routers]
+        super().initialize_weights()
+        for router, whole in zip(routers, loaded):
+            if not whole:
+                router.reset()
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         function = checkpoint_with_routing(self.slot, gradient_checkpointing_func) if enable else checkpoint
@@ -278,8 +285,9 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
             mlp.router.reset()
             mlp.router.to(mlp.down_linear.weight.device, mlp.down_linear.weight.dtype)
         prepare_for_engine(config, self.nested_mlps)
+        self._backward_compatibility_gradient_checkpointing()  # of `config.gradient_checkpointing`, as the base does
 
-    def forward(
+    def forward(  # type: ignore[misc]  # some of the keywords are named
         self,
         input_ids=None,
         attention_mask=None,
@@ -293,7 +301,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         route=None,
         output_router_logits=False,
         return_dict=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         r"""As the base's `forward`, with `sensitivity`, `density`, `force_expert`, `route` and `output_router_logits` of `DynaMoEForCausalLM`."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -350,7 +358,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerati
             own.layer_widths(index, getattr(place.mlp, layout_of(place.mlp, place.name).down).in_features)
         return own
 
-    def forward(
+    def forward(  # type: ignore[misc]  # some of the keywords are named
         self,
         input_ids=None,
         attention_mask=None,
@@ -366,7 +374,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerati
         route=None,
         output_router_logits=None,
         return_dict=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         r"""
         As the base's `forward`, and:

@@ -17,11 +17,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
-from .engine_layers import EngineLinear
+from .engine_layers import BareLinear
 from .sparsity import Thresholds, density_at, thresholds_at
 
 
+logger = logging.get_logger(__name__)
 ROUTES = ("router", "label", "random")
 
 
@@ -149,11 +151,17 @@ class RoutingSlot:
 def checkpoint_with_routing(slot: RoutingSlot, checkpoint: Callable) -> Callable:
     """
     `checkpoint`, torch's with some of its options, for layers that read `slot`. The trap: backward runs a layer again, after the pass
-    and maybe in another thread. So the routing is carried along. Raises `ValueError`, when a layer is called, for the reentrant kind,
-    which runs layers without gradients: only what a layer returns gets one, and the losses of routers and hidden states do not.
+    and maybe in another thread. So the routing is carried along. The reentrant kind runs layers without gradients: only what a layer
+    returns gets one, and the losses of routers and hidden states do not. The other kind replaces it, with a warning; where it cannot
+    be replaced, a layer that is called raises `ValueError`.
     """
     if isinstance(checkpoint, partial):  # torch's own default is the reentrant kind
-        checkpoint = partial(checkpoint.func, *checkpoint.args, **{"use_reentrant": False, **checkpoint.keywords})
+        if checkpoint.keywords.get("use_reentrant"):
+            logger.warning_once(
+                "DynaMoE: reentrant activation checkpointing gives routers no gradient, found use_reentrant=True. It runs with "
+                "use_reentrant=False."
+            )
+        checkpoint = partial(checkpoint.func, *checkpoint.args, **{**checkpoint.keywords, "use_reentrant": False})
 
     def checkpointed(function, *args, **options):
         current, gradients = slot.current, torch.is_grad_enabled()
@@ -190,8 +198,8 @@ class TokenRouter(nn.Module):
 
     def __init__(self, hidden_size: int, router_dim: int, experts: int):
         super().__init__()
-        self.input = nn.Linear(hidden_size, router_dim)
-        self.output = nn.Linear(router_dim, self.outputs(experts))
+        self.input = BareLinear(nn.Linear(hidden_size, router_dim))
+        self.output = BareLinear(nn.Linear(router_dim, self.outputs(experts)))
 
     @staticmethod
     def outputs(experts: int) -> int:
@@ -208,9 +216,7 @@ class TokenRouter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first: Any = self.input
-        # The weight of torch's dynamically quantised layers is a method, and they read float32.
-        dtype = first.weight.dtype if isinstance(first.weight, torch.Tensor) else torch.float32
-        return self.logits_of(self.output(F.silu(first(x.to(dtype)))))
+        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
 
     def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""
@@ -334,7 +340,7 @@ def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] 
     """
     found = []
     for linear in linears:
-        if linear is None or type(linear) not in (nn.Linear, EngineLinear) or has_hooks(linear):
+        if linear is None or type(linear) not in (nn.Linear, BareLinear) or has_hooks(linear):
             return None
         weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.device != device:

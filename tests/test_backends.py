@@ -388,11 +388,12 @@ def test_a_projection_with_a_forward_of_its_own_is_called(where, dial, train, to
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_layers_that_torch_has_quantised_dynamically(token_ids):
-    """Their weight is no tensor, in MLPs and routers alike."""
+    """Their weight is no tensor; routers stay as they are."""
     model = tiny_dynamoe()
     expected = model(token_ids, sensitivity=1.0).logits
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert type(quantised.model.layers[0].mlp.up_proj) is not nn.Linear
+    assert quantised.model.layers[0].mlp.router.input.weight.dtype == torch.float32
     assert_close("logits", quantised(token_ids, sensitivity=1.0).logits, expected, atol=0.1 * expected.abs().max().item())
     for ids in (token_ids, token_ids[:1, :1]):
         found = quantised(ids, sensitivity=0.4, output_router_logits=True)

@@ -199,19 +199,35 @@ def test_a_part_of_a_gguf_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("target", ["q_proj", "up_proj"])
 def test_adapters_left_beside_merged_weights(target, dense_folder, tmp_path, token_ids):
-    """transformers puts them on top of the weights, once more, and saves adapters alone afterwards."""
+    """transformers puts them on top of the weights, once more, and saves adapters alone afterwards. What they made is converted."""
     config = LoraConfig(target_modules=[target], task_type="CAUSAL_LM", init_lora_weights=False)
     wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), config).eval()
     expected = wrapped(token_ids).logits
     wrapped.save_pretrained(tmp_path / "tuned")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "tuned")
     tiny_tokenizer().save_pretrained(tmp_path / "tuned")
-    with pytest.raises(ValueError, match="holds adapters beside its weights.* delete the files adapter_"):
-        convert_model(tmp_path / "tuned", tmp_path / "out", **FAST)
-    for path in (tmp_path / "tuned").glob("adapter_*"):
-        path.unlink()
     convert_model(tmp_path / "tuned", tmp_path / "out", **FAST)
     assert_close("converted", load_model(tmp_path / "out")(token_ids).logits, expected)
+
+
+@pytest.mark.parametrize("beside", ["base", "other weights", "no base"])
+def test_adapters_beside_weights_that_they_did_not_make_are_refused(beside, dense_folder, tmp_path):
+    """They may belong on top of the weights, or be left over: who knows is asked."""
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), config)
+    if beside == "no base":
+        wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
+    wrapped.save_pretrained(tmp_path / "tuned")
+    merged = wrapped.merge_and_unload()
+    weights = {
+        "base": AutoModelForCausalLM.from_pretrained(dense_folder),
+        "other weights": tiny_dense(num_hidden_layers=3, seed=7),
+    }
+    weights.get(beside, merged).save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="holds adapters beside its weights.* delete the files adapter_"):
+        convert_model(tmp_path / "tuned", tmp_path / "out", **FAST)
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_the_dense_base_are_refused_on_neurons_in_another_order(converted, dense_folder, tmp_path, token_ids):

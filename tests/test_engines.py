@@ -10,7 +10,7 @@ from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
-from dynamoe_hf.modeling.engine_layers import EngineLinear, prepare_for_engine
+from dynamoe_hf.modeling.engine_layers import BareLinear, prepare_for_engine
 from dynamoe_hf.vllm_metrics import Meters, can_count
 
 
@@ -73,7 +73,7 @@ def test_engines_leave_the_layers_of_nested_mlps_alone(family, token_ids):
     prepare_for_engine(model.config, model.nested_mlps)
     model.config._attn_implementation = "sdpa"
     layers = [module for mlp in model.nested_mlps for module in mlp.modules()]
-    assert not any(isinstance(module, nn.Linear) for module in layers) and any(isinstance(m, EngineLinear) for m in layers)
+    assert not any(isinstance(module, nn.Linear) for module in layers) and any(isinstance(m, BareLinear) for m in layers)
     with torch.no_grad():
         assert torch.equal(model(token_ids, sensitivity=0.6).logits, expected)
         assert torch.equal(model(token_ids[:1, :3], sensitivity=0.6).logits, few)

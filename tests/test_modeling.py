@@ -62,16 +62,49 @@ def test_adapters_on_routers_are_heard(token_ids):
     model = tiny_dynamoe()
     with torch.no_grad():
         model(token_ids[:1, :1], sensitivity=0.4)  # before the routers are wrapped
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*router\.(input|output)"))
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["router"]))
         for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+            if "modules_to_save.default.output" in name:
+                parameter.normal_(std=3.0)
         mlp, x = model.model.layers[1].mlp, torch.randn(1, 8, 32)
         for sensitivity in (0.2, 0.4, 0.6, 0.8):
             chosen = mlp.router.choose(mlp.router(x), sensitivity)
             with model.routing(sensitivity=sensitivity):
                 for token, expert in zip(x[0], chosen[0]):
                     assert_close("one token", mlp(token[None, None])[0], nested_mlp(mlp, token[None], expert[None]))
+
+
+@pytest.mark.parametrize("router", ["profile", "argmax"])
+def test_routers_that_a_checkpoint_lacks_are_fresh(router, token_ids):
+    """transformers makes empty tensors of what is missing, and draws what it knows how to draw."""
+    model = tiny_dynamoe(router_type=router)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    loaded = DynaMoEForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+    for mlp in loaded.nested_mlps:
+        expected = copy.deepcopy(mlp.router)
+        expected.reset()
+        assert torch.equal(mlp.router.output.weight, expected.output.weight)
+        assert torch.equal(mlp.router.output.bias, expected.output.bias)
+        assert 0.5 < mlp.router.input.weight.std() * 32**0.5 < 1.5 and not mlp.router.input.bias.any()
+    assert_close("full width", loaded(token_ids).logits, tiny_dense()(token_ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_adapters_go_where_those_of_a_dense_model_go(kind, family, token_ids):
+    """By default on what the base's family has by default, but that IA3 follows Llama; with `all-linear` not on routers."""
+    peft = pytest.importorskip("peft")
+    steps = {"total_step": 10} if kind == "AdaLoraConfig" else {}
+    for targets in (None, "all-linear"):
+        if kind == "IA3Config" and targets is not None:
+            continue
+        config = getattr(peft, kind)
+        adapted = []
+        for model in (tiny_dense("llama" if kind == "IA3Config" else family), tiny_dynamoe(family)):
+            wrapped = peft.get_peft_model(model, config(task_type="CAUSAL_LM", target_modules=targets, **steps))
+            adapted.append(set(wrapped.base_model.targeted_module_names))
+        assert adapted[0] == adapted[1]
+        assert wrapped(token_ids, sensitivity=0.4).logits.isfinite().all()
 
 
 def test_sensitivity_for_each_sequence(token_ids):
@@ -529,15 +562,28 @@ def test_a_dense_model_is_not_loaded_as_a_llama(family, tmp_path):
             load()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("widths", [[0.5, 1], [[0.25, 1], [0.5, 1], [0.75, 1]]])
+def test_a_model_loads_with_its_first_layers_alone(family, widths, tmp_path, token_ids):
+    """Depth pruning, as of a dense model: lists with an entry for each layer are cut, and what was calibrated on all layers goes."""
+    settings = {"expert_widths": widths, "error_weights": [0.1, 0.2, 0.3], "budgets": {"0.5": 0.4}, "sensitivity": 0.6}
+    thresholds = {"density": [0.5], "input": [[0.1, 0.2, 0.3]], "hidden": [[0.1, 0.2, 0.3]]}
+    sparse = {"thresholds": thresholds, "density_path": [[0.4, 0.5]]}
+    whole = tiny_dynamoe(family, dense_settings={"num_hidden_layers": 3}, **settings, **sparse)
+    whole.save_pretrained(tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=2).save_pretrained(tmp_path / "shorter")
+    shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter")
+    assert shorter.config.error_weights == [0.1, 0.2] and shorter.config.budgets == {} and shorter.config.density_path == []
+    assert shorter.config.thresholds == {"density": [0.5], "input": [[0.1, 0.2]], "hidden": [[0.1, 0.2]]}
+    del whole.model.layers[2]
+    with whole.routing(density=0.5), shorter.routing(density=0.5):
+        assert torch.equal(whole(token_ids, use_cache=False).logits, shorter(token_ids, use_cache=False).logits)
+
+
 def test_what_cannot_be_loaded_is_not_saved(tmp_path):
-    """Depth pruning, as of a dense model, leaves lists with an entry for each layer; a field may be set to anything."""
+    """Depth pruning in memory leaves lists with an entry for each layer; a field may be set to anything."""
     model = tiny_dynamoe(error_weights=[0.1, 0.2])
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(ValueError, match="`error_weights` must have one entry for each of 1 layers, found 2"):
-        DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
-    shorter = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1, error_weights=[0.1])
-    shorter.save_pretrained(tmp_path / "shorter")
-    assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "shorter").nested_mlps) == 1
     for name, value, message in (
         ("sensitivity", 2.0, r"sensitivity must be in \(0, 1\], found 2.0"),
         ("num_hidden_layers", 1, "`error_weights` must have one entry for each of 1 layers"),

@@ -93,15 +93,16 @@ def test_from_pretrained_leaves_the_routers_alone(tmp_path, token_ids):
         assert torch.equal(again(token_ids, sensitivity=0.4).logits, routed)
 
 
-def test_quantised_routers_still_choose(token_ids):
-    """`quantize_` without a filter takes the routers along."""
+def test_routers_are_not_quantised(token_ids):
+    """`quantize_` without a filter leaves them too."""
     model = quantised(keep=None)
     model.set_sensitivity(0.4)
     with torch.no_grad():
         many = model(token_ids[:1], output_router_logits=True)
         one = model(token_ids[:1, :1])
         assert_close("one token", one.logits[0, 0], model(token_ids[:1, :1].expand(2, 1)).logits[0, 0])
-    assert type(model.model.layers[0].mlp.router.input.weight) is ao.Int8Tensor
+    assert type(model.model.layers[0].mlp.up_proj.weight) is ao.Int8Tensor
+    assert type(model.model.layers[0].mlp.router.input.weight) is nn.Parameter
     assert len({int(e) for expert in many.expert_indices for e in expert.flatten()}) > 1
 
 

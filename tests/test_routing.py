@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, run_mlp, tiny_dense, tiny_dynamoe
 from reference import assert_close, expert_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -183,7 +184,7 @@ def test_copies_and_pickles_are_independent(token_ids):
         assert torch.equal(other(token_ids, sensitivity=0.4).logits, expected)
 
 
-@pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}])
+@pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_layers_that_run_again_keep_their_routing(options, token_ids):
     """Activation checkpointing runs layers in backward, when the pass is over and another one has other settings."""
     gradients = []
@@ -202,9 +203,9 @@ def test_layers_that_run_again_keep_their_routing(options, token_ids):
 
 
 def test_checkpointing_that_would_lose_the_losses_of_routers_is_refused(token_ids):
-    """The reentrant kind runs layers without gradients, whoever asks for it; evaluation is none of its business."""
+    """The reentrant kind runs layers without gradients, where it cannot be replaced; evaluation is none of its business."""
     model = tiny_dynamoe().train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model._set_gradient_checkpointing(True, lambda function, *args: checkpoint(function, *args, use_reentrant=True))
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="gives routers no gradient, found use_reentrant=True"):
         model(token_ids, labels=token_ids)

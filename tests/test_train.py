@@ -323,6 +323,15 @@ def test_phases_of_the_recipe(name):
     assert all((phase.settings["train_parts"] == "routers") == (phase.name == "routers") for phase in phases)
 
 
+def test_a_training_on_routers_that_know_nothing_is_refused(converted, text_file, tmp_path):
+    settings = {"text": str(text_file), "max_tokens": 512, "block_size": 16, "router_tokens": 0}
+    with pytest.raises(
+        ValueError, match=r"routers that know nothing: found route=router.* `--route label --router-loss-coef 1`"
+    ):
+        train_model(converted, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
 class Stopped(Exception):
     """A run that was interrupted."""
 

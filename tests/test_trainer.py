@@ -401,13 +401,18 @@ def test_bad_settings(tmp_path):
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"router"}
 
 
-def test_tokens_do_not_follow_routers_that_know_nothing(tmp_path):
-    """Refused before the first step, where the defaults would train on random routes; each way out that is named works."""
-    with pytest.raises(
-        ValueError, match=r"know nothing: found route=\"router\".* Call `fit_routers\(model, blocks\)` first"
-    ) as error:
-        DynaMoETrainer(model=tiny_model(), args=DynaMoETrainingArguments(str(tmp_path), use_cpu=True))
-    assert 'set route="label", router_loss_coef=1.0' in str(error.value)
+def test_tokens_do_not_follow_routers_that_know_nothing(tmp_path, caplog):
+    """By default they follow their labels then, and routers learn these; the warning and the logs say so."""
+    arguments = DynaMoETrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    trainer = DynaMoETrainer(model=(model := tiny_model()), args=arguments, train_dataset=rows())
+    trainer.train()
+    assert "routers that know nothing" in caplog.text
+    assert (trainer.args.route, trainer.args.router_loss_coef) == ("label", 1.0) and arguments.route == "router"
+    assert trainer.state.log_history[0]["router_loss"] > 0
+    assert all(mlp.router.output.weight.any() for mlp in model.nested_mlps)
+    caplog.clear()
     defaults = {"train_parts": "layers", "route": "router", "router_loss_coef": 0.0}
     model = tiny_model()
     fit_routers(model, torch.randint(3, 128, (8, 16)), steps=2)
@@ -419,7 +424,9 @@ def test_tokens_do_not_follow_routers_that_know_nothing(tmp_path):
         {"sensitivity_range": [1, 1]},
         {"route": "random"},
     ):
-        assert train(tiny_model(), tmp_path, **{**defaults, **learns}).state.global_step == 1
+        trained = train(tiny_model(), tmp_path, **{**defaults, **learns})
+        assert all(getattr(trained.args, name) == value for name, value in {**defaults, **learns}.items())
+    assert "know nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
