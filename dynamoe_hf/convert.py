@@ -64,18 +64,18 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     if arguments.importance not in IMPORTANCES:
         raise ValueError(f"The importance {arguments.importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
     with new_folder(out) as folder:
-        model, tokenizer, record, (probe, expected) = _converted(base, arguments)
+        model, tokenizer, record, (expected, *probe) = _converted(base, arguments)
         record["weights"] = save_model(model, folder)
         del model  # two at a time are more than there may be memory for
         tokenizer.save_pretrained(folder)
         written = load_model(folder)
-        record["parity"] = prove_parity(expected, _logits(written, probe), written.dtype)
+        record["parity"] = prove_parity(expected, _logits(written, *probe), written.dtype)
         write_json(folder / CONVERSION, record)
     return record
 
 
 def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
-    """The model, its tokenizer, the record of the conversion, and token ids with the dense logits to prove what is written."""
+    """The model, its tokenizer, the record of the conversion, and the dense logits, token ids and routes to prove what is written."""
     importance, text = arguments.importance, arguments.text
     dense, tokenizer = load_dense(base, arguments.dtype)
     fields = {
@@ -87,15 +87,16 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
     check_ids(blocks, dense.config)
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    expected = _logits(dense, probe)
+    routes: dict[int, tuple] = {}
+    expected = _logits(dense, probe, routes)
     scores = IMPORTANCES[importance](dense, blocks)
     torch.manual_seed(arguments.seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
     for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
         mlp.layout.reorder(mlp, torch.argsort(score, descending=True, stable=True))
-    prove_parity(expected, _logits(model, probe), model.dtype)
+    prove_parity(expected, _logits(model, probe, routes), model.dtype)
     if model.is_mixture:  # at full width the base's own code runs; this runs ours, with every expert chosen
-        prove_parity(expected, _logits(model, probe, sensitivity=torch.ones(len(probe))), model.dtype)
+        prove_parity(expected, _logits(model, probe, routes, sensitivity=torch.ones(len(probe))), model.dtype)
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
 
     record = {
@@ -109,7 +110,7 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     }
     model.config.base_config._name_or_path = _name(base)
     vars(model.config.base_config).pop("auto_map", None)  # names code of the base, which the folder does not need
-    return model, tokenizer, record, (probe, expected)
+    return model, tokenizer, record, (expected, probe, routes)
 
 
 def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -186,8 +187,22 @@ def _name(base):
 
 
 @torch.no_grad()
-def _logits(model, probe, **routing):
-    return model(probe.to(model.device), **routing).logits.float().cpu()
+def _logits(model, probe, routes, **routing):
+    """
+    Logits of token ids. The experts of a mixture, and their weights, are those of the first pass, which `routes` keeps by layer. The
+    trap: rounding decides between experts that weigh nearly the same, so passes that differ by rounding may differ by an expert.
+    """
+
+    def keep(layer, experts, args):
+        return args[0], *routes.setdefault(layer, args[1:])
+
+    places = enumerate(mlp_places(model.model))
+    hooks = [place.mlp.register_forward_pre_hook(partial(keep, layer)) for layer, place in places if is_mixture(place.mlp)]
+    try:
+        return model(probe.to(model.device), **routing).logits.float().cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _experts_seen(scores) -> dict[str, int]:

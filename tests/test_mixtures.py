@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, fit_thresholds, train_model
-from dynamoe_hf.convert import FEW_TOKENS, IMPORTANCES, convert_model
+from dynamoe_hf.convert import FEW_TOKENS, IMPORTANCES, _logits, convert_model, prove_parity
 from dynamoe_hf.folder import active_parameters, count_parameters, inspect_folder, load_model
 from dynamoe_hf.generate import generate_text
 from dynamoe_hf.modeling import mlp_backends
@@ -421,3 +421,22 @@ def test_experts_that_cannot_be_split_are_named(monkeypatch):
     monkeypatch.setattr(type(dense.model.layers[0].mlp.experts), "_apply_gate", lambda self, both: both)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts.*MixtralExperts.*Supported are mixtures"):
         DynaMoEForCausalLM.from_dense(dense)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_parity_is_not_decided_by_experts_that_weigh_nearly_the_same(family):
+    """Rounding may send a token to another expert, as the changed router of the base does here. The proof keeps the experts."""
+    dense, probe, routes = tiny_dense(family), torch.randint(128, (2, 32)), {}
+    expected = _logits(dense, probe, routes)
+    model = DynaMoEForCausalLM.from_dense(dense)
+    with torch.no_grad():
+        for router in base_routers(model.model):
+            router.weight.add_(torch.randn_like(router.weight) * 0.5)
+    with pytest.raises(ValueError, match="does not equal its dense base"):
+        prove_parity(expected, _logits(model, probe, {}), model.dtype)
+    for routing in ({}, {"sensitivity": torch.ones(2)}):
+        prove_parity(expected, _logits(model, probe, routes, **routing), model.dtype)
+    with torch.no_grad():
+        mixtures_of(model)[0].down_proj[routes[len(model.nested_mlps) - len(mixtures_of(model))][0][0, 0]].mul_(1.1)
+    with pytest.raises(ValueError, match="does not equal its dense base"):
+        prove_parity(expected, _logits(model, probe, routes), model.dtype)
