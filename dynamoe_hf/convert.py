@@ -104,7 +104,7 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
         **({"gguf_file": gguf.name} if (gguf := gguf_file(base)) else {}),
         "importance": importance,
         "calibration": {"text": text_names(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
-        **({"experts": _experts_seen(scores)} if model.is_mixture else {}),
+        **({"routed_experts": _experts_seen(scores)} if model.is_mixture else {}),
         "seed": arguments.seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -240,6 +240,15 @@ def test_float16_keeps_our_routers_in_float32_alone(family, token_ids, tmp_path)
     assert torch.isfinite(model(token_ids, sensitivity=0.4).logits).all()
 
 
+def test_asking_the_config_for_router_logits_gives_ours(token_ids):
+    """The base reads the same field, for the logits of its own router."""
+    model = tiny_dynamoe("mixtral", output_router_logits=True)
+    for out in (model(token_ids, labels=token_ids), model.model(token_ids, output_router_logits=True)):
+        assert [tuple(logits.shape) for logits in out.router_logits] == [(2, 12, 2, 3)] * 2
+    hidden = model.model(token_ids).last_hidden_state
+    assert_close("logits", model.logits_of(hidden), model(token_ids).logits)
+
+
 def test_parameters_that_a_token_uses():
     model = tiny_dynamoe("qwen3_moe")
     counts = count_parameters(model)
@@ -345,7 +354,7 @@ def converted(base, tmp_path_factory):
 
 def test_conversion_keeps_the_order_of_unseen_experts_and_says_so(base, converted):
     record = inspect_folder(converted)["conversion"]
-    assert record["experts"] == {"count": 8, "in_base_order": 1}
+    assert record["routed_experts"] == {"count": 8, "in_base_order": 1}
     before, after = AutoModelForCausalLM.from_pretrained(base).model, load_model(converted).model
     for number in range(4):
         rows = [model.layers[1].mlp.experts.down_proj[number] for model in (before, after)]
