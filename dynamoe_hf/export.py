@@ -3,7 +3,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     return _dense(model, _prefix(model, width))
 
 
+@contextmanager
+def one_width(model: DynaMoEForCausalLM, width: float) -> Iterator[None]:
+    """Inside, the first expert of every MLP is as wide as `dense_prefix` of `width`, also where no dense model can be."""
+    mlps, kept = model.nested_mlps, [mlp.widths for mlp in model.nested_mlps]
+    try:
+        for mlp, neurons in zip(mlps, _prefix(model, width)):
+            mlp.widths = [neurons, *mlp.widths[1:]]
+        yield
+    finally:
+        for mlp, widths in zip(mlps, kept):
+            mlp.widths = widths
+
+
 @torch.no_grad()
 def widths_for(model: DynaMoEForCausalLM, blocks: torch.Tensor, budget: float) -> list[int]:
     """
@@ -136,7 +150,9 @@ def _prefix(model, width) -> list[int]:
     """A share of the MLP width in neurons, for each layer."""
     if not 0 < width <= 1:
         raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
-    return [max(1, round(width * mlp.widths[-1])) for mlp in model.nested_mlps]
+    # The trap: torch's grouped products, which plain mixtures run by, ask for rows of whole 16 bytes.
+    steps = [(8 if is_mixture(mlp) and width < 1 else 1, mlp.widths[-1]) for mlp in model.nested_mlps]
+    return [min(neurons, max(step, round(width * neurons / step) * step)) for step, neurons in steps]
 
 
 def _one_or_all(widths):

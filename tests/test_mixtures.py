@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, fit_thresholds, train_model
+from dynamoe_hf.benchmark import _bytes, bench_decode, bench_prefill
 from dynamoe_hf.convert import FEW_TOKENS, IMPORTANCES, _logits, convert_model, prove_parity
+from dynamoe_hf.export import dense_prefix, one_width
 from dynamoe_hf.folder import active_parameters, count_parameters, inspect_folder, load_model
 from dynamoe_hf.generate import generate_text
 from dynamoe_hf.modeling import mlp_backends
@@ -385,8 +387,9 @@ def test_from_a_dense_folder_to_generated_text(base, converted, text_file, tmp_p
     assert "--widths 0,0.25,0.5,1" in card, (
         "the card's command makes other widths, though the ladder is the same in all layers"
     )
-    (entry,) = evaluate_model(trained, budget=0.6, base=base, baselines=["label", "random"], max_tokens=1024, **text)
+    (entry,) = evaluate_model(trained, budget=0.6, base=base, baselines=["label", "random", "static"], max_tokens=1024, **text)
     assert abs(entry["mean_share"] - 0.6) < 0.1
+    assert entry["baselines"].keys() == {"label", "random", "static"}
     assert entry["active_parameters"] < entry["total_parameters"]
     assert len(entry["expert_use"][1]) == 4
     generation = generate_text(trained, "The ", max_new_tokens=4, budget=0.6)
@@ -449,3 +452,27 @@ def test_parity_is_not_decided_by_experts_that_weigh_nearly_the_same(family):
         mixtures_of(model)[0].down_proj[routes[len(model.nested_mlps) - len(mixtures_of(model))][0][0, 0]].mul_(1.1)
     with pytest.raises(ValueError, match="does not equal its dense base"):
         prove_parity(expected, _logits(model, probe, routes), model.dtype)
+
+
+def test_the_benchmark_counts_the_experts_that_are_read(token_ids):
+    model = tiny_dynamoe("qwen3_moe")
+    total, mlp, router = _bytes(model)
+    one = 4 * 3 * 32 * 48  # bytes of an expert
+    assert mlp == 2 * 2 * one  # two layers, two of four experts
+    assert router == 4 * sum(parameter.numel() for parameter in router_parameters(model))
+    embeddings = model.get_input_embeddings().weight.numel()
+    assert total == 4 * (sum(parameter.numel() for parameter in model.parameters()) - embeddings) - router - mlp
+    rows = bench_decode(model, token_ids, {"full width": 1.0, "narrow": 0.3}, 2, 1)
+    rows += bench_prefill(model, token_ids[:1], {"full width": 1.0, "narrow": 0.3}, 1)
+    assert [row["limit"] for row in rows if row["setting"] == "full width"] == [1, 1]
+    assert all(row["limit"] < 1.1 for row in rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_one_width_is_the_dense_prefix(family, token_ids):
+    model = tiny_dynamoe(family)
+    before = [mlp.widths for mlp in model.nested_mlps]
+    with one_width(model, 0.6):
+        logits = model(token_ids, force_expert=0).logits
+    assert_close("logits", logits, dense_prefix(model, 0.6)(token_ids).logits, atol=1e-4)
+    assert [mlp.widths for mlp in model.nested_mlps] == before
