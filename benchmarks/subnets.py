@@ -209,7 +209,7 @@ class InputRouters:
             torch.manual_seed(0)
             router = ProfileRouter(hidden_size, ROUTER_DIM, self.kinds[kind].options).to(inputs.device)
             middle = torch.full((len(inputs),), 0.5, device=inputs.device)
-            fit_router(router, inputs, self._profile(gains), middle, 800, 512, 2e-2)
+            fit_router(router, [inputs], self._profile(gains), middle, 800, 512, 2e-2)
             self.routers[kind, index] = router.requires_grad_(False)
 
     def _profile(self, gain_TE):

@@ -25,9 +25,11 @@ from .card import WAIT, new_records
 from .convert import prove_parity
 from .data import documents_for, token_blocks
 from .export import dense_prefix
-from .folder import BENCHMARK, check_writable, load_model, load_tokenizer, write_json
+from .folder import BENCHMARK, check_writable, count_parameters, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.mlp_backends import Decision, run_experts
+from .modeling.moe_base import is_mixture
+from .modeling.routing import router_names
 from .observe import bisect_rising, expert_shares, run_routers, shares_read, shares_taken
 
 
@@ -341,9 +343,9 @@ def bench_prefill(
         runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
     timed, rows = interleaved(runs, rounds, f"Prefill of {tokens.shape[1]}"), []
     layers = model.model.layers
-    mlp = sum(p.numel() for layer in layers for n, p in layer.mlp.named_parameters() if not n.startswith("router"))
-    routers = sum(p.numel() for layer in layers for p in layer.mlp.router.parameters())
-    rest = sum(p.numel() for layer in layers for n, p in layer.named_parameters() if not n.startswith("mlp."))
+    counts = count_parameters(model)
+    mlp, routers = counts["mlp"], counts["router"]
+    rest = sum(p.numel() for layer in layers for p in layer.parameters()) - mlp - routers - counts["idle"]
     rest += len(layers) * tokens.shape[1] * model.config.hidden_size  # q k and p v, causal, for each token
     for name, theta in sensitivities.items():
         share = share_at(theta)
@@ -388,13 +390,20 @@ def decode_limit(model, widest, theta):
 
 
 def _bytes(model):
-    """Bytes that a decoding step reads of a dense model, of which MLPs, and of the routers. An untied embedding is not read."""
-    size = {"mlp": 0, "router": 0, "rest": 0}
+    """
+    Bytes that a decoding step of one token reads of a dense model, of which MLPs, and of the routers. An untied embedding is not read,
+    nor are experts of a mixture that the token is not sent to.
+    """
+    size = {"mlp": 0.0, "router": 0.0, "rest": 0.0}
+    routers = router_names(model)
+    read = {
+        id(p): mlp.top_k / mlp.num_experts if is_mixture(mlp) else 1.0 for mlp in model.nested_mlps for p in mlp.parameters()
+    }
     for name, parameter in model.named_parameters():
-        part = "router" if ".router." in name else "mlp" if ".mlp." in name else "rest"
+        part = "router" if name in routers else "mlp" if id(parameter) in read else "rest"
         if "embed_tokens" in name and parameter is not model.lm_head.weight:
             continue
-        size[part] += parameter.numel() * parameter.element_size()
+        size[part] += parameter.numel() * parameter.element_size() * (read[id(parameter)] if part == "mlp" else 1)
     return size["mlp"] + size["rest"], size["mlp"], size["router"]
 
 

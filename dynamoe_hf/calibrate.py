@@ -29,6 +29,7 @@ NEAR = 0.004  # when the search for it stops
 STEP = 1e-4  # between the sensitivities of two budgets, at least
 WIDTHS = (1.0, 0.85, 0.7, 0.55, 0.4)  # mean shares of the width at which mixes are tried
 DENSITIES = (1.0, 0.85, 0.7, 0.55, 0.4)  # inside them
+LOWEST_DENSITY = 0.4  # by default
 MIX_TOKENS = 2048  # on which mixes are compared
 FINE = 61  # places between the mixes that were tried, by interpolation, along each axis
 
@@ -78,9 +79,11 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
 def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     """The record, and the fields of the config."""
     text, batch_size, lowest = arguments.text, arguments.batch_size, arguments.lowest_density
-    if not FITTED[0] <= lowest <= 1:
+    if lowest is not None and not FITTED[0] <= lowest <= 1:
         raise ValueError(f"`lowest_density` must be in [{FITTED[0]:g}, 1], found {lowest:g}. 1 leaves experts dense.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if lowest is None:
+        lowest = 1.0 if model.is_mixture else LOWEST_DENSITY
     budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget", lowest)
     blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)

@@ -215,7 +215,7 @@ def _commands(facts) -> list[str]:
     commands = []
     if conversion:
         read = conversion["calibration"]
-        widths = [f"{width / facts['mlp_width']:g}" for width in facts["expert_widths"] if isinstance(width, int)]
+        widths = [f"{share:g}" for share in facts["ladder"] if not isinstance(share, list)]
         commands.append(_command(
             "convert", text_name(conversion["base"]), "converted", text=read["text"], widths=",".join(widths) or None,
             importance=conversion["importance"], similarity=facts["similarity"], **{"router-type": facts["router"]},

@@ -2,6 +2,8 @@
 """Dense model -> DynaMoE: rank the neurons, reorder them, add routers, prove parity."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import check_places, dense_class_of, layout_of, mlp_places
+from .modeling.dense_base import check_places, dense_class_of, mlp_places
+from .modeling.moe_base import is_mixture, layout_at, rows_by_expert
 from .observe import (
     expert_shares,
     gradients_of_activations,
@@ -27,6 +30,7 @@ from .observe import (
 
 
 SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
+FEW_TOKENS = 16  # of the calibration text: what fewer say of an expert of a mixture is noise, and its neurons keep their order
 GRADIENT_BLOCKS = 6  # sequences that estimate the error weights: more do not change them
 # Mean shares that the sensitivities drawn in training span, by the labels. Without the full width among them it drifts.
 TRAINING_SHARES = (0.35, 1.0)
@@ -60,18 +64,18 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     if arguments.importance not in IMPORTANCES:
         raise ValueError(f"The importance {arguments.importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
     with new_folder(out) as folder:
-        model, tokenizer, record, (probe, expected) = _converted(base, arguments)
+        model, tokenizer, record, (expected, *probe) = _converted(base, arguments)
         record["weights"] = save_model(model, folder)
         del model  # two at a time are more than there may be memory for
         tokenizer.save_pretrained(folder)
         written = load_model(folder)
-        record["parity"] = prove_parity(expected, _logits(written, probe), written.dtype)
+        record["parity"] = prove_parity(expected, _logits(written, *probe), written.dtype)
         write_json(folder / CONVERSION, record)
     return record
 
 
 def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
-    """The model, its tokenizer, the record of the conversion, and token ids with the dense logits to prove what is written."""
+    """The model, its tokenizer, the record of the conversion, and the dense logits, token ids and routes to prove what is written."""
     importance, text = arguments.importance, arguments.text
     dense, tokenizer = load_dense(base, arguments.dtype)
     fields = {
@@ -83,13 +87,16 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
     check_ids(blocks, dense.config)
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    expected = _logits(dense, probe)
+    routes: dict[int, tuple] = {}
+    expected = _logits(dense, probe, routes)
     scores = IMPORTANCES[importance](dense, blocks)
     torch.manual_seed(arguments.seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
     for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
-        mlp.layout.reorder(mlp, torch.argsort(score, descending=True))
-    prove_parity(expected, _logits(model, probe), model.dtype)
+        mlp.layout.reorder(mlp, torch.argsort(score, descending=True, stable=True))
+    prove_parity(expected, _logits(model, probe, routes), model.dtype)
+    if model.is_mixture:  # at full width the base's own code runs; this runs ours, with every expert chosen
+        prove_parity(expected, _logits(model, probe, routes, sensitivity=torch.ones(len(probe))), model.dtype)
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
 
     record = {
@@ -97,12 +104,13 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
         **({"gguf_file": gguf.name} if (gguf := gguf_file(base)) else {}),
         "importance": importance,
         "calibration": {"text": text_names(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
+        **({"routed_experts": _experts_seen(scores)} if model.is_mixture else {}),
         "seed": arguments.seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
     vars(model.config.base_config).pop("auto_map", None)  # names code of the base, which the folder does not need
-    return model, tokenizer, record, (probe, expected)
+    return model, tokenizer, record, (expected, probe, routes)
 
 
 def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -204,8 +212,28 @@ def _name(base):
 
 
 @torch.no_grad()
-def _logits(model, probe):
-    return model(probe.to(model.device)).logits.float().cpu()
+def _logits(model, probe, routes, **routing):
+    """
+    Logits of token ids. The experts of a mixture, and their weights, are those of the first pass, which `routes` keeps by layer. The
+    trap: rounding decides between experts that weigh nearly the same, so passes that differ by rounding may differ by an expert.
+    """
+
+    def keep(layer, experts, args):
+        return args[0], *routes.setdefault(layer, args[1:])
+
+    places = enumerate(mlp_places(model.model))
+    hooks = [place.mlp.register_forward_pre_hook(partial(keep, layer)) for layer, place in places if is_mixture(place.mlp)]
+    try:
+        return model(probe.to(model.device), **routing).logits.float().cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _experts_seen(scores) -> dict[str, int]:
+    """What the record says of a mixture: how many experts there are, and how many of them keep the base's order of neurons."""
+    experts = torch.cat([score.flatten(0, -2) for score in scores if score.ndim > 1])
+    return {"count": len(experts), "in_base_order": int((experts == 0).all(-1).sum())}
 
 
 def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
@@ -249,38 +277,71 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
 
 
 def _accumulate(dense, blocks, statistic, gradients=False):
-    """Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer."""
-    downs = [getattr(place.mlp, layout_of(place.mlp, place.name).down) for place in mlp_places(dense.model)]
-    scores = [torch.zeros(down.in_features, dtype=torch.float64) for down in downs]
+    """
+    Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer: (H,), or (N, H) for
+    the N experts of a mixture, where experts that see fewer than `FEW_TOKENS` have 0.
+    """
+    places = list(mlp_places(dense.model))
+    layouts = [layout_at(place) for place in places]
+    shapes = [(place.mlp.num_experts,) if is_mixture(place.mlp) else () for place in places]
+    sizes = zip(shapes, layouts, places)
+    scores = [torch.zeros((*shape, layout.width(place.mlp)), dtype=torch.float64) for shape, layout, place in sizes]
+    seen = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
 
-    def watch(index):
+    def watch(index, down, expert, positions, hidden):
+        kept = positions >= SINK_POSITIONS
+
         def add(hidden, gradient):
-            hidden, gradient = (None if t is None else t[:, SINK_POSITIONS:].flatten(0, 1) for t in (hidden, gradient))
-            scores[index] += statistic(hidden.float(), gradient, downs[index].weight).double().cpu()
+            hidden, gradient = (None if t is None else t.flatten(0, -2)[kept] for t in (hidden, gradient))
+            scores[index][expert] += statistic(hidden.float(), gradient, down).double().cpu()
+            seen[index][expert] += len(hidden)
 
-        def hook(module, args):
-            hidden = args[0].detach()
-            if gradients:
-                args[0].register_hook(lambda gradient: add(hidden, gradient.float()))
-            else:
-                add(hidden, None)
+        if gradients:
+            values = hidden.detach()
+            hidden.register_hook(lambda gradient: add(values, gradient.float()))
+        else:
+            add(hidden.detach(), None)
 
-        return hook
+    with _watched(places, layouts, watch), gradients_of_activations(dense, blocks.shape[1]) if gradients else torch.no_grad():
+        for block in tqdm(blocks, desc="Ranking neurons", leave=False):
+            block = block.view(1, -1).to(dense.device)
+            loss_backward(dense, block) if gradients else dense.model(block, use_cache=False)
+    return [score if score.ndim == 1 else score * (rows >= FEW_TOKENS)[:, None] for score, rows in zip(scores, seen)]
 
-    hooks = [down.register_forward_pre_hook(watch(index)) for index, down in enumerate(downs)]
+
+@contextmanager
+def _watched(places, layouts, watch):
+    """Inside, `watch(layer, down weight, expert or (), positions (T,), hidden)` sees the activations of one sequence in every MLP."""
+
+    def dense_hook(index, linear, args):
+        watch(index, linear.weight, (), torch.arange(args[0].shape[-2], device=args[0].device), args[0])
+
+    def mixture(index, experts, layout, x_TD, index_TK, weight_TK):
+        y_TD, each = torch.zeros_like(x_TD), index_TK.shape[-1]
+        for expert, rows in rows_by_expert(index_TK, experts.num_experts):
+            tensors, tokens = layout.tensors(experts, expert), rows // each
+            hidden = tensors.hidden(x_TD[tokens])
+            watch(index, tensors.down, expert, tokens, hidden)
+            y_TD = y_TD.index_add(0, tokens, (tensors.output(hidden) * weight_TK.flatten()[rows, None]).to(y_TD.dtype))
+        return y_TD
+
+    hooks = []
     try:
-        with gradients_of_activations(dense, blocks.shape[1]) if gradients else torch.no_grad():
-            for block in tqdm(blocks, desc="Ranking neurons", leave=False):
-                block = block.view(1, -1).to(dense.device)
-                loss_backward(dense, block) if gradients else dense.model(block, use_cache=False)
+        for index, (place, layout) in enumerate(zip(places, layouts)):
+            if is_mixture(place.mlp):
+                place.mlp.forward = partial(mixture, index, place.mlp, layout)
+            else:
+                hooks.append(getattr(place.mlp, layout.down).register_forward_pre_hook(partial(dense_hook, index)))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return scores
+        for place in filter(lambda place: is_mixture(place.mlp), places):
+            vars(place.mlp).pop("forward", None)
 
 
 def mean_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """Importance of each neuron: mean |h|, the paper's. Blocks (N, S) -> (H,) for each layer."""
+    """Importance of each neuron: mean |h|, the paper's. Blocks (N, S) -> (H,) for each layer, of a mixture (N, H)."""
     return _accumulate(dense, blocks, lambda hidden, gradient, down: hidden.abs().sum(0))
 
 

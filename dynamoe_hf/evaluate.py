@@ -15,7 +15,7 @@ from .arguments import Baseline, EvaluateArguments, resolve
 from .card import WAIT, new_records
 from .convert import load_dense
 from .data import check_ids, documents_for, text_names, token_blocks
-from .export import dense_prefix
+from .export import one_width
 from .folder import (
     RESULTS,
     active_parameters,
@@ -217,7 +217,8 @@ def _baseline(model, blocks, batch_size, kind, routing, found: RoutedLoss, dense
     """One baseline with the weights of `model`, at the mean share of the setting at which `found` was seen."""
     shares, share = expert_shares(model), found.share
     if kind == "static":
-        nll, reached = block_nll(dense_prefix(model, share), blocks, batch_size, f"Static {share:.2f}"), share
+        with one_width(model, share):
+            nll, reached = block_nll(model, blocks, batch_size, f"Static {share:.2f}", force_expert=0), share
     else:
         if kind == "label":  # theta of the labels that gives them the same share as the routers
             profiles, width = similarity_profiles(model, blocks, batch_size), (found.use * shares).sum(-1).mean().item()

@@ -3,7 +3,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder,
 from .gguf_file import check_gguf, write_gguf
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import mlp_places
+from .modeling.moe_base import is_mixture
+from .modeling.routing import router_names
 from .observe import similarity_profiles
 
 
@@ -65,13 +68,12 @@ def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments
             dense = _dense(model, widths)
             save_model(dense, target)
             tokenizer.save_pretrained(target)
-            return {"mlp_width": widths[0], "parameters": sum(p.numel() for p in dense.parameters())}
+            return {"mlp_width": _one_or_all(widths), "parameters": sum(p.numel() for p in dense.parameters())}
         tensors = _narrowed(model, widths)
         name = f"{Path(out).name}-{kind}.gguf"
         write_gguf(target / name, model.config.base_config, tensors, widths, tokenizer, _ends(model, tokenizer), kind)
     parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}.values())
-    width = widths[0] if len(set(widths)) == 1 else widths
-    return {"mlp_width": width, "parameters": parameters, "file": str(Path(out) / name)}
+    return {"mlp_width": _one_or_all(widths), "parameters": parameters, "file": str(Path(out) / name)}
 
 
 def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
@@ -80,6 +82,19 @@ def dense_prefix(model: DynaMoEForCausalLM, width: float) -> PreTrainedModel:
     Weights outside the MLPs are shared with `model`, not copied.
     """
     return _dense(model, _prefix(model, width))
+
+
+@contextmanager
+def one_width(model: DynaMoEForCausalLM, width: float) -> Iterator[None]:
+    """Inside, the first expert of every MLP is as wide as `dense_prefix` of `width`, also where no dense model can be."""
+    mlps, kept = model.nested_mlps, [mlp.widths for mlp in model.nested_mlps]
+    try:
+        for mlp, neurons in zip(mlps, _prefix(model, width)):
+            mlp.widths = [neurons, *mlp.widths[1:]]
+        yield
+    finally:
+        for mlp, widths in zip(mlps, kept):
+            mlp.widths = widths
 
 
 @torch.no_grad()
@@ -135,12 +150,19 @@ def _prefix(model, width) -> list[int]:
     """A share of the MLP width in neurons, for each layer."""
     if not 0 < width <= 1:
         raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
-    return [max(1, round(width * model.config.intermediate_size))] * len(model.nested_mlps)
+    # The trap: torch's grouped products, which plain mixtures run by, ask for rows of whole 16 bytes.
+    steps = [(8 if is_mixture(mlp) and width < 1 else 1, mlp.widths[-1]) for mlp in model.nested_mlps]
+    return [min(neurons, max(step, round(width * neurons / step) * step)) for step, neurons in steps]
+
+
+def _one_or_all(widths):
+    return widths[0] if len(set(widths)) == 1 else widths
 
 
 def _narrowed(model, widths) -> dict[str, torch.Tensor]:
     """The state dict without routers, the MLPs cut to these numbers of neurons."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    routers = router_names(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in routers}
     for place, mlp, width in zip(mlp_places(model.model), model.nested_mlps, widths):
         prefix = f"{place.name}."
         for name in [name for name in state if name.startswith(prefix)]:
@@ -149,13 +171,24 @@ def _narrowed(model, widths) -> dict[str, torch.Tensor]:
 
 
 def _dense(model, widths) -> PreTrainedModel:
-    """A dense model of the base's own family, all layers equally wide."""
+    """
+    A dense model of the base's own family, all layers equally wide. Raises `ValueError` where a mixture has no config for it: some
+    families give the width of all shared experts as a multiple of that of one.
+    """
     config = copy.deepcopy(model.config.base_config)
     vars(config).pop("auto_map", None)
-    config.intermediate_size = widths[0]
+    for mlp, width in zip(model.nested_mlps, widths):
+        own = is_mixture(mlp) and hasattr(config, "moe_intermediate_size")
+        setattr(config, "moe_intermediate_size" if own else "intermediate_size", width)
     state = _narrowed(model, widths)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    wrong = [name for name, tensor in dense.state_dict().items() if tensor.shape != state[name].shape]
+    if wrong:
+        raise ValueError(
+            f"A plain {config.model_type} folder cannot hold experts of {widths[-1]} neurons: found weights that its config would make "
+            f"narrower too, such as {wrong[0]}. Export the full width, or serve the folder itself."
+        )
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}
     dense.load_state_dict(state, assign=True)
     for name, buffer in buffers.items():  # not part of a checkpoint, so still on the meta device: RoPE frequencies

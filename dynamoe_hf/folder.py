@@ -18,6 +18,8 @@ from .arguments import InspectArguments, resolve
 from .disk import held, remove_leftovers, staging_of, sync, sync_entry, told_of
 from .integrity import differing, digests_of, first_not_finite
 from .modeling import DynaMoEConfig, DynaMoEForCausalLM
+from .modeling.moe_base import is_mixture
+from .modeling.routing import router_names
 
 
 CONVERSION, TRAINING, CALIBRATION = "conversion.json", "training.json", "calibration.json"
@@ -318,15 +320,24 @@ def save_model(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 
 def count_parameters(model: DynaMoEForCausalLM) -> dict[str, int]:
-    """Parameters by part: `total` (tied weights once), `mlp` (the projections that routing can skip) and `router`."""
-    router = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
-    mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-    return {"total": sum(p.numel() for p in model.parameters()), "mlp": mlp - router, "router": router}
+    """
+    Parameters by part: `total` (tied weights once), `mlp` (the projections that routing can skip, in a mixture those of the experts that
+    a token is sent to), `router`, and `idle` (the other experts of mixtures).
+    """
+    names = router_names(model)
+    router = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    mlp = sum(p.numel() for mlp in model.nested_mlps for p in mlp.parameters()) - router
+    mixtures = [mlp for mlp in model.nested_mlps if is_mixture(mlp)]
+    of_each = [
+        (mlp.num_experts - mlp.top_k, sum(tensor[0].numel() for tensor in mlp.parameters(recurse=False))) for mlp in mixtures
+    ]
+    idle = sum(count * size for count, size in of_each)
+    return {"total": sum(p.numel() for p in model.parameters()), "mlp": mlp - idle, "router": router, "idle": idle}
 
 
 def active_parameters(counts: dict[str, int], share: float) -> int:
     """Parameters that a token uses at a mean MLP share, embeddings, attention, head and routers included."""
-    return round(counts["total"] - (1 - share) * counts["mlp"])
+    return round(counts["total"] - counts["idle"] - (1 - share) * counts["mlp"])
 
 
 def _calibration(folder, config):
@@ -345,17 +356,17 @@ def inspect_folder(folder: str | Path, arguments: InspectArguments | None = None
     verify = resolve(InspectArguments, arguments, settings).verify
     config = load_dynamoe_config(folder)
     with torch.device("meta"):
-        counts = count_parameters(DynaMoEForCausalLM(config))
-    mlp = config.base_config.intermediate_size
-    ladders = [config.layer_widths(layer, mlp) for layer in range(config.num_hidden_layers)]
+        model = DynaMoEForCausalLM(config)
+    counts, ladders = count_parameters(model), [mlp.widths for mlp in model.nested_mlps]
     return {
         "folder": str(folder),
         "base": (read_json(Path(folder) / CONVERSION) or {}).get("base"),
         "family": config.base_config.model_type,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "mlp_width": mlp,
+        "mlp_width": max(ladder[-1] for ladder in ladders),
         "expert_widths": ladders[0] if all(ladder == ladders[0] for ladder in ladders) else ladders,
+        "ladder": config.expert_widths,
         "similarity": config.similarity,
         "router": config.router_type,
         "sensitivity": config.sensitivity,

@@ -58,9 +58,14 @@ def expert_shares(model: DynaMoEForCausalLM) -> torch.Tensor:
     return torch.tensor([mlp.shares for mlp in model.nested_mlps])
 
 
-def shares_taken(shares_LE: torch.Tensor, experts: list[torch.Tensor]) -> torch.Tensor:
-    """Share of the MLP's width that each token takes in each layer: (L, E), L tensors of experts of any equal shape -> (L, ...)."""
-    return torch.stack([shares[expert.cpu()] for shares, expert in zip(shares_LE, experts)])
+def of_tokens(values: torch.Tensor) -> torch.Tensor:
+    """Of what a layer decided, (B, S), or in a mixture (B, S, K), the mean over each token's K experts: (B, S)."""
+    return values if values.ndim == 2 else values.mean(-1)
+
+
+def shares_taken(shares_LE: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Share of the MLP's width that each token takes in each layer: (L, E), L tensors (B, S), of mixtures (B, S, K) -> (L, B, S)."""
+    return torch.stack([of_tokens(shares[expert.cpu()]) for shares, expert in zip(shares_LE, experts)])
 
 
 def shares_read(records: list[LayerRecord]) -> torch.Tensor:
@@ -68,15 +73,25 @@ def shares_read(records: list[LayerRecord]) -> torch.Tensor:
     return torch.stack([record.share.cpu() for record in records])
 
 
+def in_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """
+    What L layers recorded, (B, S, E) or of mixtures (B, S, K, E), one below the other: (L, T * K, E). Dense layers beside mixtures have
+    each token K times, which leaves all means as they are.
+    """
+    rows = [tensor.flatten(0, -2).cpu() for tensor in tensors]
+    most = max(map(len, rows))
+    return torch.stack([each.repeat_interleave(most // len(each), 0) for each in rows])
+
+
 def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_size: int = 4, **routing) -> torch.Tensor:
     """
-    True similarities of all tokens in all layers: (N, S) -> (L, T, E) float32. By default every earlier layer runs at full width;
-    `routing` (fields of `Routing`) says otherwise.
+    True similarities of all tokens in all layers: (N, S) -> (L, T, E) float32, in mixtures a row for each of a token's K experts. By
+    default every earlier layer runs at full width; `routing` (fields of `Routing`) says otherwise.
     """
     routing = routing or {"force_expert": model.config.expert_count - 1}
     profiles = []
     for records in watch(model, blocks, batch_size, "Measuring difficulty", needs_labels=True, **routing):
-        profiles.append(torch.stack([record.profile.flatten(0, 1).cpu() for record in records]))
+        profiles.append(in_rows([record.profile for record in records]))
     return torch.cat(profiles, 1)
 
 
@@ -85,7 +100,7 @@ class RouterRun(NamedTuple):
 
     share_N: torch.Tensor  # mean share of the MLPs' weights that the tokens of each block read
     width: float  # mean share of the MLPs' width
-    logits_LTE: torch.Tensor  # of the routers, E - 1 a token
+    logits_LTE: torch.Tensor  # of the routers, E - 1 a row of `in_rows`
 
 
 def run_routers(
@@ -101,7 +116,7 @@ def run_routers(
     for records in watch(model, blocks, batch_size, "Running routers", sensitivity=sensitivity, density=density):
         read.append(shares_read(records))
         width.append(shares_taken(shares_LE, [record.expert for record in records]))
-        logits.append(torch.stack([record.router_logits.flatten(0, 1).float().cpu() for record in records]))
+        logits.append(in_rows([record.router_logits.float() for record in records]))
     return RouterRun(torch.cat(read, 1).mean((0, 2)), torch.cat(width, 1).mean().item(), torch.cat(logits, 1))
 
 
@@ -180,8 +195,8 @@ def _activation_bytes(model, tokens: int) -> int:
     What backward keeps of so many tokens, at most: inputs and outputs of the layers' products, and as much again of norms,
     activations and attention.
     """
-    weights = [p for p in model.model.layers.parameters() if p.ndim == 2] if tokens else []
-    return sum(2 * sum(weight.shape) * weight.element_size() for weight in weights) * tokens
+    weights = [p for p in model.model.layers.parameters() if p.ndim >= 2] if tokens else []  # 3 dimensions: of a mixture's experts
+    return sum(2 * sum(weight.shape[-2:]) * weight.element_size() for weight in weights) * tokens
 
 
 def _recompute_layers(model, enable):

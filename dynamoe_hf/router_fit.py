@@ -2,7 +2,9 @@
 """Fit routers to the difficulty of tokens, on cached inputs. (A module named `fit_routers` would hide the function.)"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -89,17 +91,18 @@ def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> 
         for start in range(0, len(mlps), group):
             part = range(start, min(start + group, len(mlps)))
             inputs, profiles, weights, thetas = router_inputs(model, part, blocks, fit)
-            for index, x, profile, weight in zip(part, inputs, profiles, weights):
+            for index, read, profile, weight in zip(part, inputs, profiles, weights):
                 if index % processes != process_index():
                     continue
                 torch.manual_seed(fit.seed + index)
                 router = mlps[index].router
                 fitted = None if weight is None else weight[:-held_out]
-                data = x[:-held_out], profile[:-held_out], thetas[:-held_out]
+                data = [each[:-held_out] for each in read], profile[:-held_out], thetas[:-held_out]
                 fit_router(router, *data, fit.steps, fit.batch_size, fit.learning_rate, fitted)
-                label, chosen = _labels_and_choices(router, x[-held_out:], profile[-held_out:], thetas[-held_out:])
+                data = [each[-held_out:] for each in read], profile[-held_out:], thetas[-held_out:]
+                label, chosen = _labels_and_choices(router, *data)
                 measured[index, 0] = (chosen == label).float().mean()
-                measured[index, 1] = label.bincount().max() / label.numel()
+                measured[index, 1] = label.flatten().bincount().max() / label.numel()
                 progress.update()
     for index, mlp in enumerate(mlps):
         hand_over([*mlp.router.parameters(), measured[index]], index % processes)
@@ -113,9 +116,10 @@ def fit_routers(model: DynaMoEForCausalLM, blocks: torch.Tensor, **settings) -> 
 
 
 @torch.no_grad()
-def _labels_and_choices(router, x, profile, thetas):
-    """Label and chosen expert of each token, both (T,): inputs (T, D), profiles (T, E), sensitivities (T,)."""
-    logits = router(x.to(router.input.weight.dtype))
+def _labels_and_choices(router, inputs, profile, thetas):
+    """Label and chosen expert of each token, both (T, ...): what `fit_router` takes."""
+    x, *others = inputs
+    logits = router(x.to(router.input.weight.dtype), *others)
     return label_of(profile, thetas), router.choose(logits[:, None], thetas)[:, 0]
 
 
@@ -143,23 +147,24 @@ def router_inputs(
     What the routers of `layers` are fitted on, of token ids (N, S) with T tokens.
 
     Returns:
-        Three lists with an entry for each layer: inputs (T, D) bfloat16; profiles (T, E), the similarity of each expert
-        to the full width; weights (T,) of mean 1, the squared gradient of the loss at the MLP's output, or None with
-        harm="layer". And the sensitivity of each token (T,).
+        Three lists with an entry for each layer: what the router reads, x (T, D) bfloat16, and in a mixture index and weights of
+        a token's experts (T, K); profiles (T, E) or (T, K, E), the similarity of each expert to the full width; weights (T,) of
+        mean 1, the squared gradient of the loss at the MLP's output, or None with harm="layer". And the sensitivity of each
+        token (T,).
     """
-    kept: list[dict[int, list[torch.Tensor]]] = [{index: [] for index in layers} for _ in range(3)]
+    kept: list[dict[int, list]] = [{index: [] for index in layers} for _ in range(3)]
     inputs, profiles, squares = kept
     sensitivities, densities = _drawn(model, len(blocks), fit)
     ends = _ends_of_parts(len(blocks))
     own = slice(ends[process_index()], ends[process_index() + 1])
     dials = zip(sensitivities[own].split(BATCH), densities[own].split(BATCH))
     mlps, by_token = model.nested_mlps, fit.harm == "token"
-    hooks = [
-        mlps[index].router.register_forward_pre_hook(
-            lambda module, args, kept=inputs[index]: kept.append(args[0].detach().flatten(0, 1).to(torch.bfloat16))
-        )
-        for index in layers
-    ]
+
+    def keep_inputs(index, router, args):
+        x, *others = (each.detach().flatten(0, 1) for each in args)
+        inputs[index].append([x.to(torch.bfloat16), *others])
+
+    hooks = [mlps[index].router.register_forward_pre_hook(partial(keep_inputs, index)) for index in layers]
 
     def keep_square(index, gradient):
         if index in squares:
@@ -190,7 +195,7 @@ def router_inputs(
     rows = [(end - begin) * blocks.shape[1] for begin, end in pairwise(ends)]
     weights = [gather_rows(torch.cat(each), rows) if each else None for each in squares.values()]
     return (
-        [gather_rows(torch.cat(each), rows) for each in inputs.values()],
+        [[gather_rows(torch.cat(arguments), rows) for arguments in zip(*each)] for each in inputs.values()],
         [gather_rows(torch.cat(each), rows) for each in profiles.values()],
         [None if weight is None else weight / weight.mean().clamp_min(1e-30) for weight in weights],
         sensitivities.repeat_interleave(blocks.shape[1]),
@@ -221,7 +226,7 @@ def _ends_of_parts(count: int) -> list[int]:
 
 def fit_router(
     router: TokenRouter,
-    x: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
     profile: torch.Tensor,
     thetas: torch.Tensor,
     steps: int,
@@ -230,15 +235,15 @@ def fit_router(
     weights: torch.Tensor | None = None,
 ) -> None:
     """
-    Train one router from new initial weights, its first layer scaled to the size of its input, on inputs (T, D), profiles
-    (T, E) and sensitivities (T,).
+    Train one router from new initial weights, its first layer scaled to the size of its input, on what it reads, x (T, D) first,
+    profiles (T, E), in a mixture (T, K, E), and sensitivities (T,).
 
     With `weights` (T,), how much an error costs each token relative to the mean of its layer, the router learns to
     predict the mean of the harm, weight * (1 / similarity - 1), as exp(-logit). The loss is the negative log-likelihood
     of a gamma distribution of fixed shape: harm varies over orders of magnitude, and a budget of width should be spent by
     its mean.
     """
-    dtype = router.input.weight.dtype
+    (x, *others), dtype = inputs, router.input.weight.dtype
     router.float().requires_grad_()
     with torch.no_grad():
         router.reset()
@@ -248,11 +253,12 @@ def fit_router(
     label = label_of(profile, thetas)
     for _ in range(steps):
         rows = torch.randint(len(x), (batch_size,), device=x.device)
-        logits = router(x[rows].float())
+        logits = router(x[rows].float(), *(each[rows] for each in others))
         if weights is None:
             loss = router.loss(logits, profile[rows], label[rows]).mean()
         else:
-            harm = (1 / profile[rows, :-1].clamp_min(1e-6) - 1) * weights[rows, None].clamp_max(LARGEST_WEIGHT)
+            weight = weights[rows].view(-1, *[1] * (profile.ndim - 1)).clamp_max(LARGEST_WEIGHT)
+            harm = (1 / profile[rows, ..., :-1].clamp_min(1e-6) - 1) * weight
             loss = ((harm + SMALLEST_HARM) * logits.clamp(max=12).exp() - logits).mean()
         optimizer.zero_grad()
         loss.backward()

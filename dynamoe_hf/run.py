@@ -33,6 +33,7 @@ from .folder import (
     write_json,
 )
 from .integrity import DIGESTS, differing, digest_of, digests_of
+from .modeling import DynaMoEForCausalLM
 from .processes import from_main, hand_over, is_main_process, launched_processes
 from .router_fit import checked_harm
 from .self_text import SELF, own_text_file
@@ -217,9 +218,14 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
         )
     if arguments.documents_apart and arguments.dataset is None:
         raise ValueError("`documents_apart` is for the documents of a dataset, found none. Give a dataset, or leave it out.")
-    routers_alone = arguments.train_parts == "routers"
-    # Without a dial there is nothing that would move the density.
-    routes_alone = not config.has_dial
+    routers_alone, mixture = arguments.train_parts == "routers", _is_mixture(config)
+    if mixture and arguments.train_parts == "lora":
+        raise ValueError(
+            "Adapters wrap linear layers, and a mixture holds its experts in one tensor: found train_parts='lora' and a base of the "
+            f"family {config.base_config.model_type}. Train the layers, the MLPs or the routers."
+        )
+    # Without a dial there is nothing that would move the density, and the experts of mixtures stay dense inside.
+    routes_alone = not config.has_dial or arguments.density_range is None and mixture
     longest = getattr(config, "max_position_embeddings", None)
     return replace(
         arguments,
@@ -229,6 +235,11 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
         router_tokens=arguments.max_tokens if routers_alone else min(arguments.router_tokens, arguments.max_tokens),
         block_size=min(arguments.block_size, longest) if longest else arguments.block_size,
     )
+
+
+def _is_mixture(config) -> bool:
+    with torch.device("meta"):
+        return DynaMoEForCausalLM(config).is_mixture
 
 
 def _sources(folder: str | Path, arguments: TrainArguments) -> dict:

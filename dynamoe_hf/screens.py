@@ -111,6 +111,10 @@ def show_inspection(facts):
     print(
         f"  parameters    {counts['total'] / 1e6:.1f} M, of which MLPs {counts['mlp'] / 1e6:.1f} M, routers {counts['router'] / 1e6:.2f} M"
     )
+    if counts["idle"]:
+        print(
+            f"  mixture       a token is not sent to experts of {counts['idle'] / 1e6:.1f} M, which are beside those of the MLPs"
+        )
     print(f"  router        {facts['router']}, predicts {facts['similarity']} similarity")
     dial = (
         "forced to expert {}".format(facts["force_expert"])

@@ -46,7 +46,15 @@ def fit_thresholds(model: DynaMoEForCausalLM, blocks: torch.Tensor, uniform: boo
 
     Returns:
         What is written: `density` (K,), and `input` and `hidden` (K, L).
+
+    Raises:
+        ValueError: the model is a mixture, whose experts stay dense inside.
     """
+    if model.is_mixture:
+        raise ValueError(
+            "Sparsity inside the experts of a mixture is not supported: found a base of the family "
+            f"{model.config.base_config.model_type}. Calibrate with a lowest density of 1, and train with density_range 1 1."
+        )
     curves = _measure(model, blocks)
     rows: dict[str, list] = {"density": [], "input": [], "hidden": []}
     for density in DENSITIES:

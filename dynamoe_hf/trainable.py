@@ -9,6 +9,8 @@ import torch
 from .arguments import TrainedParts
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import PROJECTIONS
+from .modeling.moe_base import base_routers
+from .modeling.routing import router_names
 
 
 DENSITY_RANGE = (0.4, 1.0)  # that densities are drawn from, where a model has thresholds
@@ -55,22 +57,32 @@ def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] |
 
 def router_parameters(model) -> list[torch.nn.Parameter]:
     """All parameters of the routers of a model, wrapped or not."""
-    return [parameter for name, parameter in model.named_parameters() if ".router." in name]
+    names = router_names(model)
+    return [parameter for name, parameter in model.named_parameters() if name in names]
 
 
 def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
-    """Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them."""
+    """
+    Set `requires_grad` of every parameter; "lora" leaves them as PEFT set them. What chooses the experts of a mixture stays as it is:
+    trained without the losses that keep it in balance it would send all tokens to a few experts.
+    """
     if parts == "lora":
         return
     outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    for name, parameter in model.named_parameters():
+    routers, mlps = ({id(p) for p in found} for found in (router_parameters(model), _parameters(model.nested_mlps)))
+    gates = {id(p) for p in _parameters(base_routers(model.model))}
+    for parameter in model.parameters():
         trained = {
-            "routers": ".mlp.router." in name,
-            "mlp": ".mlp." in name,
+            "routers": id(parameter) in routers,
+            "mlp": id(parameter) in mlps,
             "layers": id(parameter) not in outer,
             "all": True,
         }
-        parameter.requires_grad_(trained[parts])
+        parameter.requires_grad_(trained[parts] and id(parameter) not in gates)
+
+
+def _parameters(modules):
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def lora_config(rank: int = 16, alpha: int = 32, **settings):

@@ -26,7 +26,7 @@ from .integrity import DIGESTS, digests_of, first_not_finite
 from .losses import LossesInChunks, layer_outputs, relative_error, without_hooks
 from .modeling import DynaMoEForCausalLM
 from .modeling.routing import loss_mask, mean_router_loss
-from .observe import expert_shares
+from .observe import expert_shares, of_tokens
 from .processes import check_division
 from .trainable import choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
 from .training_arguments import NestedTrainingArguments
@@ -315,8 +315,9 @@ class DynaMoETrainer(Trainer):
         device.
         """
         mask = mask.to(torch.float32)
-        expert_LBS = torch.stack([record.expert.to(mask.device) for record in records])
-        used_LE = (F.one_hot(expert_LBS, self.expert_shares.shape[1]) * mask[..., None]).sum((1, 2))
+        used = [F.one_hot(record.expert.to(mask.device), self.expert_shares.shape[1]).float() for record in records]
+        used = [each if each.ndim == 3 else each.mean(2) for each in used]  # of a token's experts in a mixture
+        used_LE = (torch.stack(used) * mask[..., None]).sum((1, 2))
         tokens = (mask.sum() * len(records)).clamp_min(1)
         metrics = {**losses, "mean_width": (used_LE * self.expert_shares.to(mask.device)).sum() / tokens}
         if self.density_range is not None:
@@ -325,7 +326,7 @@ class DynaMoETrainer(Trainer):
             agreement = 0.0
             for mlp, record in zip(self.core.nested_mlps, records):
                 chosen = mlp.router.choose(record.router_logits, sensitivity)
-                agreement = agreement + ((chosen == record.label).to(mask.device) * mask).sum()
+                agreement = agreement + (of_tokens((chosen == record.label).float()).to(mask.device) * mask).sum()
             metrics["router_accuracy"] = agreement / tokens
         metrics |= {f"share_expert_{index}": count / tokens for index, count in enumerate(used_LE.sum(0))}
         for name, value in metrics.items():

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_expert, check_model_type, check_one_of, check_sensitivity, is_number, is_size, is_whole
+from .dense_base import outside_mlps
 from .difficulty import SIMILARITIES
 from .routing import ROUTERS, ROUTES, TokenRouter
 from .sparsity import check_density_path, check_thresholds
@@ -35,8 +36,9 @@ class DynaMoEConfig(PreTrainedConfig):
         base_config (`dict` or `PreTrainedConfig`, *optional*):
             Config of the dense base. Defaults to a Llama config, so that `DynaMoEConfig()` is valid.
         expert_widths (`list[float]` or `list[list[float]]`, defaults to `[0.25, 0.5, 0.75, 1.0]`):
-            Width of each expert as a fraction of the MLP width: rising, ending at 1, optionally starting at 0 (a null
-            expert). A list of lists gives one ladder for each layer; all have the same number of experts.
+            Width of each expert as a fraction of the MLP width, in a mixture of that of each of its experts: rising, ending at 1,
+            optionally starting at 0 (a null expert). A list of lists gives one ladder for each layer; all have the same number of
+            experts.
         similarity (`str`, defaults to `"loss_weighted"`):
             How close expert e comes to the full MLP for one token; s_{E-1} = 1 and O_e is the output of expert e:
             `"projection"` <O_e, O> / <O, O>, `"cosine"`, `"relative_error"` 1 - |O - O_e| / |O|, and
@@ -124,11 +126,10 @@ class DynaMoEConfig(PreTrainedConfig):
         self.router_loss_coef = router_loss_coef
         self.output_router_logits = output_router_logits
         self.format_version = format_version
-        # Each rank would cut another prefix, so tensor parallelism copies the MLPs.
-        plan = self.base_config.base_model_tp_plan
-        self.__dict__["base_model_tp_plan"] = plan and {key: style for key, style in plan.items() if ".mlp" not in key}
-        # The trap: `super().__init__` hands its attention implementation down, so a base already in memory would lose its own.
+        self.__dict__["base_model_tp_plan"] = outside_mlps(self.base_config.base_model_tp_plan)
+        # The trap: `super().__init__` hands its implementations down, so a base already in memory would lose its own.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
+        kwargs.setdefault("experts_implementation", getattr(self.base_config, "_experts_implementation", None))
         kwargs["auto_map"] = {**AUTO_MAP, **kwargs.get("auto_map", {})}
         super().__init__(**kwargs)
         self.check()

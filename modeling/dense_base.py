@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 
@@ -71,6 +71,10 @@ class Layout(NamedTuple):
     def projections(self) -> list[str]:
         """Names of the linear layers: gate (if there is one), up, down."""
         return [name for name in self[:3] if name is not None]
+
+    def width(self, mlp: nn.Module) -> int:
+        """Neurons of `mlp`."""
+        return getattr(mlp, self.down).in_features
 
     @property
     def ungated(self) -> bool:
@@ -146,7 +150,7 @@ def layout_of(mlp: nn.Module, name: str = "mlp") -> Layout:
     raise ValueError(
         f"`{name}` cannot be split into nested experts: found {type(mlp).__name__} with "
         f"{', '.join(sorted(linears | others)) or 'no linear layers'}. Supported are dense MLPs made of: {supported}. "
-        "A model that is a mixture of experts already, or puts a norm inside its MLP, stays as it is."
+        "A model that puts a norm inside its MLP stays as it is."
     )
 
 
@@ -158,20 +162,42 @@ class MLPPlace(NamedTuple):
     name: str
 
     @property
-    def mlp(self) -> nn.Module:
+    def mlp(self) -> Any:
         return getattr(self.owner, self.attribute)
 
 
+# What decoder layers call their MLP. Where it is a mixture, its routed experts are `experts`.
+MLP_NAMES = ("mlp", "block_sparse_moe")
+# Families that look like supported ones, and why they are not.
+REFUSED = {
+    "llama4_text": "it multiplies a token by the weight of an expert before the expert reads it, and runs every expert on every token"
+}
+
+
+def outside_mlps(plan: dict[str, str] | None) -> dict[str, str] | None:
+    """A plan of tensor parallelism without the MLPs, of which each rank would cut another prefix: they are copied."""
+    return plan and {key: style for key, style in plan.items() if not any(f".{name}" in key for name in MLP_NAMES)}
+
+
+def _mlp_name(layer: nn.Module) -> str | None:
+    return next((name for name in MLP_NAMES if hasattr(layer, name)), None)
+
+
 def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
-    """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer."""
+    """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer: of a mixture its routed experts."""
     for index, layer in enumerate(backbone.layers):
-        yield MLPPlace(layer, "mlp", f"model.layers.{index}.mlp")
+        attribute = _mlp_name(layer)
+        assert attribute is not None, "`check_places` has looked"
+        name, mlp = f"model.layers.{index}.{attribute}", getattr(layer, attribute)
+        yield MLPPlace(mlp, "experts", f"{name}.experts") if hasattr(mlp, "experts") else MLPPlace(layer, attribute, name)
 
 
-def check_places(dense: nn.Module) -> None:
+def check_places(dense: Any) -> None:
     """Raise `ValueError` unless the MLPs of a dense causal language model are where `mlp_places` looks for them."""
+    if reason := REFUSED.get(dense.config.model_type):
+        raise ValueError(f"The family {dense.config.model_type} is not supported: {reason}. Convert another base, {EXAMPLES}.")
     layers = getattr(dense.base_model, "layers", None)
-    if dense.base_model_prefix != "model" or layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+    if dense.base_model_prefix != "model" or layers is None or not all(map(_mlp_name, layers)):
         raise ValueError(
             f"{type(dense).__name__} cannot be converted: its layers are not at `model.layers.*.mlp`. "
             f"Supported are decoder families built like Llama, {EXAMPLES}."
@@ -227,7 +253,8 @@ def blank_model(cls: type, base_class: type) -> nn.Module:
 
 def take_over(model: nn.Module, dense: nn.Module) -> None:
     """Let `model`, made by `PreTrainedModel.__init__`, hold the modules and settings of `dense`, which is used up."""
-    own = ("config", "name_or_path")
+    # Weights are saved under the names that they have here, not under those of the checkpoint that transformers renamed them from.
+    own = ("config", "name_or_path", "_weight_conversions")
     model.__dict__.update({name: value for name, value in vars(dense).items() if name not in own})
 
 
@@ -240,5 +267,5 @@ class AfterBackbone:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._causal_lm, name)
 
-    def model(self, **kwargs) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden_states)
+    def model(self, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden_states)  # heads of mixtures ask it for `router_logits`

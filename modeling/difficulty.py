@@ -90,6 +90,17 @@ def similarity_profile(
     return torch.cat([profile_ET, torch.ones_like(energy_T)[None]]).t()
 
 
+def left_out(widths: Sequence[int], block: Callable[[int, int], torch.Tensor]) -> list[torch.Tensor]:
+    """
+    What each expert but the last leaves out of the output, E - 1 tensors: the blocks that each adds, summed from the last one down.
+    `block(low, high)` is the output of the neurons between.
+    """
+    found: list[torch.Tensor] = []
+    for low, high in reversed(list(zip(widths, widths[1:]))):
+        found.append(block(low, high) if not found else found[-1] + block(low, high))
+    return found[::-1]
+
+
 def best_gain(error_ET: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     """
     What the best wider expert takes off the error, for each unit of width that it adds.
@@ -113,8 +124,8 @@ def best_gain(error_ET: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     return torch.cat(gains).clamp_min(0)
 
 
-def label_of(profile_TE: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor:
-    """The smallest expert whose similarity reaches the sensitivity: (T, E), a number or (T,) -> (T,) int64."""
+def label_of(profile: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor:
+    """The smallest expert whose similarity reaches the sensitivity: (T, ..., E), a number or (T,) -> (T, ...) int64."""
     if isinstance(sensitivity, torch.Tensor):
-        sensitivity = sensitivity[:, None]
-    return (profile_TE[:, :-1] < sensitivity).sum(-1)  # the profile rises, so this counts the experts that fall short
+        sensitivity = sensitivity.view(-1, *[1] * (profile.ndim - 1))
+    return (profile[..., :-1] < sensitivity).sum(-1)  # the profile rises, so this counts the experts that fall short

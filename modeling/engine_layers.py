@@ -40,10 +40,15 @@ def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
     Keep the linear layers of `nested_mlps` from being replaced, where an engine builds the model, and tell it the scale of logits.
 
     Raises:
-        ValueError: the base scales its logits in a way that engines are not told of.
+        ValueError: the base is a mixture, or scales its logits in a way that engines are not told of.
     """
     if config._attn_implementation not in ENGINES:
         return
+    if any(isinstance(getattr(mlp, "down_proj", None), nn.Parameter) for mlp in nested_mlps):
+        raise ValueError(
+            "Engines replace the experts of a mixture by their own, which have one width: found a base of the family "
+            f"{config.base_config.model_type!r}. Serve it with transformers."
+        )
     scaling, family = getattr(config, "logits_scaling", 1), config.base_config.model_type
     if scaling != 1:
         if family not in LOGITS_SCALING:

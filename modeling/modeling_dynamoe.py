@@ -5,6 +5,7 @@ DynaMoE: a dense causal language model whose MLPs are nested experts, chosen tok
 - A model is a subclass of its base's own class, so attention, RoPE variants, caches, soft-caps and heads are the base's.
 - Each `layer.mlp` becomes a `NestedMLP` that keeps the dense parameter names; only `mlp.router.*` is added.
 - Expert e is the first `widths[e]` neurons of the MLP; the last expert is the dense MLP.
+- Where the MLP is a mixture, each of its routed experts is nested, and the base's own router and shared experts stay as they are.
 - The router predicts how close each expert comes to the full MLP, and the token takes the smallest that is close enough.
 
 A forward pass: resolve the routing once -> the base's `forward`, whose layers read it -> outputs and losses.
@@ -41,14 +42,16 @@ from .dense_base import (
     blank_model,
     check_places,
     dense_class_of,
-    layout_of,
     mlp_places,
     nested_class,
+    outside_mlps,
     take_over,
 )
 from .engine_layers import prepare_for_engine
-from .nested_mlp import NestedMLP
+from .moe_base import check_mixture, is_mixture, layout_at
+from .nested_mlp import NestedLayer, NestedMLP
 from .nested_mlp_triton import TRITON
+from .nested_moe import nest_experts
 from .outputs import DynaMoECausalLMOutputWithPast, DynaMoEModelOutputWithPast, experts_of
 from .packed_weights import pack_model
 from .request_dials import RequestDials
@@ -67,8 +70,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     model_tags = ["dynamoe", "dynamic-moe", "conditional-computation"]
     # Routers stay float32 in float16 models, and quantisers skip what is listed here. The trap: they match from the start of
-    # the full name, so that "router" alone would skip nothing.
-    _keep_in_fp32_modules: Any = [".*router"]
+    # the full name, so that "router" alone would skip nothing, and mixtures have a `router` of their own.
+    _keep_in_fp32_modules: Any = [r".*router\.(input|output)"]
     # What engines ask of the class, before there is a model. The class of a model has the flags of its base.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -103,14 +106,18 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             dense = self.base_class(config.base_config)
         take_over(self, dense)
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *DynaMoEPreTrainedModel._keep_in_fp32_modules}
-        # A prefix of a column-sharded projection would differ from rank to rank, so tensor parallelism replicates the MLPs.
         if plan := getattr(self, "_tp_plan", None):
-            self._tp_plan = {key: style for key, style in plan.items() if ".mlp" not in key}
+            self._tp_plan = outside_mlps(plan)
 
     @property
-    def nested_mlps(self) -> list[NestedMLP]:
-        """The nested MLPs, in the order of their layers."""
-        return [module for module in self.modules() if isinstance(module, NestedMLP)]
+    def nested_mlps(self) -> list[Any]:
+        """The nested MLPs, `NestedMLP` or of a mixture `NestedExperts`, in the order of their layers."""
+        return [module for module in self.modules() if isinstance(module, NestedLayer)]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether an MLP is a mixture of experts."""
+        return any(map(is_mixture, self.nested_mlps))
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -177,15 +184,20 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             routing.records.clear()
         elif record or train:
             routing = replace(routing, records=[])
-        return routing.with_defaults(self.config)
+        return replace(routing, shape=shape).with_defaults(self.config)
 
     def _run_base(self, routing: Routing, inputs: dict) -> Any:
         """The outputs of the base's own `forward`, whose layers read `routing`."""
         previous = self.slot.exchange(routing)
         try:
-            return super().forward(**inputs, return_dict=True)
+            return super().forward(**self._without_base_routers(inputs), return_dict=True)
         finally:
             self.slot.exchange(previous)
+
+    def _without_base_routers(self, inputs):
+        """The trap: a mixture reads `output_router_logits` from the config too, where it asks for ours."""
+        records = "router_logits" in (self._can_record_outputs or ())
+        return {**inputs, "output_router_logits": False} if records else inputs
 
     def _returned(self, outputs, return_dict):
         """The outputs in the form that was asked for: an object, or a tuple."""
@@ -279,11 +291,12 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         self._adopt(config, dense)
         self.slot = RoutingSlot()
         for index, place in enumerate(mlp_places(self)):
-            nested = NestedMLP(place.mlp, config, index, self.slot, place.name)
+            nest = (config, index, self.slot)
+            nested = nest_experts(place, *nest) if is_mixture(place.mlp) else NestedMLP(place.mlp, *nest, place.name)
             setattr(place.owner, place.attribute, nested.train(self.training))
         for mlp in self.nested_mlps:
             mlp.router.reset()
-            mlp.router.to(mlp.down_linear.weight.device, mlp.down_linear.weight.dtype)
+            mlp.router.to(mlp.main_weight.device, mlp.main_weight.dtype)
         prepare_for_engine(config, self.nested_mlps)
         self._backward_compatibility_gradient_checkpointing()  # of `config.gradient_checkpointing`, as the base does
 
@@ -307,7 +320,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
         if self.slot.current is not None:  # called by `DynaMoEForCausalLM`, which has resolved the routing
-            return super().forward(**inputs)
+            return super().forward(**self._without_base_routers(inputs))
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, bool(output_router_logits))
         outputs = self._run_base(routing, inputs)
@@ -355,7 +368,9 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerati
         own = cls.config_class(base_config=dense.config, **config)
         own.dtype = dense.config.dtype
         for index, place in enumerate(mlp_places(dense.base_model)):
-            own.layer_widths(index, getattr(place.mlp, layout_of(place.mlp, place.name).down).in_features)
+            own.layer_widths(index, layout_at(place).width(place.mlp))
+            if is_mixture(place.mlp):
+                check_mixture(own)
         return own
 
     def forward(  # type: ignore[misc]  # some of the keywords are named

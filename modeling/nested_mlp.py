@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .dense_base import Projections, layout_of
-from .difficulty import label_of, similarity_profile
+from .difficulty import label_of, left_out, similarity_profile
 from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
 from .nested_mlp_triton import runs_triton, triton_is_faster
@@ -23,7 +23,56 @@ from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_
 from .sparsity import Thresholds, keep_large, share_read
 
 
-class NestedMLP(nn.Module):
+class NestedLayer(nn.Module):
+    """What the nested experts of an MLP and those of a mixture share. Experts are E `widths`, and `router` predicts how close each is."""
+
+    layer: int
+    slot: RoutingSlot
+    widths: list[int]
+    router: Any
+    layout: Any
+
+    @property
+    def shares(self) -> list[float]:
+        """Width of each expert as a share of the MLP's."""
+        return [width / self.widths[-1] for width in self.widths]
+
+    def choose(self, logits: torch.Tensor, label: Any, routing: Routing) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The experts (B, S, ...) that a route names, from router logits (B, S, ..., outputs) and labels (B, S, ...), and the gates
+        (B, S, ..., E) where the routing has a temperature.
+        """
+        if routing.route == "label":
+            return label, None
+        if routing.route == "random":
+            return self._random(routing.histogram, logits.shape[:-1], logits.device), None
+        if routing.temperature is None:
+            return self.router.choose(logits, routing.sensitivity), None
+        gates = self.router.gates(logits, routing.sensitivity, routing.temperature)
+        return gates.detach().round().long().sum(-1) - 1, gates
+
+    def width_of(self, gates: torch.Tensor | None) -> torch.Tensor | None:
+        """Share of the width that gates (..., E) let through, with their gradient: (...)."""
+        if gates is None:
+            return None
+        parts = zip(gates.unbind(-1), block_sizes(self.widths))
+        return torch.stack([gate * (size / self.widths[-1]) for gate, size in parts]).sum(0)
+
+    def neurons_of(self, expert: torch.Tensor) -> torch.Tensor:
+        """Neurons of each expert, on its device."""
+        taken = torch.zeros_like(expert)
+        for index, size in enumerate(block_sizes(self.widths)):
+            taken += (expert >= index) * size
+        return taken
+
+    def _random(self, histogram, shape, device):
+        if histogram is None:
+            return torch.randint(len(self.widths), shape, device=device)
+        frequency = histogram[self.layer].to(device)
+        return torch.multinomial(frequency, shape.numel(), replacement=True).view(shape)
+
+
+class NestedMLP(NestedLayer):
     """
     The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
     names, so its checkpoint is the dense one plus `router.*`.
@@ -57,9 +106,9 @@ class NestedMLP(nn.Module):
         return getattr(self, self.layout.down)
 
     @property
-    def shares(self) -> list[float]:
-        """Width of each expert as a share of the MLP's."""
-        return [width / self.widths[-1] for width in self.widths]
+    def main_weight(self) -> torch.Tensor:
+        """A weight, whose device and dtype are the layer's."""
+        return self.down_linear.weight
 
     def forward(self, x):
         routing = self.slot.of_layer(self.config)
@@ -88,7 +137,7 @@ class NestedMLP(nn.Module):
             if expert is not None:
                 return Decision(expert, thresholds=thresholds)
         logits = router(x)
-        hidden = profile = label = gates = None
+        hidden = profile = label = None
         labelled = routing.needs_labels or routing.route == "label"
         if labelled or thresholds is not None and routing.records is not None:
             hidden = self.hidden(x) if thresholds is None else self.sparse_hidden(x, thresholds)
@@ -96,17 +145,7 @@ class NestedMLP(nn.Module):
             assert hidden is not None
             profile = self.profile(hidden.detach())
             label = label_of(profile.flatten(0, 1), self._of_each_token(sensitivity, x)).view(x.shape[:2])
-        if forced is not None:
-            expert = forced
-        elif routing.route == "label":
-            expert = label
-        elif routing.route == "random":
-            expert = self._random(routing.histogram, x)
-        elif routing.temperature is not None:
-            gates = router.gates(logits, sensitivity, routing.temperature)
-            expert = gates.detach().round().long().sum(-1) - 1
-        else:
-            expert = router.choose(logits, sensitivity)
+        expert, gates = (forced, None) if forced is not None else self.choose(logits, label, routing)
         return Decision(expert, logits, gates, hidden, profile, label, thresholds)
 
     def record(self, x: torch.Tensor, decision: Decision) -> LayerRecord:
@@ -115,19 +154,13 @@ class NestedMLP(nn.Module):
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert, device=x.device)
         loss = None if profile is None else self.router.loss(logits, profile, label)
-        width = None
-        if gates is not None:
-            parts = zip(gates.unbind(-1), block_sizes(self.widths))
-            width = sum(gate * (size / self.widths[-1]) for gate, size in parts)
-        taken = torch.zeros_like(expert)
-        for index, size in enumerate(block_sizes(self.widths)):
-            taken += (expert >= index) * size
+        taken = self.neurons_of(expert)
         share = taken / self.widths[-1]
         if thresholds is not None:
             assert hidden is not None, "`decide` computes all neurons where records of what is read are wanted"
             share = share_read(keep_large(x, thresholds.input), hidden, taken, 1 if self.layout.ungated else 2)
         assert logits is not None, "`decide` asks the router where records are wanted"
-        return LayerRecord(logits, expert, share, profile, label, loss, width)
+        return LayerRecord(logits, expert, share, profile, label, loss, self.width_of(gates))
 
     def weights(self, x: torch.Tensor, decision: Decision | None = None) -> Weights:
         """This MLP as `run_experts` takes it, for an input like `x`. At full width for all it is called as modules, not cut."""
@@ -180,19 +213,18 @@ class NestedMLP(nn.Module):
         The blocks that each expert adds, summed from the last one down, are what the smaller experts leave out. That takes
         (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
         """
-        output = self.down_linear(hidden)
-        left_out: list[torch.Tensor] = []
         plain = self.tensors(hidden) is not None
-        for low, high in reversed(list(zip(self.widths, self.widths[1:]))):
+
+        def block(low, high):
             if plain:
-                block = F.linear(hidden[..., low:high], self.down_linear.weight[:, low:high])
-            else:
-                only = torch.zeros_like(hidden)
-                only[..., low:high] = hidden[..., low:high]
-                block = self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
-            left_out.append(block if not left_out else left_out[-1] + block)
+                return F.linear(hidden[..., low:high], self.down_linear.weight[:, low:high])
+            only = torch.zeros_like(hidden)
+            only[..., low:high] = hidden[..., low:high]
+            return self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
+
+        output, smaller = self.down_linear(hidden), left_out(self.widths, block)
         output = output.flatten(0, 1)
-        left_out_ETD = torch.stack(left_out[::-1]).flatten(1, 2) if left_out else output.new_zeros(0, *output.shape)
+        left_out_ETD = torch.stack(smaller).flatten(1, 2) if smaller else output.new_zeros(0, *output.shape)
         loss_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0
         profile = similarity_profile(output, left_out_ETD, self.config.similarity, loss_weight, self.widths)
         return profile.view(*hidden.shape[:2], -1)
@@ -202,12 +234,6 @@ class NestedMLP(nn.Module):
         if name == "auto" and (torch.is_grad_enabled() or not triton_is_faster(x)):
             return False
         return name != "torch" and runs_triton(x, self.act_name)
-
-    def _random(self, histogram, x):
-        if histogram is None:
-            return torch.randint(len(self.widths), x.shape[:2], device=x.device)
-        frequency = histogram[self.layer].to(x.device)
-        return torch.multinomial(frequency, x.shape[0] * x.shape[1], replacement=True).view(x.shape[:2])
 
     def _of_each_token(self, sensitivity, x):
         if isinstance(sensitivity, torch.Tensor):

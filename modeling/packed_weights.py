@@ -334,6 +334,10 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
             'bfloat16 where the processor has it. Load the model in another dtype, or pack it "int8".'
         )
     for mlp in mlps:
+        if not mlp.layout.projections:
+            raise ValueError(
+                f"The experts of a mixture cannot be packed: found one in layer {mlp.layer}. Use the model as it is."
+            )
         if plain_parameters([getattr(mlp, name) for name in mlp.layout.projections], model.device) is None:
             raise ValueError(
                 f"The MLP of layer {mlp.layer} cannot be packed: its projections are wrapped, hooked, quantised or packed already. "

@@ -28,7 +28,10 @@ ROUTES = ("router", "label", "random")
 
 
 class LayerRecord(NamedTuple):
-    """What one layer did with each token of one forward pass. `profile` and what follows only where labels were needed."""
+    """
+    What one layer did with each token of one forward pass. `profile` and what follows only where labels were needed. A mixture has
+    router logits, expert, profile and label for each of the K experts that a token is sent to: (B, S, K, ...).
+    """
 
     router_logits: torch.Tensor  # (B, S, E - 1); (B, S, E) with the argmax router
     expert: torch.Tensor  # (B, S) int64
@@ -55,6 +58,7 @@ class Routing:
         temperature: of `ProfileRouter.gates`, for routers that learn from what their choices do.
         records: a list that each pass empties and fills, one `LayerRecord` a layer.
         thresholds: those of each layer at this density; `with_defaults` sets them.
+        shape: of the tokens, (B, S), which mixtures read as one row.
     """
 
     sensitivity: float | torch.Tensor | None = None
@@ -66,6 +70,7 @@ class Routing:
     temperature: float | None = None
     records: list[LayerRecord] | None = None
     thresholds: tuple[Thresholds, ...] | None = None
+    shape: torch.Size | None = None
 
     def with_defaults(self, config) -> "Routing":
         """Filled in from the model's config: the sensitivity where none was asked for, and the thresholds."""
@@ -215,8 +220,12 @@ class TokenRouter(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits_of(self.read(x))
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of the last layer: (..., D) -> (..., outputs)."""
         first: Any = self.input
-        return self.logits_of(self.output(F.silu(first(x.to(first.weight.dtype)))))
+        return self.output(F.silu(first(x.to(first.weight.dtype))))
 
     def logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """The logits, from the outputs of the last layer: (..., outputs) -> (..., outputs)."""
@@ -227,7 +236,7 @@ class TokenRouter(nn.Module):
         return False
 
     def choose(self, logits: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor:
-        """Expert of each token: logits (B, S, outputs), a number or (B,) -> (B, S) int64."""
+        """Expert of each token: logits (B, S, ..., outputs), a number, (B,) or (B, S) -> (B, S, ...) int64."""
         raise NotImplementedError
 
     def choose_fused(self, x: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor | None:
@@ -262,7 +271,7 @@ class ProfileRouter(TokenRouter):
 
     def choose(self, logits, sensitivity):
         # Compared as logits, so that sensitivity 1 is never reached.
-        return (logits.float() < logit_of(sensitivity, logits.device)).sum(-1)
+        return (logits.float() < logit_of(sensitivity, logits)).sum(-1)
 
     def choose_fused(self, x, sensitivity):
         # The trap: vLLM pickles the config's module by value, with all that it refers to, and Triton's kernels cannot be pickled.
@@ -271,7 +280,7 @@ class ProfileRouter(TokenRouter):
         first, second = self.input, self.output
         if plain_parameters([first, second], x.device) is None or second.out_features == 0:
             return None
-        threshold = logit_of(sensitivity, x.device)
+        threshold = logit_of(sensitivity, x)
         if isinstance(threshold, torch.Tensor):
             threshold = threshold.expand(*x.shape[:2], 1).flatten()
         hidden = first(x.to(first.weight.dtype)).flatten(0, 1)
@@ -287,7 +296,7 @@ class ProfileRouter(TokenRouter):
         """
         logits = logits.float()
         noise = torch.logit(torch.rand_like(logits[..., :1]), eps=1e-4) * temperature
-        margin = logit_of(sensitivity, logits.device) + noise - logits
+        margin = logit_of(sensitivity, logits) + noise - logits
         soft = (margin / temperature).sigmoid()
         return F.pad((margin > 0).float() + soft - soft.detach(), (1, 0), value=1.0)
 
@@ -321,15 +330,25 @@ class ArgmaxRouter(TokenRouter):
 ROUTERS: dict[str, type[TokenRouter]] = {"profile": ProfileRouter, "argmax": ArgmaxRouter}
 
 
+def router_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of all routers, in a model wrapped or not. Bases that are mixtures have routers of their own."""
+    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRouter)]
+    return {f"{name}.{leaf}" for name, router in routers for leaf, _ in router.named_parameters()}
+
+
 def _binary_cross_entropy(logits, target):
     loss = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
     return loss.mean(-1) if loss.shape[-1] else loss.sum(-1)
 
 
-def logit_of(sensitivity: float | torch.Tensor, device) -> float | torch.Tensor:
-    """The logit that a predicted similarity must reach: a number, or (B,) or (B, S) -> (B, 1 or S, 1). Infinite at sensitivity 1."""
+def logit_of(sensitivity: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    """
+    The logit that a predicted similarity must reach: a number, or (B,) or (B, S) -> (B, 1 or S, 1, ...), as many dimensions as
+    `like` (B, S, ...) has. Infinite at sensitivity 1.
+    """
     if isinstance(sensitivity, torch.Tensor):
-        return torch.logit(sensitivity.to(device, torch.float32)).view(len(sensitivity), -1, 1)
+        logits = torch.logit(sensitivity.to(like.device, torch.float32))
+        return logits.view(len(sensitivity), -1, *[1] * (like.ndim - 2))
     return math.log(sensitivity / (1 - sensitivity)) if sensitivity < 1 else math.inf
 
 

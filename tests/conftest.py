@@ -47,6 +47,23 @@ FAMILIES = {
     "glm4": {"head_dim": 8, "pad_token_id": 0},
     "starcoder2": {"use_bias": True, "residual_dropout": 0.1},
 }  # fmt: skip
+# Mixtures, with the smallest settings likewise. Where `first_k_dense_replace` or the like is 1, the first layer is dense.
+SMALL_MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+DEEPSEEK = {**SMALL_MIXTURE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**SMALL_MIXTURE, "num_experts": 4, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**SMALL_MIXTURE, "num_experts": 4, "head_dim": 8, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 8.0, "residual_multiplier": 0.5},
+    "deepseek_v2": {**DEEPSEEK, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**DEEPSEEK, "n_group": 2, "topk_group": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 48, "moe_layer_start_index": 1,
+                     "moe_num_shared_experts": 1},
+    "glm4_moe": {**SMALL_MIXTURE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4},
+}  # fmt: skip
 VOCABULARY = 128
 
 
@@ -54,7 +71,7 @@ def tiny_config(family="llama", **settings):
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-    return AutoConfig.for_model(family, **{**sizes, **FAMILIES.get(family, {}), **settings})
+    return AutoConfig.for_model(family, **{**sizes, **(FAMILIES | MIXTURES).get(family, {}), **settings})
 
 
 def tiny_dense(family="llama", seed=0, **settings):
@@ -63,7 +80,7 @@ def tiny_dense(family="llama", seed=0, **settings):
     model = AutoModelForCausalLM.from_config(tiny_config(family, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim in (2, 3):  # 3: of all experts of a mixture
                 parameter.mul_(6)
             elif "bias" in name:
                 parameter.normal_(std=0.1)

@@ -23,6 +23,29 @@ def nested_mlp(mlp, x_TD, expert_T):
     return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
 
 
+def nested_mixture(experts, x_TD, index_TK, weight_TK, expert_TK):
+    """
+    The routed experts of a mixture, each token and each of its experts alone, by the base's own formula, with the neurons beyond the
+    width of the pair at zero: (T, D).
+    """
+    outputs = []
+    for x, index, weight, expert in zip(x_TD, index_TK, weight_TK, expert_TK):
+        total = 0
+        for number, share, width in zip(index.tolist(), weight, expert.tolist()):
+            gate_up, down = experts.gate_up_proj[number], experts.down_proj[number]
+            both = x @ (gate_up if experts.is_transposed else gate_up.T)
+            if experts.has_bias:
+                both = both + experts.gate_up_proj_bias[number]
+            hidden = experts._apply_gate(both)
+            hidden = hidden * (torch.arange(len(hidden)) < experts.widths[width])
+            output = hidden @ (down if experts.is_transposed else down.T)
+            if experts.has_bias:
+                output = output + experts.down_proj_bias[number]
+            total = total + share * output
+        outputs.append(total)
+    return torch.stack(outputs)
+
+
 def in_a_gap(values, low, high):
     """A threshold that rounding takes no value across: the middle of the largest gap between their sizes."""
     sizes = values.abs().flatten().sort().values

@@ -495,7 +495,7 @@ def test_other_bad_settings(token_ids):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("mixtral", {"num_local_experts": 2}, r"model\.layers\.0\.mlp.*MixtralSparseMoeBlock.*Supported are"),
+        ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "family llama4_text is not supported: it multiplies a token"),
         ("bitnet", {}, r"model\.layers\.0\.mlp.*BitNetMLP.*Supported are"),
         ("gpt2", {}, "not at `model.layers"),
     ],

@@ -25,7 +25,7 @@ TRAVELLING = {
     "configuration_dynamoe.py", "modeling_dynamoe.py", "dense_base.py", "difficulty.py", "routing.py", "nested_mlp.py",
     "mlp_backends.py", "quantized_slices.py", "fast_decode.py", "nested_mlp_triton.py", "packed_weights.py", "sparsity.py",
     "engine_layers.py", "onednn_weights.py", "request_dials.py", "checks.py", "outputs.py",
-    "self_draft.py",
+    "self_draft.py", "moe_base.py", "nested_moe.py",
 }  # fmt: skip
 
 # Runs in a process where importing the package fails, as on a machine that never had it.
@@ -65,7 +65,8 @@ def run_without_package(*args):
 
 
 @pytest.mark.parametrize(
-    ("family", "tied"), [("llama", False), ("qwen3", True), ("gemma2", True), ("phi3", False), ("starcoder2", False)]
+    ("family", "tied"),
+    [("llama", False), ("qwen3", True), ("gemma2", True), ("phi3", False), ("starcoder2", False), ("qwen3_moe", False)],
 )
 def test_folder_needs_no_package(family, tied, tmp_path, token_ids):
     model = tiny_dynamoe(family, dense_settings={"tie_word_embeddings": tied})

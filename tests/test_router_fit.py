@@ -50,7 +50,7 @@ def test_token_harm_is_the_gradient_of_the_loss():
     by_layer = RouterFit(harm="layer", sensitivity_range=span)
     plain_inputs, plain_profiles, nothing, _ = router_inputs(model, range(2), blocks, by_layer)
     assert nothing == [None, None]
-    for kept, plain in zip(inputs + profiles, plain_inputs + plain_profiles):
+    for kept, plain in zip(sum(inputs, []) + profiles, sum(plain_inputs, []) + plain_profiles):
         assert torch.equal(kept, plain)
 
 
@@ -62,7 +62,7 @@ def test_a_router_predicts_the_mean_harm():
     weights = torch.distributions.Exponential(1.0).sample((4000,)) * (1 + 3 * kind)
     profile = torch.tensor([0.5, 0.8, 1.0]).expand(4000, 3)  # harms of 1 and a quarter
     router = ProfileRouter(8, 16, 3)
-    fit_router(router, x, profile, torch.full((4000,), 0.5), 400, 512, 2e-2, weights)
+    fit_router(router, [x], profile, torch.full((4000,), 0.5), 400, 512, 2e-2, weights)
     with torch.no_grad():
         predicted = (-router(x)).exp()
     for index in range(2):

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The routed experts of one mixture layer, each of them nested. The base's own router chooses K experts for a token and weighs them; a
+width is then chosen for each of these pairs, which are rows of the dispatcher as tokens are (`mlp_backends.py`).
+
+Shapes: B batch, S sequence, T = B * S tokens, D hidden size, N experts of the mixture, K of them for a token, H neurons of each, E widths.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .dense_base import MLPPlace, blank_model
+from .difficulty import label_of, left_out, similarity_profile
+from .engine_layers import BareLinear
+from .mlp_backends import Decision, Weights, run_experts
+from .moe_base import check_mixture, layout_at, rows_by_expert
+from .nested_mlp import NestedLayer
+from .routing import LayerRecord, ProfileRouter, Routing, RoutingSlot, default_router_dim
+
+
+SMALLEST_WEIGHT = 1e-6  # of an expert, so that its logarithm is finite
+
+
+class PairRouter(ProfileRouter):
+    """
+    One head for all experts of a mixture, read at the K that a token is sent to: (..., D), index and weights (..., K) ->
+    (..., K, E - 1) logits.
+
+    The error of a token's output is that of the expert times its weight w, so that 1 / s - 1 has a factor w^2. The head predicts the
+    rest; -2 log w, which is known, is added to the logits.
+    """
+
+    def __init__(self, hidden_size: int, router_dim: int, widths: int, experts: int):
+        super().__init__(hidden_size, router_dim, widths)
+        self.output = BareLinear(nn.Linear(router_dim, experts * self.outputs(widths)))
+        self.experts, self.per_expert = experts, self.outputs(widths)
+
+    def forward(self, x: torch.Tensor, index: Any, weight: Any) -> torch.Tensor:  # type: ignore[override]
+        outputs = self.read(x).unflatten(-1, (self.experts, self.per_expert))
+        chosen = outputs.gather(-2, index[..., None].expand(*index.shape, self.per_expert))
+        return self.logits_of(chosen) - 2 * weight.detach().float().clamp_min(SMALLEST_WEIGHT).log()[..., None]
+
+
+class NestedExperts(NestedLayer):
+    """
+    The experts module of a mixture, a subclass of the base's own class too: tokens (T, D), the index and the weights of their experts
+    (T, K) -> (T, D). Its weights keep their names; only `router.*` is added.
+    """
+
+    nesting: Any  # the `DynaMoEConfig`; `config` is the base's
+    packed: None
+    num_experts: int  # N
+    top_k: int  # K
+    down_proj: nn.Parameter
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        routing = self.slot.of_layer(self.nesting)
+        shape = routing.shape or torch.Size((1, len(hidden_states)))
+        x, index, weight = (tensor.view(*shape, -1) for tensor in (hidden_states, top_k_index, top_k_weights))
+        decision = self.decide(x, index, weight, routing)
+        if routing.records is not None:
+            routing.records.append(self.record(decision, shape, top_k_index))
+        if not isinstance(decision.expert, torch.Tensor) and decision.expert == len(self.widths) - 1:
+            return super().forward(hidden_states, top_k_index, top_k_weights)  # the base's own way
+        return self.run(x, index, weight, decision)
+
+    def decide(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, routing: Routing) -> Decision:
+        """The width of each pair, (B, S, K), or one for all, and what was computed on the way to it."""
+        forced = routing.force_expert
+        if forced is None and routing.route == "router" and self.router.is_off(routing.sensitivity):
+            forced = len(self.widths) - 1
+        if forced is not None and routing.records is None and not routing.needs_labels:
+            return Decision(forced)
+        logits, profile, label = self.router(x, index, weight), None, None
+        if routing.needs_labels or routing.route == "label":
+            profile = self.profile(x, index, weight)
+            sensitivity: Any = routing.sensitivity
+            if isinstance(sensitivity, torch.Tensor):
+                sensitivity = sensitivity.to(x.device, torch.float32).view(len(x), -1).expand(x.shape[:2]).flatten()
+            label = label_of(profile.flatten(0, 1), sensitivity).view(index.shape)
+        expert, gates = (forced, None) if forced is not None else self.choose(logits, label, routing)
+        return Decision(expert, logits, gates, None, profile, label)
+
+    def record(self, decision: Decision, shape: torch.Size, index: torch.Tensor) -> LayerRecord:
+        """What this layer did with its tokens."""
+        expert, logits, gates, _, profile, label, _ = decision
+        if not isinstance(expert, torch.Tensor):
+            expert = torch.full((*shape, index.shape[-1]), expert, device=index.device)
+        assert logits is not None, "`decide` asks the router where records are wanted"
+        loss = None if profile is None else self.router.loss(logits, profile, label).mean(-1)
+        width = self.width_of(gates)
+        share = (self.neurons_of(expert) / self.widths[-1]).mean(-1)
+        return LayerRecord(logits, expert, share, profile, label, loss, None if width is None else width.mean(-1))
+
+    def run(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, decision: Decision) -> torch.Tensor:
+        """Each expert's prefixes on the tokens that were sent to it, (B, S, D), weighted and added: (T, D)."""
+        x, experts = x.flatten(0, 1), index.shape[-1]
+        weight, expert, gates, order, parts = weight.flatten(), decision.expert, decision.gates, [], []
+        for number, rows in rows_by_expert(index, self.num_experts):
+            part = Decision(
+                expert.flatten()[rows][None] if isinstance(expert, torch.Tensor) else expert,
+                gates=None if gates is None else gates.flatten(0, 2)[rows][None],
+            )
+            y = run_experts(x[rows // experts][None], part, Weights.of_tensors(self.layout.tensors(self, number), self.widths))
+            parts.append(y[0] * weight[rows, None])
+            order.append(rows)
+        y = torch.cat(parts).index_select(0, torch.cat(order).argsort())
+        return y.unflatten(0, (len(x), experts)).sum(1).to(x.dtype)
+
+    @torch.no_grad()
+    def profile(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Similarity of each width's weighted output to that of the whole expert: (B, S, D), (B, S, K) twice -> (B, S, K, E), float32."""
+        x, experts = x.flatten(0, 1), index.shape[-1]
+        weights = self.nesting.error_weights
+        settings = self.nesting.similarity, weights[self.layer] if weights else 1.0, self.widths
+        profile = torch.empty(index.numel(), len(self.widths), device=x.device)
+        for number, rows in rows_by_expert(index, self.num_experts):
+            tensors, of_rows = self.layout.tensors(self, number), weight.flatten()[rows, None]
+            hidden = tensors.hidden(x[rows // experts])
+            smaller = left_out(self.widths, lambda low, high: F.linear(hidden[:, low:high], tensors.down[:, low:high]))  # noqa: B023
+            output = tensors.output(hidden) * of_rows
+            left_out_ETD = torch.stack(smaller) * of_rows if smaller else output.new_zeros(0, *output.shape)
+            profile[rows] = similarity_profile(output, left_out_ETD, *settings)
+        return profile.view(*index.shape, -1)
+
+    @property
+    def main_weight(self) -> torch.Tensor:
+        """A weight, whose device and dtype are the layer's."""
+        return self.down_proj
+
+    def __reduce__(self):
+        cls, base_class = type(self).__bases__
+        return blank_model, (cls, base_class), self.__dict__
+
+
+def nest_experts(place: MLPPlace, config: Any, layer: int, slot: RoutingSlot) -> NestedExperts:
+    """The experts at a place, nested; the module there is used up. Raises `ValueError` as `layout_at` and `check_mixture`."""
+    check_mixture(config)
+    experts: Any = place.mlp
+    nested: Any = blank_model(NestedExperts, type(experts))
+    nested.__dict__ = experts.__dict__
+    nested.layout, nested.nesting, nested.layer, nested.slot, nested.packed = layout_at(place), config, layer, slot, None
+    width, nested.top_k = nested.layout.width(experts), config.num_experts_per_tok
+    nested.widths = config.layer_widths(layer, width)
+    router_dim = config.router_dim or default_router_dim(width * nested.top_k)
+    nested.router = PairRouter(config.hidden_size, router_dim, len(nested.widths), nested.num_experts)
+    return nested
