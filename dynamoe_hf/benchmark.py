@@ -25,8 +25,9 @@ from .card import WAIT, new_records
 from .convert import prove_parity
 from .data import documents_for, token_blocks
 from .export import dense_prefix
-from .folder import BENCHMARK, check_writable, load_model, load_tokenizer, write_json
+from .folder import BENCHMARK, check_writable, count_parameters, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import is_of_mlp
 from .modeling.mlp_backends import Decision, run_experts
 from .observe import bisect_rising, expert_shares, run_routers, shares_read, shares_taken
 
@@ -340,10 +341,10 @@ def bench_prefill(
     for name, theta in sensitivities.items():
         runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
     timed, rows = interleaved(runs, rounds, f"Prefill of {tokens.shape[1]}"), []
-    layers = model.model.layers
-    mlp = sum(p.numel() for layer in layers for n, p in layer.mlp.named_parameters() if not n.startswith("router"))
-    routers = sum(p.numel() for layer in layers for p in layer.mlp.router.parameters())
-    rest = sum(p.numel() for layer in layers for n, p in layer.named_parameters() if not n.startswith("mlp."))
+    layers: Any = model.base_model.layers
+    counts = count_parameters(model)
+    mlp, routers = counts["mlp"], counts["router"]
+    rest = sum(p.numel() for p in layers.parameters()) - mlp - routers
     rest += len(layers) * tokens.shape[1] * model.config.hidden_size  # q k and p v, causal, for each token
     for name, theta in sensitivities.items():
         share = share_at(theta)
@@ -391,7 +392,7 @@ def _bytes(model):
     """Bytes that a decoding step reads of a dense model, of which MLPs, and of the routers. An untied embedding is not read."""
     size = {"mlp": 0, "router": 0, "rest": 0}
     for name, parameter in model.named_parameters():
-        part = "router" if ".router." in name else "mlp" if ".mlp." in name else "rest"
+        part = "router" if ".router." in name else "mlp" if is_of_mlp(name) else "rest"
         if "embed_tokens" in name and parameter is not model.lm_head.weight:
             continue
         size[part] += parameter.numel() * parameter.element_size()

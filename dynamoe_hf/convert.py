@@ -185,7 +185,7 @@ def _alike(one, other):
 
 def _forget_gguf(dense):
     """The trap: a model loaded from GGUF refuses `save_pretrained`, though its weights are plain tensors by now."""
-    for holder in (dense, dense.model):
+    for holder in (dense, dense.base_model):
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             if name in vars(holder):
                 delattr(holder, name)
@@ -250,7 +250,7 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
 
 def _accumulate(dense, blocks, statistic, gradients=False):
     """Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer."""
-    downs = [getattr(place.mlp, layout_of(place.mlp, place.name).down) for place in mlp_places(dense.model)]
+    downs = [getattr(place.mlp, layout_of(place.mlp, place.name).down) for place in mlp_places(dense.base_model)]
     scores = [torch.zeros(down.in_features, dtype=torch.float64) for down in downs]
 
     def watch(index):
@@ -272,7 +272,7 @@ def _accumulate(dense, blocks, statistic, gradients=False):
         with gradients_of_activations(dense, recompute=True) if gradients else torch.no_grad():
             for block in tqdm(blocks, desc="Ranking neurons", leave=False):
                 block = block.view(1, -1).to(dense.device)
-                loss_backward(dense, block) if gradients else dense.model(block, use_cache=False)
+                loss_backward(dense, block) if gradients else dense.base_model(block, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

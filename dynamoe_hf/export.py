@@ -17,7 +17,7 @@ from .data import documents_for, token_blocks
 from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, refuse_existing, save_model
 from .gguf_file import check_gguf, write_gguf
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import mlp_places
+from .modeling.dense_base import mlp_places, set_mlp_width
 from .observe import similarity_profiles
 
 
@@ -135,13 +135,13 @@ def _prefix(model, width) -> list[int]:
     """A share of the MLP width in neurons, for each layer."""
     if not 0 < width <= 1:
         raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
-    return [max(1, round(width * model.config.intermediate_size))] * len(model.nested_mlps)
+    return [max(1, round(width * model.nested_mlps[0].widths[-1]))] * len(model.nested_mlps)
 
 
 def _narrowed(model, widths) -> dict[str, torch.Tensor]:
     """The state dict without routers, the MLPs cut to these numbers of neurons."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
-    for place, mlp, width in zip(mlp_places(model.model), model.nested_mlps, widths):
+    for place, mlp, width in zip(mlp_places(model.base_model), model.nested_mlps, widths):
         prefix = f"{place.name}."
         for name in [name for name in state if name.startswith(prefix)]:
             state[name] = mlp.layout.narrow(name.removeprefix(prefix), state[name], width)
@@ -152,7 +152,7 @@ def _dense(model, widths) -> PreTrainedModel:
     """A dense model of the base's own family, all layers equally wide."""
     config = copy.deepcopy(model.config.base_config)
     vars(config).pop("auto_map", None)
-    config.intermediate_size = widths[0]
+    set_mlp_width(config, widths[0])
     state = _narrowed(model, widths)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)

@@ -120,7 +120,7 @@ def _refuse_other_weights(source, info):
     """The trap: transformers fills what is missing, or has another shape, with random numbers, and goes on."""
     shapes = [(name, f"{name} {tuple(found)}, not {tuple(wanted)}") for name, found, wanted in info["mismatched_keys"]]
     found = {
-        "missing": sorted(info["missing_keys"] - {name for name, _ in shapes}),
+        "missing": sorted(set(info["missing_keys"]) - {name for name, _ in shapes}),
         "of another shape": sorted(text for _, text in shapes),
         "unknown to the model": sorted(info["unexpected_keys"]),
     }
@@ -320,7 +320,7 @@ def save_model(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 def count_parameters(model: DynaMoEForCausalLM) -> dict[str, int]:
     """Parameters by part: `total` (tied weights once), `mlp` (the projections that routing can skip) and `router`."""
     router = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
-    mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
+    mlp = sum(p.numel() for mlp in model.nested_mlps for p in mlp.parameters())
     return {"total": sum(p.numel() for p in model.parameters()), "mlp": mlp - router, "router": router}
 
 
@@ -345,8 +345,8 @@ def inspect_folder(folder: str | Path, arguments: InspectArguments | None = None
     verify = resolve(InspectArguments, arguments, settings).verify
     config = load_dynamoe_config(folder)
     with torch.device("meta"):
-        counts = count_parameters(DynaMoEForCausalLM(config))
-    mlp = config.base_config.intermediate_size
+        model = DynaMoEForCausalLM(config)
+    counts, mlp = count_parameters(model), model.nested_mlps[0].widths[-1]
     ladders = [config.layer_widths(layer, mlp) for layer in range(config.num_hidden_layers)]
     return {
         "folder": str(folder),

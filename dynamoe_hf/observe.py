@@ -41,7 +41,7 @@ def watch(
 
     @torch.no_grad()
     def backbone(batch):
-        model.model(batch, use_cache=False)
+        model.base_model(batch, use_cache=False)
 
     for batch in tqdm(blocks.split(batch_size), desc=description, leave=False):
         records: list[LayerRecord] = []
@@ -173,5 +173,5 @@ def output_gradients(modules: Sequence[nn.Module], add: Callable[[int, torch.Ten
 def _recompute_layers(model, enable):
     """Activation checkpointing in evaluation mode: it looks at the layer's own `training` flag, which dropout does not read."""
     model._set_gradient_checkpointing(enable, partial(checkpoint, use_reentrant=False))
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         layer.training = enable

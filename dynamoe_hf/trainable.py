@@ -8,7 +8,7 @@ import torch
 
 from .arguments import TrainedParts
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import PROJECTIONS
+from .modeling.dense_base import MLP_NAMES, PROJECTIONS, is_of_mlp
 
 
 DENSITY_RANGE = (0.4, 1.0)  # that densities are drawn from, where a model has thresholds
@@ -52,8 +52,8 @@ def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
     outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     for name, parameter in model.named_parameters():
         trained = {
-            "routers": ".mlp.router." in name,
-            "mlp": ".mlp." in name,
+            "routers": ".router." in name,
+            "mlp": is_of_mlp(name),
             "layers": id(parameter) not in outer,
             "all": True,
         }
@@ -64,6 +64,6 @@ def lora_config(rank: int = 16, alpha: int = 32, **settings):
     """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
     from peft import LoraConfig
 
-    projections = rf".*\.mlp\.({'|'.join(PROJECTIONS)})"
+    projections = rf".*\.({'|'.join(MLP_NAMES)})\.({'|'.join(PROJECTIONS)})"
     settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
     return LoraConfig(r=rank, lora_alpha=alpha, **settings)

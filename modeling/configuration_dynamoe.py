@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_expert, check_model_type, check_one_of, check_sensitivity, is_number, is_size, is_whole
+from .dense_base import is_of_mlp
 from .difficulty import SIMILARITIES
 from .routing import ROUTERS, ROUTES, TokenRouter
 from .sparsity import check_density_path, check_thresholds
@@ -126,7 +127,7 @@ class DynaMoEConfig(PreTrainedConfig):
         self.format_version = format_version
         # Each rank would cut another prefix, so tensor parallelism copies the MLPs.
         plan = self.base_config.base_model_tp_plan
-        self.__dict__["base_model_tp_plan"] = plan and {key: style for key, style in plan.items() if ".mlp" not in key}
+        self.__dict__["base_model_tp_plan"] = plan and {key: style for key, style in plan.items() if not is_of_mlp(key)}
         # The trap: `super().__init__` hands its attention implementation down, so a base already in memory would lose its own.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
         kwargs["auto_map"] = {**AUTO_MAP, **kwargs.get("auto_map", {})}
