@@ -55,6 +55,8 @@ test-vllm: install  ## a folder served by vLLM, the CPU build, in an environment
 test-gpu: install  ## tests that need an accelerator
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "gpu or triton"
 
+test-all: test test-slow test-upstream  ## test, test-slow and test-upstream
+
 check: install  ## lint, format and types, as CI does
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,4 +74,4 @@ docs: install  ## the documentation as a site in site/, every warning an error
 clean:  ## remove what was built
 	rm -rf $(VENV) .venv-vllm build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-gpu check style docs clean
+.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-gpu test-all check style docs clean

@@ -342,10 +342,10 @@ def bench_prefill(
     for name, theta in sensitivities.items():
         runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
     timed, rows = interleaved(runs, rounds, f"Prefill of {tokens.shape[1]}"), []
-    layers = model.model.layers
+    layers: Any = model.base_model.layers
     counts = count_parameters(model)
     mlp, routers = counts["mlp"], counts["router"]
-    rest = sum(p.numel() for layer in layers for p in layer.parameters()) - mlp - routers - counts["idle"]
+    rest = sum(p.numel() for p in layers.parameters()) - mlp - routers - counts["idle"]
     rest += len(layers) * tokens.shape[1] * model.config.hidden_size  # q k and p v, causal, for each token
     for name, theta in sensitivities.items():
         share = share_at(theta)

@@ -193,7 +193,7 @@ def _alike(one, other):
 
 def _forget_gguf(dense):
     """The trap: a model loaded from GGUF refuses `save_pretrained`, though its weights are plain tensors by now."""
-    for holder in (dense, dense.model):
+    for holder in (dense, dense.base_model):
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             if name in vars(holder):
                 delattr(holder, name)
@@ -221,7 +221,7 @@ def _logits(model, probe, routes, **routing):
     def keep(layer, experts, args):
         return args[0], *routes.setdefault(layer, args[1:])
 
-    places = enumerate(mlp_places(model.model))
+    places = enumerate(mlp_places(model.base_model))
     hooks = [place.mlp.register_forward_pre_hook(partial(keep, layer)) for layer, place in places if is_mixture(place.mlp)]
     try:
         return model(probe.to(model.device), **routing).logits.float().cpu()
@@ -281,7 +281,7 @@ def _accumulate(dense, blocks, statistic, gradients=False):
     Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer: (H,), or (N, H) for
     the N experts of a mixture, where experts that see fewer than `FEW_TOKENS` have 0.
     """
-    places = list(mlp_places(dense.model))
+    places = list(mlp_places(dense.base_model))
     layouts = [layout_at(place) for place in places]
     shapes = [(place.mlp.num_experts,) if is_mixture(place.mlp) else () for place in places]
     sizes = zip(shapes, layouts, places)
@@ -305,7 +305,7 @@ def _accumulate(dense, blocks, statistic, gradients=False):
     with _watched(places, layouts, watch), gradients_of_activations(dense, blocks.shape[1]) if gradients else torch.no_grad():
         for block in tqdm(blocks, desc="Ranking neurons", leave=False):
             block = block.view(1, -1).to(dense.device)
-            loss_backward(dense, block) if gradients else dense.model(block, use_cache=False)
+            loss_backward(dense, block) if gradients else dense.base_model(block, use_cache=False)
     return [score if score.ndim == 1 else score * (rows >= FEW_TOKENS)[:, None] for score, rows in zip(scores, seen)]
 
 

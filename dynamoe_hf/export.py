@@ -18,7 +18,7 @@ from .data import documents_for, token_blocks
 from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, refuse_existing, save_model
 from .gguf_file import check_gguf, write_gguf
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import mlp_places
+from .modeling.dense_base import mlp_places, set_mlp_width
 from .modeling.moe_base import is_mixture
 from .modeling.routing import router_names
 from .observe import similarity_profiles
@@ -163,7 +163,7 @@ def _narrowed(model, widths) -> dict[str, torch.Tensor]:
     """The state dict without routers, the MLPs cut to these numbers of neurons."""
     routers = router_names(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in routers}
-    for place, mlp, width in zip(mlp_places(model.model), model.nested_mlps, widths):
+    for place, mlp, width in zip(mlp_places(model.base_model), model.nested_mlps, widths):
         prefix = f"{place.name}."
         for name in [name for name in state if name.startswith(prefix)]:
             state[name] = mlp.layout.narrow(name.removeprefix(prefix), state[name], width)
@@ -178,8 +178,10 @@ def _dense(model, widths) -> PreTrainedModel:
     config = copy.deepcopy(model.config.base_config)
     vars(config).pop("auto_map", None)
     for mlp, width in zip(model.nested_mlps, widths):
-        own = is_mixture(mlp) and hasattr(config, "moe_intermediate_size")
-        setattr(config, "moe_intermediate_size" if own else "intermediate_size", width)
+        if is_mixture(mlp) and hasattr(config, "moe_intermediate_size"):
+            config.moe_intermediate_size = width
+        else:
+            set_mlp_width(config, width)
     state = _narrowed(model, widths)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)

@@ -122,7 +122,7 @@ def _refuse_other_weights(source, info):
     """The trap: transformers fills what is missing, or has another shape, with random numbers, and goes on."""
     shapes = [(name, f"{name} {tuple(found)}, not {tuple(wanted)}") for name, found, wanted in info["mismatched_keys"]]
     found = {
-        "missing": sorted(info["missing_keys"] - {name for name, _ in shapes}),
+        "missing": sorted(set(info["missing_keys"]) - {name for name, _ in shapes}),
         "of another shape": sorted(text for _, text in shapes),
         "unknown to the model": sorted(info["unexpected_keys"]),
     }

@@ -155,5 +155,5 @@ def _continue(model, tokenizer, inputs, max_new_tokens, **options) -> Any:
 def share_of(model, ids: torch.Tensor) -> float:
     """Mean share of the MLPs' weights that the tokens (1, S) read at the model's own setting of the dial."""
     with model.routing(records=[]) as routing:
-        model.model(ids, use_cache=False)
+        model.base_model(ids, use_cache=False)
     return shares_read(routing.records).mean().item()

@@ -66,7 +66,12 @@ class LossesInChunks(torch.autograd.Function):
 def layer_outputs(layers: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
     """Yields a list that the forward passes inside fill with the outputs (B, S, D) of `layers`, in the order of the calls."""
     states = []
-    hooks = [layer.register_forward_hook(lambda module, args, output: states.append(output)) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, output: states.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for layer in layers
+    ]
     try:
         yield states
     finally:

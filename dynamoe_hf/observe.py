@@ -44,7 +44,7 @@ def watch(
 
     @torch.no_grad()
     def backbone(batch):
-        model.model(batch, use_cache=False)
+        model.base_model(batch, use_cache=False)
 
     for batch in tqdm(blocks.split(batch_size), desc=description, leave=False):
         records: list[LayerRecord] = []
@@ -195,12 +195,14 @@ def _activation_bytes(model, tokens: int) -> int:
     What backward keeps of so many tokens, at most: inputs and outputs of the layers' products, and as much again of norms,
     activations and attention.
     """
-    weights = [p for p in model.model.layers.parameters() if p.ndim >= 2] if tokens else []  # 3 dimensions: of a mixture's experts
+    weights = (
+        [p for p in model.base_model.layers.parameters() if p.ndim >= 2] if tokens else []
+    )  # 3 dimensions: of a mixture's experts
     return sum(2 * sum(weight.shape[-2:]) * weight.element_size() for weight in weights) * tokens
 
 
 def _recompute_layers(model, enable):
     """Activation checkpointing in evaluation mode: it looks at the layer's own `training` flag, which dropout does not read."""
     model._set_gradient_checkpointing(enable, partial(checkpoint, use_reentrant=False))
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         layer.training = enable

@@ -179,7 +179,7 @@ def router_inputs(
             if by_token:
                 loss_backward(model, batch, **dial)
             else:
-                model.model(batch, use_cache=False, **dial)
+                model.base_model(batch, use_cache=False, **dial)
 
     watched = output_gradients(mlps if by_token else [], keep_square)
     try:

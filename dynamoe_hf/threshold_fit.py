@@ -81,7 +81,7 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     hooks = [mlp.register_forward_pre_hook(measure) for mlp in mlps]
     try:
         with progress, model.routing(force_expert=model.config.expert_count - 1):
-            model.model(batch, use_cache=False)
+            model.base_model(batch, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

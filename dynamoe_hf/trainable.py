@@ -8,7 +8,7 @@ import torch
 
 from .arguments import TrainedParts
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import PROJECTIONS
+from .modeling.dense_base import MLP_NAMES, PROJECTIONS
 from .modeling.moe_base import base_routers
 from .modeling.routing import router_names
 
@@ -34,9 +34,9 @@ def divide_layers(model: DynaMoEForCausalLM) -> None:
     from torch.distributed.fsdp import fully_shard
 
     outer = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         fully_shard(layer)
-    fully_shard(model.model, ignored_params=outer)
+    fully_shard(model.base_model, ignored_params=outer)
 
 
 def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:
@@ -70,7 +70,7 @@ def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
         return
     outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     routers, mlps = ({id(p) for p in found} for found in (router_parameters(model), _parameters(model.nested_mlps)))
-    gates = {id(p) for p in _parameters(base_routers(model.model))}
+    gates = {id(p) for p in _parameters(base_routers(model.base_model))}
     for parameter in model.parameters():
         trained = {
             "routers": id(parameter) in routers,
@@ -89,7 +89,7 @@ def lora_config(rank: int = 16, alpha: int = 32, **settings):
     """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
     from peft import LoraConfig
 
-    projections = rf".*\.mlp\.({'|'.join(PROJECTIONS)})"
+    projections = rf".*\.({'|'.join(MLP_NAMES)})\.({'|'.join(PROJECTIONS)})"
     settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
     return LoraConfig(r=rank, lora_alpha=alpha, **settings)
 

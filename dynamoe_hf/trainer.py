@@ -259,8 +259,8 @@ class DynaMoETrainer(Trainer):
         Through `model`'s own `forward`, because wrappers such as DDP must see the call; it computes no logits.
         """
         kept = []
-        watched = core.model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
-        last = core.model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        watched = core.base_model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
+        last = core.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
         with last, layer_outputs(watched) as states:
             # With a cache, models would not see where packed documents begin.
             inputs = {**inputs, "use_cache": False}

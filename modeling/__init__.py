@@ -15,9 +15,9 @@ AutoModelForCausalLM.register(DynaMoEConfig, DynaMoEForCausalLM, exist_ok=True)
 DynaMoEConfig.register_for_auto_class()
 DynaMoEModel.register_for_auto_class("AutoModel")
 DynaMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# What PEFT adapts in a family by default. Its tables are read by the model type, so all bases get what Llama has.
+# What PEFT adapts by default. Its tables are read by the model type, so all bases get what Llama has, or GPT-NeoX under its own names.
 for name, table in vars(constants).items():
     if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
-        table.setdefault("dynamoe", table["llama"])
+        table.setdefault("dynamoe", [*table["llama"], *table.get("gpt_neox", ())])
 
 __all__ = ["DynaMoEConfig", "DynaMoEForCausalLM", "DynaMoEModel"]

@@ -59,12 +59,15 @@ class Projections(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Names of the parts of a dense MLP. `gate` is None where there is no gate, or where `up` holds both, gate first."""
+    """
+    Names of the parts of a dense MLP. `gate` is None where there is no gate, or where `up` holds both, gate first; `act` where the
+    activation function is SiLU and has no name.
+    """
 
     gate: str | None
     up: str
     down: str
-    act: str
+    act: str | None
     fused: bool = False
 
     @property
@@ -81,9 +84,13 @@ class Layout(NamedTuple):
         """Whether one projection alone reads the input."""
         return self.gate is None and not self.fused
 
+    def activation(self, mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The activation function of `mlp`."""
+        return nn.functional.silu if self.act is None else getattr(mlp, self.act)
+
     def hidden(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Activations of all neurons, through the modules of `mlp`: (..., D) -> (..., H)."""
-        activation, up = getattr(mlp, self.act), getattr(mlp, self.up)(x)
+        activation, up = self.activation(mlp), getattr(mlp, self.up)(x)
         if self.fused:
             gate, up = up.chunk(2, dim=-1)
             return up * activation(gate)
@@ -95,7 +102,7 @@ class Layout(NamedTuple):
         """The weights of `mlp`, whose linear layers must be plain ones or slice like them."""
         # Once a layer in decoding. Looking a parameter up as an attribute takes ten times as long as in its dictionary.
         modules: dict[str, Any] = mlp._modules
-        up, down, act = modules[self.up]._parameters, modules[self.down]._parameters, getattr(mlp, self.act)
+        up, down, act = modules[self.up]._parameters, modules[self.down]._parameters, self.activation(mlp)
         weight, bias = up["weight"], up.get("bias")
         if self.fused:
             width = down["weight"].shape[1]
@@ -127,8 +134,10 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
+    Layout("w1", "w3", "w2", None),  # lfm2
     Layout("gate_proj", "up_proj", "down_proj", "act_fn"),
     Layout(None, "gate_up_proj", "down_proj", "activation_fn", fused=True),
+    Layout(None, "input_linear", "output_linear", "activation", fused=True),  # granitemoehybrid
     Layout(None, "c_fc", "c_proj", "act"),
     Layout(None, "up_proj", "down_proj", "act_fn"),
     Layout(None, "fc1", "fc2", "activation_fn"),
@@ -141,8 +150,10 @@ def layout_of(mlp: nn.Module, name: str = "mlp") -> Layout:
     """The `Layout` of a dense MLP. Raises `ValueError`, naming the module, for anything that is not one of `LAYOUTS`."""
     linears = {child for child, module in mlp.named_children() if isinstance(module, nn.Linear)}
     others = {child for child, module in mlp.named_children() if any(True for _ in module.parameters())} - linears
+    modules = {child for child, _ in mlp.named_children()}
     for layout in LAYOUTS:
-        if linears == set(layout.projections) and hasattr(mlp, layout.act) and others <= {layout.act}:
+        activates = modules == linears if layout.act is None else hasattr(mlp, layout.act) and others <= {layout.act}
+        if linears == set(layout.projections) and activates:
             up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
             if up.out_features == down.in_features * (2 if layout.fused else 1):
                 return layout
@@ -167,7 +178,7 @@ class MLPPlace(NamedTuple):
 
 
 # What decoder layers call their MLP. Where it is a mixture, its routed experts are `experts`.
-MLP_NAMES = ("mlp", "block_sparse_moe")
+MLP_NAMES = ("mlp", "feed_forward", "shared_mlp", "block_sparse_moe")
 # Families that look like supported ones, and why they are not.
 REFUSED = {
     "llama4_text": "it multiplies a token by the weight of an expert before the expert reads it, and runs every expert on every token"
@@ -176,11 +187,11 @@ REFUSED = {
 
 def outside_mlps(plan: dict[str, str] | None) -> dict[str, str] | None:
     """A plan of tensor parallelism without the MLPs, of which each rank would cut another prefix: they are copied."""
-    return plan and {key: style for key, style in plan.items() if not any(f".{name}" in key for name in MLP_NAMES)}
+    return plan and {key: style for key, style in plan.items() if not any(part in MLP_NAMES for part in key.split("."))}
 
 
 def _mlp_name(layer: nn.Module) -> str | None:
-    return next((name for name in MLP_NAMES if hasattr(layer, name)), None)
+    return next((name for name in MLP_NAMES if layer._modules.get(name) is not None), None)
 
 
 def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
@@ -188,8 +199,29 @@ def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
     for index, layer in enumerate(backbone.layers):
         attribute = _mlp_name(layer)
         assert attribute is not None, "`check_places` has looked"
-        name, mlp = f"model.layers.{index}.{attribute}", getattr(layer, attribute)
+        name, mlp = f"{backbone.base_model_prefix}.layers.{index}.{attribute}", getattr(layer, attribute)
         yield MLPPlace(mlp, "experts", f"{name}.experts") if hasattr(mlp, "experts") else MLPPlace(layer, attribute, name)
+
+
+@torch.no_grad()
+def fold_multipliers(backbone: Any, config: Any) -> None:
+    """Let the weights of MLPs hold the constants that a family multiplies them by (falcon_h1), and `config`, the base's, say 1."""
+    if getattr(config, "mlp_multipliers", None) in (None, [1.0, 1.0]):
+        return
+    for place in mlp_places(backbone):
+        layout = layout_of(place.mlp, place.name)
+        for name, multiplier in zip((layout.gate, layout.down), config.mlp_multipliers):
+            for parameter in getattr(place.mlp, str(name)).parameters():
+                parameter.mul_(multiplier)
+    config.mlp_multipliers = [1.0, 1.0]
+
+
+def set_mlp_width(config: Any, width: int) -> None:
+    """Write the width of all MLPs, in neurons, into the config of a dense model."""
+    name = "shared_intermediate_size" if hasattr(config, "shared_intermediate_size") else "intermediate_size"
+    setattr(config, name, width)
+    if hasattr(config, "block_auto_adjust_ff_dim"):  # lfm2 would round it
+        config.block_auto_adjust_ff_dim = False
 
 
 def check_places(dense: Any) -> None:
@@ -197,10 +229,15 @@ def check_places(dense: Any) -> None:
     if reason := REFUSED.get(dense.config.model_type):
         raise ValueError(f"The family {dense.config.model_type} is not supported: {reason}. Convert another base, {EXAMPLES}.")
     layers = getattr(dense.base_model, "layers", None)
-    if dense.base_model_prefix != "model" or layers is None or not all(map(_mlp_name, layers)):
+    if dense.base_model is dense or layers is None or not all(map(_mlp_name, layers)):
         raise ValueError(
-            f"{type(dense).__name__} cannot be converted: its layers are not at `model.layers.*.mlp`. "
+            f"{type(dense).__name__} cannot be converted: its MLPs are not at `model.layers.*.mlp`, or named alike. "
             f"Supported are decoder families built like Llama, {EXAMPLES}."
+        )
+    if any(None not in (layer._modules.get("shared_mlp"), layer._modules.get("block_sparse_moe")) for layer in layers):
+        raise ValueError(
+            f"{type(dense).__name__} cannot be converted: found experts (`block_sparse_moe`) beside its MLPs. A model that is a mixture of "
+            "experts already stays as it is."
         )
 
 
@@ -235,7 +272,9 @@ def nested_class(cls: type, base_class: type) -> type:
     flags = {
         name: getattr(base_class, name)
         for name in dir(base_class)
-        if (name.startswith("_supports_") or name == "_can_compile_fullgraph") and isinstance(getattr(base_class, name), bool)
+        if name == "base_model_prefix"
+        or (name.startswith("_supports_") or name == "_can_compile_fullgraph")
+        and isinstance(getattr(base_class, name), bool)
     }
     # transformers keys what a model can record (`output_hidden_states`) by the class's full name, so bases need their own.
     names = {
@@ -261,11 +300,21 @@ def take_over(model: nn.Module, dense: nn.Module) -> None:
 class AfterBackbone:
     """A causal language model whose backbone has run already, so that the `forward` of the base is its head alone."""
 
-    def __init__(self, causal_lm: nn.Module, hidden_states: torch.Tensor):
-        self._causal_lm, self._hidden_states = causal_lm, hidden_states
+    def __init__(self, causal_lm: Any, hidden_states: torch.Tensor):
+        self._causal_lm, self._backbone = causal_lm, _Done(causal_lm.base_model, hidden_states)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._causal_lm, name)
+        return self._backbone if name == self._causal_lm.base_model_prefix else getattr(self._causal_lm, name)
 
-    def model(self, **kwargs) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self._hidden_states)  # heads of mixtures ask it for `router_logits`
+
+class _Done:
+    """A backbone that returns what it has returned before."""
+
+    def __init__(self, backbone: nn.Module, hidden_states: torch.Tensor):
+        self._backbone, self._hidden_states = backbone, hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def __call__(self, *args, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden_states)

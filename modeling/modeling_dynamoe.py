@@ -42,6 +42,7 @@ from .dense_base import (
     blank_model,
     check_places,
     dense_class_of,
+    fold_multipliers,
     mlp_places,
     nested_class,
     outside_mlps,
@@ -55,7 +56,7 @@ from .nested_moe import nest_experts
 from .outputs import DynaMoECausalLMOutputWithPast, DynaMoEModelOutputWithPast, experts_of
 from .packed_weights import pack_model
 from .request_dials import RequestDials
-from .routing import ROUTES, Routing, RoutingSlot, checkpoint_with_routing, loss_mask, mean_router_loss
+from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
 from .self_draft import SelfDraftGenerationMixin
 
 
@@ -121,17 +122,16 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if not (isinstance(module, torch.nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
+        if isinstance(module, TokenRouter):
+            if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                module.reset()
+        elif not (isinstance(module, torch.nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
             super()._init_weights(module)
 
-    def initialize_weights(self):
-        """As the base class, which passes modules of other packages by that have no parameters of their own, such as a router."""
-        routers = [mlp.router for mlp in self.nested_mlps]
-        loaded = [all(getattr(p, "_is_hf_initialized", False) for p in router.parameters()) for router in routers]
-        super().initialize_weights()
-        for router, whole in zip(routers, loaded):
-            if not whole:
-                router.reset()
+    @classmethod
+    def is_custom_code(cls):
+        """No: transformers would pass by modules without parameters of their own, such as routers, and buffers of some bases."""
+        return False
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         function = checkpoint_with_routing(self.slot, gradient_checkpointing_func) if enable else checkpoint
@@ -290,6 +290,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
     def __init__(self, config: DynaMoEConfig, dense: PreTrainedModel | None = None):
         self._adopt(config, dense)
         self.slot = RoutingSlot()
+        fold_multipliers(self, config.base_config)
         for index, place in enumerate(mlp_places(self)):
             nest = (config, index, self.slot)
             nested = nest_experts(place, *nest) if is_mixture(place.mlp) else NestedMLP(place.mlp, *nest, place.name)
@@ -340,8 +341,10 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerati
     def __init__(self, config: DynaMoEConfig, dense: PreTrainedModel | None = None):
         self._adopt(config, dense)
         check_places(self)
-        self.model = DynaMoEModel(config, dense=self.model)
-        self.slot = self.model.slot
+        base: Any = self.base_model
+        backbone = DynaMoEModel(config, dense=base)
+        setattr(self, self.base_model_prefix, backbone)
+        self.slot = backbone.slot
 
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, **config) -> "DynaMoEForCausalLM":

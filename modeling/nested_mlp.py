@@ -83,11 +83,12 @@ class NestedMLP(NestedLayer):
         self.layout = layout_of(dense, name)
         for child, module in dense.named_children():
             self.add_module(child, module)
-        if not isinstance(getattr(dense, self.layout.act), nn.Module):
+        if self.layout.act is not None and not isinstance(getattr(dense, self.layout.act), nn.Module):
             setattr(self, self.layout.act, getattr(dense, self.layout.act))
         self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
         # A compiled graph cannot hold the activation module, but its name.
-        self.act_name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+        named = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+        self.act_name = "silu" if self.layout.act is None else named
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
         self.packed: PackedMLP | OneDnnMLP | None = None

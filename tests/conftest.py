@@ -46,6 +46,12 @@ FAMILIES = {
     "phi3": {"pad_token_id": 0},
     "glm4": {"head_dim": 8, "pad_token_id": 0},
     "starcoder2": {"use_bias": True, "residual_dropout": 0.1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "intermediate_size": 96, "block_multiple_of": 8},
+    "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+                  "mlp_multipliers": [0.9, 0.6]},
+    "granitemoehybrid": {"num_local_experts": 0, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"],
+                         "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "gpt_neox": {"hidden_act": "gelu"},
 }  # fmt: skip
 # Mixtures, with the smallest settings likewise. Where `first_k_dense_replace` or the like is 1, the first layer is dense.
 SMALL_MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}

@@ -35,8 +35,8 @@ def test_reordering_changes_nothing_at_full_width(family, token_ids):
     dense = tiny_dense(family)
     expected = dense(token_ids).logits
     model = DynaMoEForCausalLM.from_dense(dense)
-    for layer in model.model.layers:
-        layer.mlp.layout.reorder(layer.mlp, torch.randperm(64))
+    for mlp in model.nested_mlps:
+        mlp.layout.reorder(mlp, torch.randperm(64))
     assert_close(family, model(token_ids).logits, expected, atol=1e-4)
     assert not torch.allclose(model(token_ids, force_expert=0).logits, expected, atol=1e-2), "the MLPs do nothing here"
 

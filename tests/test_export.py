@@ -55,7 +55,9 @@ def folder_of(tmp_path_factory, text_file):
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", "starcoder2", "gemma2", "lfm2", "falcon_h1", "granitemoehybrid", "gpt_neox"]
+)
 def test_export_is_an_ordinary_dense_model(family, tmp_path, token_ids):
     tiny_dense(family).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")

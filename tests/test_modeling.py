@@ -90,17 +90,18 @@ def test_routers_that_a_checkpoint_lacks_are_fresh(router, token_ids):
 
 
 @pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
 def test_adapters_go_where_those_of_a_dense_model_go(kind, family, token_ids):
     """By default on what the base's family has by default, but that IA3 follows Llama; with `all-linear` not on routers."""
     peft = pytest.importorskip("peft")
     steps = {"total_step": 10} if kind == "AdaLoraConfig" else {}
     for targets in (None, "all-linear"):
-        if kind == "IA3Config" and targets is not None:
-            continue
+        if (kind == "IA3Config" and targets) or (kind, family, targets) == ("AdaLoraConfig", "gpt_neox", None):
+            continue  # PEFT has no such default
         config = getattr(peft, kind)
         adapted = []
-        for model in (tiny_dense("llama" if kind == "IA3Config" else family), tiny_dynamoe(family)):
+        like = "llama" if kind == "IA3Config" and family != "gpt_neox" else family
+        for model in (tiny_dense(like), tiny_dynamoe(family)):
             wrapped = peft.get_peft_model(model, config(task_type="CAUSAL_LM", target_modules=targets, **steps))
             adapted.append(set(wrapped.base_model.targeted_module_names))
         assert adapted[0] == adapted[1]
@@ -498,6 +499,7 @@ def test_other_bad_settings(token_ids):
         ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "family llama4_text is not supported: it multiplies a token"),
         ("bitnet", {}, r"model\.layers\.0\.mlp.*BitNetMLP.*Supported are"),
         ("gpt2", {}, "not at `model.layers"),
+        ("granitemoehybrid", {"num_local_experts": 2}, r"found experts \(`block_sparse_moe`\) beside its MLPs"),
     ],
 )
 def test_what_cannot_be_converted(family, settings, message):

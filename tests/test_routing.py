@@ -139,7 +139,7 @@ def test_auto_model_is_the_backbone(family, tied, tmp_path, token_ids):
     model = tiny_dynamoe(family, dense_settings={"tie_word_embeddings": tied})
     model.save_pretrained(tmp_path)
     alone = AutoModel.from_pretrained(tmp_path)
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path).model
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).base_model
     assert isinstance(alone, DynaMoEModel) and isinstance(whole, DynaMoEModel)
     for settings in ({}, {"sensitivity": 0.4}, {"force_expert": 1}, {"sensitivity": torch.tensor([0.2, 0.7])}):
         found, expected = alone(token_ids, **settings), whole(token_ids, **settings)

@@ -118,8 +118,8 @@ def loss_and_gradients(family, folder, checkpointing=False, **settings):
     model = DynaMoEForCausalLM.from_dense(
         tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
     )
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.mlp.router.output.weight)
+    for mlp in model.nested_mlps:
+        torch.nn.init.normal_(mlp.router.output.weight)
     settings = {
         **LABELS,
         "report_to": "none",
@@ -174,7 +174,8 @@ def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_pa
     def layer_states(model, **routing):
         """What transformers gives is normed after the last layer, so that one is what the norm reads."""
         last = []
-        with model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0])):
+        norm = {"lfm2": "embedding_norm", "falcon_h1": "final_layernorm", "gpt_neox": "final_layer_norm"}.get(family, "norm")
+        with getattr(model.base_model, norm).register_forward_pre_hook(lambda module, args: last.append(args[0])):
             states = model(batch["input_ids"], output_hidden_states=True, **routing).hidden_states
         return (*states[1:-1], *last)
 
@@ -233,7 +234,7 @@ def test_routers_get_the_gradient_of_what_their_gates_let_through(family, checkp
 
     target = trainer.teacher(batch["input_ids"], force_expert=3).logits
     model.gradient_checkpointing_disable()  # it would run layers again after the hooks are gone
-    hooks = [layer.mlp.register_forward_hook(by_hand) for layer in model.model.layers]
+    hooks = [mlp.register_forward_hook(by_hand) for mlp in model.nested_mlps]
     logits = model(batch["input_ids"], force_expert=3).logits
     for hook in hooks:
         hook.remove()
@@ -437,8 +438,8 @@ def test_tokens_do_not_follow_routers_that_know_nothing(tmp_path, caplog):
 def test_a_step_without_labels_changes_nothing(settings, accumulation, tmp_path):
     examples = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows()]
     model = tiny_model()
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.mlp.router.output.weight)
+    for mlp in model.nested_mlps:
+        torch.nn.init.normal_(mlp.router.output.weight)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, "max_steps": 2, **settings}
     trainer = train(model, tmp_path, examples=examples, **settings)
