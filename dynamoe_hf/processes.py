@@ -38,7 +38,7 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """End the connection, at the end of the program: its threads can abort a program that ends before."""
+    """End the connection, which torch asks for at the end of a program."""
     if process_count() > 1:
         dist.destroy_process_group()
 

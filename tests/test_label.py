@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from conftest import tiny_dense
+from conftest import tiny_dense, tiny_dynamoe
 from reference import assert_close
 
 from dynamoe_hf import DynaMoEForCausalLM
@@ -119,3 +119,21 @@ def test_sensitivity_for_a_share(token_ids):
         theta = sensitivity_for(profiles, shares, share)
         assert mean_share(profiles, shares, theta) == pytest.approx(share, abs=0.05)
     assert mean_share(profiles, shares, 1.0) == 1.0
+
+
+def test_layers_run_twice_only_where_activations_are_too_large(monkeypatch):
+    model, blocks = tiny_dynamoe(), torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    calls, found = [], []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: calls.append(module))
+    for limit in (2**31, 0):
+        monkeypatch.setattr("dynamoe_hf.observe.KEPT_BYTES", limit)
+        calls.clear()
+        weights = error_weights(model, blocks)
+        found.append((weights, len(calls)))
+    assert [count for _, count in found] == [2, 4]
+    assert found[0][0] == found[1][0] and min(found[0][0]) > 0
+    numbers = sum(sum(weight.shape) for weight in model.model.layers.parameters() if weight.ndim == 2)
+    monkeypatch.setattr("dynamoe_hf.observe.KEPT_BYTES", 2 * 4 * numbers * 24)
+    calls.clear()
+    error_weights(model, blocks)
+    assert len(calls) == 2, "what just fits is kept"
