@@ -29,29 +29,31 @@ SECONDS = 0.5  # between two looks at the counts, which wait for the device
 
 
 class ShareMeter(nn.Module):
-    """Counts, on the device, the weights that one `NestedMLP` reads, and its tokens."""
+    """Counts, on the device, the share of its weights that one `NestedMLP` reads, added up over tokens; the first layer counts these."""
 
-    read: torch.Tensor
+    share: torch.Tensor
+    neurons: torch.Tensor  # that down reads, where what is small is left out
     tokens: torch.Tensor
-    widths: torch.Tensor
+    shares: torch.Tensor  # of each expert
 
     def __init__(self, mlp: Any, hidden_size: int, device: torch.device):
         super().__init__()
         # The trap: compilers take a float64 without dimensions for a number of Python's, and lose what is added to it.
-        counts = {"read": torch.zeros(1, dtype=torch.float64), "tokens": torch.zeros(1, dtype=torch.float64)}
-        for name, value in {**counts, "widths": torch.tensor(mlp.widths)}.items():
+        counts = {name: torch.zeros(1, dtype=torch.float64) for name in ("share", "neurons", "tokens")}
+        for name, value in {**counts, "shares": torch.tensor(mlp.shares, dtype=torch.float64)}.items():
             self.register_buffer(name, value.to(device), persistent=False)
-        self.inputs = 1 if mlp.layout.ungated else 2  # projections that read x
-        self.weights = (self.inputs + 1) * mlp.widths[-1] * hidden_size
+        self.counts_tokens = mlp.layer == 0
+        inputs = 1 if mlp.layout.ungated else 2  # projections that read x
+        self.of_input, self.of_neuron = inputs / (inputs + 1) / hidden_size, 1 / (inputs + 1) / mlp.widths[-1]
 
     def forward(self, x: torch.Tensor, expert: int | torch.Tensor, thresholds: Thresholds | None) -> None:
         """Count a pass, x (B, S, D), an index or (B, S). Where what is small is left out, `OneDnnMLP` counts what down reads."""
-        width = self.widths[expert].expand(x.shape[:2])
-        if thresholds is None:
-            self.read.add_(width.sum() * (self.inputs + 1) * x.shape[-1])
-        else:
-            self.read.add_(((x.abs() > thresholds.input).sum(-1) * width).sum() * self.inputs)
-        self.tokens.add_(x.shape[0] * x.shape[1])
+        share = self.shares[expert].expand(x.shape[:2])
+        if thresholds is not None:
+            share = (x.abs() > thresholds.input).sum(-1) * share * self.of_input
+        self.share.add_(share.sum())
+        if self.counts_tokens:
+            self.tokens.add_(x.shape[0] * x.shape[1])
 
 
 class Meters:
@@ -70,12 +72,12 @@ class Meters:
         for mlp, meter in zip(nested_mlps, self.of_layers):
             mlp.meter = meter
             if isinstance(mlp.packed, OneDnnMLP):
-                mlp.packed.read = meter.read
+                mlp.packed.neurons = meter.neurons
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Passes inside, which no one has asked for, do not count."""
-        counts = [count for meter in self.of_layers for count in (meter.read, meter.tokens)]
+        counts = [count for meter in self.of_layers for count in (meter.share, meter.neurons, meter.tokens)]
         with self.lock:
             before = [count.clone() for count in counts]
             yield
@@ -83,11 +85,13 @@ class Meters:
                 count.copy_(value)
 
     def totals(self) -> tuple[float, float]:
-        """Shares of the MLPs' weights, added up over tokens, and tokens; means over the layers of the whole model."""
+        """
+        Shares of the MLPs' weights, means over the layers of the whole model, added up over tokens; and tokens, where this process
+        has the first layer.
+        """
         with self.lock:
-            counts = [(meter.read.item() / meter.weights, meter.tokens.item()) for meter in self.of_layers]
-        share, tokens = (sum(values) / self.layers for values in zip(*counts))
-        return share, tokens
+            share = sum(meter.share.item() + meter.neurons.item() * meter.of_neuron for meter in self.of_layers)
+            return share / self.layers, sum(meter.tokens.item() for meter in self.of_layers)
 
     def publish(self) -> None:
         """Keep the counters of this process up to date, in a thread."""

@@ -63,11 +63,11 @@ class Blocks(NamedTuple):
         expert: int | torch.Tensor,
         widths: list[int],
         thresholds: Thresholds | None,
-        read: torch.Tensor | None = None,
+        neurons: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D). What down reads, where
-        something is left out, is added to `read`: a count of weights, float64.
+        Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D). The neurons that down reads
+        of all tokens, where something is left out, are added to `neurons`, (1,) float64.
         """
         least: Any = None
         if thresholds is not None:
@@ -78,19 +78,19 @@ class Blocks(NamedTuple):
         if isinstance(expert, torch.Tensor) and len(x_TD) > 1:
             counts = torch.bincount(expert.flatten(), minlength=len(widths)).tolist()
             if max(counts) < len(x_TD):
-                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], least, read).view_as(x)
+                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], least, neurons).view_as(x)
             expert = counts.index(len(x_TD))
-        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], least, read).view_as(x)
+        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], least, neurons).view_as(x)
 
-    def _staircase(self, x_TD, expert_T, counts, least, read):
+    def _staircase(self, x_TD, expert_T, counts, least, neurons):
         """Tokens of several experts: sorted, widest first."""
         order_T = torch.argsort(expert_T, descending=True, stable=True)
         if isinstance(least, torch.Tensor):
             least = least.index_select(0, order_T)
-        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], least, read)
+        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], least, neurons)
         return y_TD.index_select(0, order_T.argsort())
 
-    def _blocks(self, x_TD, counts, least, read):
+    def _blocks(self, x_TD, counts, least, neurons):
         """Sorted tokens through the blocks that they need. `counts`: (width, tokens) of each expert, the widest first."""
         y_TD: Any = None
         tokens, low = len(x_TD), 0
@@ -107,8 +107,8 @@ class Blocks(NamedTuple):
                 if count and width < end:
                     hidden[first : first + count, max(0, width - low) :] = 0
                 first += count
-            if read is not None and least is not None:
-                read += torch.count_nonzero(hidden) * x_TD.shape[1]
+            if neurons is not None and least is not None:
+                neurons += torch.count_nonzero(hidden)
             if taken == tokens:
                 y_TD = self._added(y_TD, hidden, block)
             else:
@@ -159,7 +159,7 @@ class OneDnnMLP(nn.Module):
     def __init__(self, tensors: Projections, widths: list[int], activation: str | None):
         super().__init__()
         self.activation = activation
-        self.read: torch.Tensor | None = None  # where `Blocks.run` counts
+        self.neurons: torch.Tensor | None = None  # where `Blocks.run` counts
         ends = block_ends(widths, tensors.down.shape[0] * (2 if tensors.gate is None else 3))
         sides = [tensors.block(low, high) for low, high in zip([0, *ends], ends)]
         self.blocks = Blocks(
@@ -195,15 +195,15 @@ class OneDnnMLP(nn.Module):
     ) -> torch.Tensor:
         """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
         if not torch.compiler.is_compiling():
-            return self.blocks.run(x, expert, widths, thresholds, self.read)
+            return self.blocks.run(x, expert, widths, thresholds, self.neurons)
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
         of_each = [None if thresholds is None else torch.as_tensor(value) for value in thresholds or (0, 0)]
         *tensors, _, gated = self.blocks
-        counted = None if thresholds is None else self.read
-        y, read = onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, widths, counted is not None)
+        counted = None if thresholds is None else self.neurons
+        y, neurons = onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, widths, counted is not None)
         if counted is not None:
-            counted.add_(read)
+            counted.add_(neurons)
         return y
 
 
@@ -228,11 +228,11 @@ def onednn_mlp_op(
     widths: list[int],
     counted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D), and what down reads, (1,) float64."""
-    read = torch.zeros(1, dtype=torch.float64)
+    """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D), and the neurons that down reads, (1,) float64."""
+    neurons = torch.zeros(1, dtype=torch.float64)
     blocks = Blocks(ends, inputs, outputs, input_biases, down_bias, activation_of(activation), gated)
     thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
-    return blocks.run(x, expert, widths, thresholds, read if counted else None), read
+    return blocks.run(x, expert, widths, thresholds, neurons if counted else None), neurons
 
 
 @onednn_mlp_op.register_fake
