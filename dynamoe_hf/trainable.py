@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,9 +35,10 @@ def divide_layers(model: DynaMoEForCausalLM) -> None:
     from torch.distributed.fsdp import fully_shard
 
     outer = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    for layer in model.base_model.layers:
+    backbone: Any = model.base_model
+    for layer in backbone.layers:
         fully_shard(layer)
-    fully_shard(model.base_model, ignored_params=outer)
+    fully_shard(backbone, ignored_params=outer)
 
 
 def density_range_of(config, asked: Sequence[float] | None) -> Sequence[float] | None:
