@@ -87,7 +87,7 @@ class ExpertsLayout(NamedTuple):
 
 
 def is_mixture(module: nn.Module) -> bool:
-    """Whether a module, or the one at an `MLPPlace`, holds the routed experts of a mixture."""
+    """Whether a module holds the routed experts of a mixture: all of them in one tensor."""
     return isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
@@ -96,17 +96,12 @@ def layout_at(place: MLPPlace) -> Layout | ExpertsLayout:
     experts: Any = place.mlp
     if place.attribute != "experts":
         return layout_of(experts, place.name)
-    gate_up, alternating = getattr(experts, "gate_up_proj", None), not getattr(experts, "is_concatenated", True)
-    own_gate = getattr(type(experts), "_apply_gate", None)
-    plain = (
-        alternating or getattr(own_gate, "__module__", "") == "transformers.integrations.moe"
-    )  # silu(gate) * up and the like
-    if (
-        own_gate is None
-        or not plain
-        or not isinstance(gate_up, nn.Parameter)
-        or getattr(experts, "has_post_expert_norm", False)
-    ):
+    alternating = not getattr(experts, "is_concatenated", True)
+    gate = getattr(type(experts), "_apply_gate", None)
+    # Where gates lie before ups, a prefix is two blocks, for which the activation must be that of transformers: act(gate) * up.
+    supported = gate is not None and (alternating or gate.__module__ == "transformers.integrations.moe")
+    supported = supported and isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter)
+    if not supported or getattr(experts, "has_post_expert_norm", False):
         raise ValueError(
             f"`{place.name}` cannot be split into nested experts: found {type(experts).__name__}. Supported are mixtures that hold "
             "`gate_up_proj` and `down_proj` of all experts as transformers' `use_experts_implementation` asks, with an activation of the "

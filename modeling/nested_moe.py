@@ -97,29 +97,29 @@ class NestedExperts(NestedLayer):
 
     def run(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, decision: Decision) -> torch.Tensor:
         """Each expert's prefixes on the tokens that were sent to it, (B, S, D), weighted and added: (T, D)."""
-        x, experts = x.flatten(0, 1), index.shape[-1]
+        x, chosen = x.flatten(0, 1), index.shape[-1]
         weight, expert, gates, order, parts = weight.flatten(), decision.expert, decision.gates, [], []
         for number, rows in rows_by_expert(index, self.num_experts):
             part = Decision(
                 expert.flatten()[rows][None] if isinstance(expert, torch.Tensor) else expert,
                 gates=None if gates is None else gates.flatten(0, 2)[rows][None],
             )
-            y = run_experts(x[rows // experts][None], part, Weights.of_tensors(self.layout.tensors(self, number), self.widths))
+            y = run_experts(x[rows // chosen][None], part, Weights.of_tensors(self.layout.tensors(self, number), self.widths))
             parts.append(y[0] * weight[rows, None])
             order.append(rows)
         y = torch.cat(parts).index_select(0, torch.cat(order).argsort())
-        return y.unflatten(0, (len(x), experts)).sum(1).to(x.dtype)
+        return y.unflatten(0, (len(x), chosen)).sum(1).to(x.dtype)
 
     @torch.no_grad()
     def profile(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Similarity of each width's weighted output to that of the whole expert: (B, S, D), (B, S, K) twice -> (B, S, K, E), float32."""
-        x, experts = x.flatten(0, 1), index.shape[-1]
+        x, chosen = x.flatten(0, 1), index.shape[-1]
         weights = self.nesting.error_weights
         settings = self.nesting.similarity, weights[self.layer] if weights else 1.0, self.widths
         profile = torch.empty(index.numel(), len(self.widths), device=x.device)
         for number, rows in rows_by_expert(index, self.num_experts):
             tensors, of_rows = self.layout.tensors(self, number), weight.flatten()[rows, None]
-            hidden = tensors.hidden(x[rows // experts])
+            hidden = tensors.hidden(x[rows // chosen])
             smaller = left_out(self.widths, lambda low, high: F.linear(hidden[:, low:high], tensors.down[:, low:high]))  # noqa: B023
             output = tensors.output(hidden) * of_rows
             left_out_ETD = torch.stack(smaller) * of_rows if smaller else output.new_zeros(0, *output.shape)
