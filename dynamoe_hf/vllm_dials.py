@@ -84,7 +84,7 @@ def are_asked(vllm_config: Any) -> bool:
     elif vllm_config.cache_config.enable_prefix_caching:
         found = "prefix caching, which would hand on what was computed with another dial. Add `--no-enable-prefix-caching`"
     elif not config.has_dial or config.force_expert is not None:
-        found = f"the {config.router_type} router and force_expert={config.force_expert}. Convert with the profile router"
+        found = f"{config.router_class.__name__} and force_expert={config.force_expert}. Convert with the profile router"
     if found:
         raise ValueError(
             f"A sensitivity for each request cannot be kept apart here: found {found}, or leave `RequestDials` out."

@@ -128,10 +128,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         elif not (isinstance(module, torch.nn.Linear) and getattr(module.weight, "_is_hf_initialized", False)):
             super()._init_weights(module)
 
-    @classmethod
-    def is_custom_code(cls):
-        """No: transformers would pass by modules without parameters of their own, such as routers, and buffers of some bases."""
-        return False
+    # Else transformers would pass by modules without parameters of their own, such as routers, and buffers of some bases.
+    is_custom_code: Any = classmethod(lambda cls: False)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         function = checkpoint_with_routing(self.slot, gradient_checkpointing_func) if enable else checkpoint
