@@ -70,8 +70,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     model_tags = ["dynamoe", "dynamic-moe", "conditional-computation"]
-    # Routers stay float32 in float16 models, and quantisers skip what is listed here. The trap: they match from the start of
-    # the full name, so that "router" alone would skip nothing, and mixtures have a `router` of their own.
+    # Routers stay float32, and quantisers skip them. The trap: names match from their start; mixtures have a `router` of their own.
     _keep_in_fp32_modules: Any = [r".*router\.(input|output)"]
     # What engines ask of the class, before there is a model. The class of a model has the flags of its base.
     _supports_sdpa = True

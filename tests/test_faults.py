@@ -460,15 +460,9 @@ def broken_bases(dense_folder):
     def cut(name):
         return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
-    def neox(folder):
-        sizes = {
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes)).save_pretrained(folder)
+    def gpt2(folder):
+        sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(folder)
 
     def few_words(folder):
         tiny_dense(vocab_size=64).save_pretrained(folder)
@@ -481,7 +475,7 @@ def broken_bases(dense_folder):
         "is not a valid JSON": cut("config.json"),
         "has no tokenizer that can be loaded": cut("tokenizer.json"),
         "found token id 12. and a vocabulary of 64": few_words,
-        "GPTNeoXForCausalLM cannot be converted: its layers are not at": neox,
+        "GPT2LMHeadModel cannot be converted: its MLPs are not at": gpt2,
     }
 
 

@@ -136,10 +136,19 @@ def test_what_cannot_be_planned(settings, message, tmp_path):
         plan_base(tmp_path, **settings)
 
 
+def test_a_mixture_has_idle_experts(tmp_path):
+    """Mixtral-8x7B: 46.7 billion parameters, of which a token uses 12.9."""
+    AutoConfig.for_model("mixtral").save_pretrained(tmp_path / "mixtral")
+    plan = plan_base(tmp_path / "mixtral", budgets=(0.5, 1.0))
+    assert plan["parameters"]["total"] == 46_702_792_704
+    assert plan["budgets"]["1"]["active_parameters"] == 12_879_925_248
+    assert plan["budgets"]["0.5"]["active_parameters"] == 12_879_925_248 - plan["parameters"]["mlp"] // 2
+
+
 def test_bases_that_cannot_be_converted(tmp_path):
-    AutoConfig.for_model("mixtral", num_hidden_layers=1).save_pretrained(tmp_path / "mixtral")
+    AutoConfig.for_model("llama4_text", num_hidden_layers=1).save_pretrained(tmp_path / "llama4")
     AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
-    told = {"mixtral": "found MixtralSparseMoeBlock with experts", "t5": "t5", "missing": "missing"}
+    told = {"llama4": "llama4_text is not supported", "t5": "t5", "missing": "missing"}
     for name, message in told.items():
         with pytest.raises(ValueError, match=message):
             plan_base(tmp_path / name)
