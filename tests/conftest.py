@@ -1,6 +1,7 @@
 """Tiny random models of every family, a tiny tokenizer built in code, fixed seeds, no network."""
 
 import os
+import signal
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,6 +9,10 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny products gain nothing from a second thread, and on a busy machine waiting for it can cost a hundredfold.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell without job control starts what runs in the background with these ignored, and so would be all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGQUIT"):
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 import pytest
 import torch
