@@ -55,7 +55,15 @@ test-vllm: install  ## a folder served by vLLM, the CPU build, in an environment
 test-gpu: install  ## tests that need an accelerator
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "gpu or triton"
 
-test-all: test test-slow test-upstream  ## test, test-slow and test-upstream
+test-oldest:  ## the main tests with the oldest versions that setup.cfg promises; torch has older CPU builds on its own index alone
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gguf]' pytest pytest-xdist hypothesis \
+		"$$(grep '^torch==' constraints.txt)" \
+		$$(sed -nE 's/^    (transformers|accelerate|datasets|peft|tyro)>=([0-9.]+).*/\1==\2/p' setup.cfg)
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q -n 2 tests/test_modeling.py tests/test_convert.py tests/test_trainer.py \
+		tests/test_train.py tests/test_remote_code.py tests/test_mixtures.py tests/test_data.py tests/test_evaluate.py tests/test_generate.py
+
+test-all: test test-slow test-upstream test-oldest  ## test, test-slow, test-upstream and test-oldest
 
 check: install  ## lint, format and types, as CI does
 	$(BIN)/ruff check .
@@ -72,6 +80,6 @@ docs: install  ## the documentation as a site in site/, every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove what was built
-	rm -rf $(VENV) .venv-vllm build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm .venv-oldest build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-gpu test-all check style docs clean
+.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-oldest test-gpu test-all check style docs clean
