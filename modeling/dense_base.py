@@ -236,8 +236,8 @@ def check_places(dense: Any) -> None:
         )
     if any(None not in (layer._modules.get("shared_mlp"), layer._modules.get("block_sparse_moe")) for layer in layers):
         raise ValueError(
-            f"{type(dense).__name__} cannot be converted: found experts (`block_sparse_moe`) beside its MLPs. A model that is a mixture of "
-            "experts already stays as it is."
+            f"{type(dense).__name__} cannot be converted: found experts (`block_sparse_moe`) beside its MLPs. A layer may hold "
+            f"either. Convert another base, {EXAMPLES}."
         )
 
 

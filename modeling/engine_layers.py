@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .moe_base import is_mixture
+
 
 # Names of attention implementations that say who builds the model.
 ENGINES = ("vllm", "sglang")
@@ -44,7 +46,7 @@ def prepare_for_engine(config, nested_mlps: Sequence[nn.Module]) -> None:
     """
     if config._attn_implementation not in ENGINES:
         return
-    if any(isinstance(getattr(mlp, "down_proj", None), nn.Parameter) for mlp in nested_mlps):
+    if any(map(is_mixture, nested_mlps)):
         raise ValueError(
             "Engines replace the experts of a mixture by their own, which have one width: found a base of the family "
             f"{config.base_config.model_type!r}. Serve it with transformers."
