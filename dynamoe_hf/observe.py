@@ -195,10 +195,11 @@ def _activation_bytes(model, tokens: int) -> int:
     What backward keeps of so many tokens, at most: inputs and outputs of the layers' products, and as much again of norms,
     activations and attention.
     """
-    weights = (
-        [p for p in model.base_model.layers.parameters() if p.ndim >= 2] if tokens else []
-    )  # 3 dimensions: of a mixture's experts
-    return sum(2 * sum(weight.shape[-2:]) * weight.element_size() for weight in weights) * tokens
+    if not tokens:
+        return 0
+    experts = getattr(model.config, "num_experts_per_tok", None) or 1  # of a mixture, whose weights have three dimensions
+    weights = [(p, experts if p.ndim == 3 else 1) for p in model.base_model.layers.parameters() if p.ndim >= 2]
+    return sum(2 * sum(weight.shape[-2:]) * weight.element_size() * times for weight, times in weights) * tokens
 
 
 def _recompute_layers(model, enable):
