@@ -29,7 +29,7 @@ import triton
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEForCausalLM
-from dynamoe_hf.benchmark import decode_limit
+from dynamoe_hf.benchmark import decode_bytes, decode_limit
 from dynamoe_hf.export import dense_prefix
 from dynamoe_hf.modeling.mlp_backends import Decision, run_experts
 from dynamoe_hf.observe import expert_shares, shares_taken
@@ -181,7 +181,7 @@ def decode(shape, layers, batches, dtype, rounds):
             if not error < 0.05:  # through all layers
                 sys.exit(f"No parity, so nothing is timed: batch {batch}, {name}, logits differ by {error:.2g} of their norm.")
             widest = shares.amax((1, 2)).mean().item()
-            limit = decode_limit(model, widest, max(DIALS))
+            limit = decode_limit(decode_bytes(model), widest, max(DIALS))
             row = paired(dense_step, stepper(model, ids, sensitivity=theta), rounds, runs=1)
             row = {"batch": batch, "routes": name, "limit": limit, "error": error, **row, "reached": limit / row["ratio"]}
             rows.append(row)

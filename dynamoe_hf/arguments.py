@@ -318,6 +318,8 @@ class BenchArguments:
     """Models whose MLP shapes are timed alone: SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B, Mistral-7B."""
     compile: bool = False
     """Also decode with torch.compile on both sides, which takes minutes to compile."""
+    int8: bool = False
+    """Also decode with weights packed in int8 (`dynamoe generate --int8`), against the same dense side."""
     dtype: str = "auto"
     """Dtype in which both sides are timed, for example bfloat16; auto as in the folder."""
 

@@ -63,7 +63,7 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
             text, from which a short one differs by some points. `compile` decodes one sequence with a static cache.
 
     Returns:
-        `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` where asked for.
+        `machine` (with the dtype), `parity`, and rows of `mlp`, `decode`, `prefill`, `generate`, and `compiled` and `int8` where asked for.
         A row has `share` (of the MLPs' weights), `ratio` (time over the dense side's), its `range`, the `limit` of that ratio, `reached`
         (limit / ratio: 1 is perfect), and `energy_ratio` where the machine counts energy.
 
@@ -104,6 +104,10 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
         if arguments.compile:
             record["compiled"] = bench_decode(
                 model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
+            )
+        if arguments.int8:  # last: packing replaces the weights
+            record["int8"] = bench_decode(
+                model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, shares=shares, int8=True
             )
     _keep(folder, record)
     return record
@@ -273,15 +277,19 @@ def bench_decode(
     rounds: int = 7,
     compile: bool = False,
     shares: Sequence[float] = (),
+    int8: bool = False,
 ) -> list[dict]:
     """
     Decoding with a cache, token by token, over the same given text on both sides: token ids (B, S), prefill not counted.
 
     The limit counts bytes: all weights that a step reads, of the MLPs the widest expert that a sequence of the batch takes.
     With `compile`, both sides are compiled whole (`fullgraph`) and use static caches. Besides `sensitivities`, by name, those
-    are timed at which the decoded tokens take these mean `shares` of the MLPs' weights.
+    are timed at which the decoded tokens take these mean `shares` of the MLPs' weights. With `int8`, the model is packed for good
+    (`DynaMoEForCausalLM.pack`), the dense side keeps its dtype, and the limit counts the rows that a token keeps.
     """
-    dense, start = dense_prefix(model, 1.0), tokens.shape[1] - new_tokens
+    dense, start, sizes = dense_prefix(model, 1.0), tokens.shape[1] - new_tokens, decode_bytes(model)
+    if int8:
+        model.pack("int8")
     prompt, steps = tokens[:, :start], tokens[:, start:].split(1, dim=1)
     sensitivities = sensitivities | _dial(shares, lambda theta: _decode_shares(model, prompt, steps, theta)[0])
 
@@ -314,7 +322,7 @@ def bench_decode(
     rows = []
     for name, theta in sensitivities.items():
         share, widest = _decode_shares(model, prompt, steps, theta)
-        limit = decode_limit(model, widest, theta)
+        limit = decode_limit(sizes, share, theta, 1 / model.dtype.itemsize) if int8 else decode_limit(sizes, widest, theta)
         row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
         rows.append({**row, "tokens_per_second": tokens.shape[0] * new_tokens / row["seconds"]})
     return rows
@@ -376,20 +384,23 @@ def bench_generate(
         written = runs[name]()
         steps = written[:, tokens.shape[1] : -1].split(1, dim=1)
         share, widest = _decode_shares(model, tokens, steps, theta)
-        limit = decode_limit(model, widest, theta)
+        limit = decode_limit(decode_bytes(model), widest, theta)
         row = {"setting": name, "sensitivity": theta, "batch": len(tokens), "share": share, **_against(timed[name], limit)}
         memory = {"dense_peak_bytes": dense_peak, "peak_bytes": peak_memory(runs[name])}
         rows.append({**row, "tokens_per_second": len(tokens) * new_tokens / row["seconds"], **memory})
     return rows
 
 
-def decode_limit(model, widest, theta):
-    """Bytes that a step reads with MLPs of the share `widest`, over those of the dense model."""
-    bytes_all, bytes_mlp, bytes_router = _bytes(model)
-    return (bytes_all - (1 - widest) * bytes_mlp + (bytes_router if theta < 1 else 0)) / bytes_all
+def decode_limit(sizes: tuple[float, float, float], share: float, theta: float, packed: float = 1.0) -> float:
+    """
+    Bytes that a step reads with a share of the MLPs, over those of the dense model: `sizes` as `decode_bytes` gives them, all but the
+    routers `packed` to this part of them.
+    """
+    bytes_all, bytes_mlp, bytes_router = sizes
+    return (packed * (bytes_all - (1 - share) * bytes_mlp) + (bytes_router if theta < 1 else 0)) / bytes_all
 
 
-def _bytes(model):
+def decode_bytes(model: DynaMoEForCausalLM) -> tuple[float, float, float]:
     """
     Bytes that a decoding step of one token reads of a dense model, of which MLPs, and of the routers. An untied embedding is not read,
     nor are experts of a mixture that the token is not sent to.

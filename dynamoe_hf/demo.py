@@ -75,15 +75,15 @@ def _run(arguments: DemoArguments) -> list[dict]:
     ) + evaluate_model(out / "trained", force_expert=model.config.expert_count - 1, base=base, max_tokens=6144)
     step("Drawing the report")
     report_folder(out / "trained", budget=budgets[1])
-    step("Timing greedy decoding against the dense model, interleaved")
-    tokens = token_blocks(documents_for("held-out"), tokenizer, 96, 96)
-    thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in (*budgets, 1.0)}
-    speeds = bench_decode(model, tokens, thetas, rounds=3)
     step("Generating")
     print(f"Prompt: {PROMPT}")
     for budget in budgets:
         model.set_budget(budget)
         print(f"\n--- budget {budget:.0%}:{continue_text(model, tokenizer, PROMPT, 48)}")
+    step(f"Timing greedy decoding in int8 against the dense model in {model.dtype}, interleaved".replace("torch.", ""))
+    tokens = token_blocks(documents_for("held-out"), tokenizer, 96, 96)
+    thetas = {f"budget {b:g}": model.config.sensitivity_of(b) for b in (*budgets, 1.0)}
+    speeds = bench_decode(model, tokens, thetas, rounds=3, int8=True)
 
     rows = []
     for budget, entry, speed in zip([*budgets, 1.0], evaluations, speeds):

@@ -95,6 +95,8 @@ def show_benchmark(record):
         show_time(f"generate, {row['setting']}", row)
     for row in record.get("compiled", []):
         show_time(f"decode, compiled, {row['setting']}", row)
+    for row in record.get("int8", []):
+        show_time(f"decode, int8, {row['setting']}", row)
 
 
 def show_time(what, row):

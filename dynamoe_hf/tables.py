@@ -89,7 +89,7 @@ def join_records(evaluations: list[dict], budgets: dict[str, float], benchmark: 
     One row for each entry of `results.json`, then one for each calibrated budget that was not evaluated.
 
     A row is the entry with its `budget` (None for other settings), its `tasks` as {task: {metric: value}} without standard
-    errors and counts, and the timings `decode` (of one sequence) and `prefill` at the same setting, {} if there is none.
+    errors and counts, and the timings `decode` (of one sequence), `int8` and `prefill` at the same setting, {} if there is none.
     """
     calibrated = {float(budget): theta for budget, theta in budgets.items()}
 
@@ -99,7 +99,8 @@ def join_records(evaluations: list[dict], budgets: dict[str, float], benchmark: 
     rows = [{**entry, "budget": budget_of(entry)} for entry in evaluations]
     missing = calibrated.keys() - {row["budget"] for row in rows}
     rows += [{"setting": setting_label(b), "budget": b, "sensitivity": calibrated[b]} for b in sorted(missing)]
-    timings = {"decode": [t for t in benchmark.get("decode", []) if t["batch"] == 1], "prefill": benchmark.get("prefill", [])}
+    timings = {kind: benchmark.get(kind, []) for kind in ("decode", "int8", "prefill")}
+    timings["decode"] = [timing for timing in timings["decode"] if timing["batch"] == 1]
     for row in rows:
         row |= {kind: next((t for t in all_t if t["setting"] == row["setting"]), {}) for kind, all_t in timings.items()}
         row["tasks"] = {
@@ -139,7 +140,7 @@ def demo_table(rows: list[dict]) -> str:
     lines = [
         f"\nDense perplexity on held-out topics: {rows[0]['dense_perplexity']:.2f} ({rows[0]['tokens']:,} tokens)\n",
         "| budget | mean MLP share | active parameters | perplexity | ratio to dense (95%) | static prefix | random routes "
-        "| tokens/s | to dense |",
+        "| tokens/s, int8 | to dense |",
         "|---" * 9 + "|",
     ]
     for row in rows:

@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_dynamoe, tiny_tokenizer
 
 from dynamoe_hf.benchmark import (
-    _bytes,
     bench_decode,
     bench_folder,
     bench_mlp,
     bench_prefill,
+    decode_bytes,
     interleaved,
     machine,
     peak_memory,
@@ -103,7 +103,7 @@ def test_limits(folder):
     model = load_model(folder)
     tokens = torch.randint(3, 128, (2, 40))
     rows = bench_decode(model, tokens, {"a": 0.4}, new_tokens=4, rounds=1)
-    total, mlp, router = _bytes(model)
+    total, mlp, router = decode_bytes(model)
     assert mlp == 4 * 2 * 3 * 32 * 64
     assert total == 4 * sum(p.numel() for n, p in model.named_parameters() if "router" not in n and "embed_tokens" not in n)
     assert (total - (1 - rows[0]["share"]) * mlp + router) / total <= rows[0]["limit"] + 1e-9, (
@@ -158,6 +158,27 @@ def test_compiled_decoding(folder, monkeypatch):
     )
     assert [row["setting"] for row in rows] == ["a", "full"]
     assert backends == [{"fullgraph": True}] * 4  # each setting beside a dense side of its own
+
+
+def test_int8_decoding(folder, capsys, monkeypatch):
+    """The packed model against the dense one in its own dtype; the limit is that of bytes, and the command shows it."""
+    tokens, model = torch.randint(3, 128, (1, 20)), load_model(folder)
+    total, mlp, router = decode_bytes(model)
+    rows = bench_decode(model, tokens, {"a": 0.4, "full": 1.0}, new_tokens=4, rounds=1, int8=True)
+    assert all(mlp.packed is not None for mlp in model.nested_mlps)
+    assert rows[1]["limit"] == 1 / 4
+    assert rows[0]["limit"] == pytest.approx(((total - (1 - rows[0]["share"]) * mlp) / 4 + router) / total)
+    monkeypatch.setattr("dynamoe_hf.benchmark.TOKENS", (1,))
+    monkeypatch.setattr("dynamoe_hf.benchmark.SHAPES", {"tiny": (32, 64)})
+    monkeypatch.setattr("dynamoe_hf.benchmark.COLD_BYTES", 2**16)
+    monkeypatch.setattr("dynamoe_hf.benchmark.BATCHES", (1,))
+    monkeypatch.setattr("dynamoe_hf.benchmark.PROMPTS", (32,))
+    assert main(["bench", str(folder), "--shapes", "tiny", "--rounds", "1", "--new-tokens", "2", "--int8"]) == 0
+    assert "decode, int8, budget 0.6" in capsys.readouterr().out
+    assert [row["setting"] for row in json.loads((folder / "benchmark.json").read_text())["int8"]] == [
+        "budget 0.6",
+        "full width",
+    ]
 
 
 def test_single_mlp_cases(monkeypatch):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, fit_thresholds, train_model
-from dynamoe_hf.benchmark import _bytes, bench_decode, bench_prefill
+from dynamoe_hf.benchmark import bench_decode, bench_prefill, decode_bytes
 from dynamoe_hf.convert import FEW_TOKENS, IMPORTANCES, _logits, convert_model, prove_parity
 from dynamoe_hf.export import dense_prefix, one_width
 from dynamoe_hf.folder import active_parameters, count_parameters, inspect_folder, load_model
@@ -456,7 +456,7 @@ def test_parity_is_not_decided_by_experts_that_weigh_nearly_the_same(family):
 
 def test_the_benchmark_counts_the_experts_that_are_read(token_ids):
     model = tiny_dynamoe("qwen3_moe")
-    total, mlp, router = _bytes(model)
+    total, mlp, router = decode_bytes(model)
     one = 4 * 3 * 32 * 48  # bytes of an expert
     assert mlp == 2 * 2 * one  # two layers, two of four experts
     assert router == 4 * sum(parameter.numel() for parameter in router_parameters(model))

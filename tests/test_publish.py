@@ -351,7 +351,8 @@ def test_every_number_of_the_card_is_in_the_files(folder):
     (folder / "results.json").write_text(json.dumps(results))
     timing = {"setting": "budget 0.5", "batch": 1, "tokens": 512, "ratio": 0.567, "range": [0.55, 0.58]}
     benchmark = {"machine": {"processor": "an abacus", "threads": 1, "torch": "2", "date": "2026-01-01"},
-                 "decode": [{**timing, "tokens_per_second": 55.5}], "prefill": [timing]}  # fmt: skip
+                 "decode": [{**timing, "tokens_per_second": 55.5}], "prefill": [timing],
+                 "int8": [{**timing, "ratio": 0.321, "tokens_per_second": 98.7}]}  # fmt: skip
     (folder / "benchmark.json").write_text(json.dumps(benchmark))
     card = render_card(folder)
     for shown in (
@@ -362,6 +363,7 @@ def test_every_number_of_the_card_is_in_the_files(folder):
         "arc_easy acc 0.3141",
         "0.57 (0.55 to 0.58), 55.5 tokens/s",
         "0.57 (0.55 to 0.58), 512 tokens",
+        "55.5 tokens/s; packed in int8 0.32 (0.55 to 0.58), 98.7 tokens/s",
         "an abacus",
     ):
         assert shown in card.text

@@ -191,7 +191,7 @@ def test_demo_table():
         "Dense perplexity on held-out topics: 14.00 (4,088 tokens)",
         "",
         "| budget | mean MLP share | active parameters | perplexity | ratio to dense (95%) | static prefix | random routes "
-        "| tokens/s | to dense |",
+        "| tokens/s, int8 | to dense |",
         "|---|---|---|---|---|---|---|---|---|",
         "| 50% | 50.0% | 0.1 M | 21.00 | 1.500 (1.400 to 1.600) | 2.500 | 2.000 | 9.7 | 1.23x |",
         "| 100% | 100.0% | 0.1 M | 14.00 | 1.000 (0.900 to 1.100) |  |  | 9.7 | 1.23x |",
