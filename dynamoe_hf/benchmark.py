@@ -101,14 +101,10 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
             "prefill": [row for length in PROMPTS for row in bench_prefill(model, texts(1, length), thetas, rounds, shares)],
             "generate": bench_generate(model, texts(1, 64), thetas, 2 * new_tokens, rounds),
         }
-        if arguments.compile:
-            record["compiled"] = bench_decode(
-                model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, compile=True, shares=shares
-            )
-        if arguments.int8:  # last: packing replaces the weights
-            record["int8"] = bench_decode(
-                model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, shares=shares, int8=True
-            )
+        for name, option in (("compiled", "compile"), ("int8", "int8")):  # the last replaces the weights
+            if getattr(arguments, option):
+                how: dict[str, Any] = {"shares": shares, option: True}
+                record[name] = bench_decode(model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, **how)
     _keep(folder, record)
     return record
 
