@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .dense_base import Layout, Projections
-from .mlp_backends import activation_of
+from .mlp_backends import activation_of, reads_numbers
 from .onednn_weights import OneDnnLinear, OneDnnMLP, is_available
 from .routing import plain_parameters
 from .sparsity import Thresholds, keep_large
@@ -47,7 +47,7 @@ def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
 def row_sums(packed: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sums of rows, one for each of `offsets` (B,) where its rows begin in `indices` (N,): (B, C) float32."""
     if packed.dtype == torch.uint8:
-        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default  # without its overload it cannot be compiled
         return bag(packed, indices, offsets, False, 0, False, weights)
     return F.embedding_bag(indices, packed, offsets, mode="sum", per_sample_weights=weights.bfloat16()).float()
 
@@ -102,11 +102,12 @@ class Tables(NamedTuple):
 
     def _hidden(self, x, width, least):
         """Activations of the first `width` neurons: (D,) -> (width,)."""
-        if width == 0:
-            return x[:0]
-        chunks = torch.arange(-(-width // self.chunk))[:, None] * len(x)
-        both = _sums(self.inputs, x, least, chunks).view(len(chunks), -1, self.chunk)
-        return self._activated(both[:, 0].flatten()[:width], both[:, -1].flatten()[:width], slice(width))
+        count = (width + self.chunk - 1) // self.chunk
+        both = _sums(self.inputs, x, least, torch.arange(count)[:, None] * len(x)).view(count, 1 + self.gated, self.chunk)
+        first, up = both[:, 0].flatten(), both[:, -1].flatten()
+        if self.chunk == self.outputs.shape[0] // self.parts:  # else the chunks end where the prefix does
+            first, up = first[:width], up[:width]
+        return self._activated(first, up, slice(width))
 
 
 def _stacked(rows):
@@ -116,20 +117,16 @@ def _stacked(rows):
 
 def _sums(packed, values, least, starts):
     """For each block of rows that begins at `starts` (B, 1): the sum of its rows, times the values (N,) that are not small."""
-    blocks, kept = len(starts), None
     if least > 0:
         # Not `>=`: what is not a number is kept, to be seen in the output.
         kept = (values.abs() < least).logical_not().nonzero().flatten()
         values = values[kept]
-    count = len(values)
-    if count == 0:
-        return values.new_zeros(blocks, packed.shape[1] - 8 * (packed.dtype == torch.uint8))
-    kept = torch.arange(count) if kept is None else kept
-    if blocks == 1:
-        return row_sums(packed, kept, starts[0], values)
+    else:
+        kept = torch.arange(len(values))
+    blocks = starts.shape[0]
     # The trap: of a single value `reshape` gives a view without a stride, which the kernel reads as if it were contiguous.
     weights = values.expand(blocks, -1).reshape(-1).contiguous()
-    return row_sums(packed, (starts + kept).flatten(), torch.arange(0, blocks * count, count), weights)
+    return row_sums(packed, (starts + kept).flatten(), torch.arange(blocks) * kept.shape[0], weights)
 
 
 class PackedMLP(nn.Module):
@@ -183,11 +180,15 @@ class PackedMLP(nn.Module):
         self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
     ) -> torch.Tensor:
         """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
+        tokens = x.shape[0] * x.shape[1]
         if not torch.compiler.is_compiling():
-            taken = expert.flatten().tolist() if isinstance(expert, torch.Tensor) else [expert] * (x.shape[0] * x.shape[1])
+            taken = expert.flatten().tolist() if isinstance(expert, torch.Tensor) else [expert] * tokens
             least = _least(thresholds, x.shape[:2])
-            run = self.tables.run if len(taken) <= FEW_TOKENS else self.tables.run_together
+            run = self.tables.run if tokens <= FEW_TOKENS else self.tables.run_together
             return run(x.flatten(0, 1), [widths[index] for index in taken], least).view_as(x)
+        if tokens == 1 and not _of_each(thresholds) and (reads_numbers() or not isinstance(expert, torch.Tensor)):
+            # As part of the graph, which is quicker to call than an operator written in Python.
+            return self.tables.run(x[0], [_width(widths, expert)], _least(thresholds, (1, 1)))[None]
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
         of_each = [
@@ -197,11 +198,26 @@ class PackedMLP(nn.Module):
         return packed_mlp_op(x, expert, *of_each, *tables, self.activation, gated, chunk, parts, widths)
 
 
+def _width(widths, expert):
+    """The width of one token's expert, in a graph a number that it reads from a tensor."""
+    if not isinstance(expert, torch.Tensor):
+        return widths[expert]
+    width = torch.tensor(widths)[expert.flatten()].item()
+    torch._check(width >= min(widths))
+    torch._check(width <= max(widths))
+    return width
+
+
+def _of_each(thresholds):
+    """Whether each token has thresholds of its own."""
+    return thresholds is not None and isinstance(thresholds.input, torch.Tensor)
+
+
 def _least(thresholds, shape):
     """The thresholds of x and of h of each token, as lists."""
     if thresholds is None:
         return [[0.0] * (shape[0] * shape[1])] * 2
-    if not isinstance(thresholds.input, torch.Tensor):
+    if not _of_each(thresholds):
         return [[value] * (shape[0] * shape[1]) for value in thresholds]
     return [value.expand(*shape, 1).flatten().tolist() for value in thresholds]
 
@@ -292,8 +308,7 @@ class PackedLinear(nn.Module):
             pieces = (unpack_rows(piece).float() for piece in self.rows.chunk(self.blocks))
             y = torch.cat([flat.float() @ piece for piece in pieces], 1)
             return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
-        run = packed_linear_op if torch.compiler.is_compiling() else packed_linear
-        return run(flat, self.rows, self.bias, self.indices, self.offsets).view(*x.shape[:-1], -1)
+        return packed_linear(flat, self.rows, self.bias, self.indices, self.offsets).view(*x.shape[:-1], -1)
 
 
 def packed_linear(
@@ -304,19 +319,6 @@ def packed_linear(
     weights = x.float() if blocks == 1 else x.float().repeat(1, blocks)
     y = _stacked([row_sums(rows, indices, offsets, token).flatten() for token in weights])
     return (y if bias is None else y + bias).to(x.dtype)
-
-
-@torch.library.custom_op("dynamoe::packed_linear", mutates_args=())
-def packed_linear_op(
-    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, indices: torch.Tensor, offsets: torch.Tensor
-) -> torch.Tensor:
-    """`packed_linear` as one node of a compiled graph."""
-    return packed_linear(x, rows, bias, indices, offsets)
-
-
-@packed_linear_op.register_fake
-def _(x, rows, bias, indices, offsets):
-    return x.new_empty(x.shape[0], len(offsets) * (rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
 
 
 def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:

@@ -175,12 +175,22 @@ def test_widths_without_a_common_chunk():
     assert_close("output", y, expected, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", ["int8", "bfloat16", "onednn"])
-@pytest.mark.parametrize("dial", [1.0, 0.5, torch.tensor([0.4])], ids=["full width", "routed", "of each sequence"])
-def test_compiled_in_one_graph(kind, dial, token_ids):
-    packed, step = model("gated with biases").pack(kind), token_ids[:1, :1]
+DIALS = {"full width": 1.0, "routed": 0.5, "of each sequence": torch.tensor([0.4])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dial", "settings", "fullgraph"),
+    [
+        *((kind, dial, {}, True) for kind in ("int8", "bfloat16", "onednn") for dial in DIALS),
+        ("int8", "routed", {}, False),
+        ("int8", "routed", {"expert_widths": [0, 0.25, 1]}, True),
+        ("int8", "routed", {"expert_widths": [0.3, 0.7, 1]}, True),  # without a common chunk
+    ],
+)
+def test_compiled(kind, dial, settings, fullgraph, token_ids):
+    packed, step, dial = model("gated with biases", **settings).pack(kind), token_ids[:1, :1], DIALS[dial]
     torch._dynamo.reset()
-    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=fullgraph)
     with torch.no_grad():
         expected = packed(step, sensitivity=dial, use_cache=False).logits
         logits = compiled(step, sensitivity=dial, use_cache=False).logits
