@@ -15,8 +15,8 @@ from torch import nn
 from .dense_base import MLPPlace, blank_model
 from .difficulty import label_of, left_out, similarity_profile
 from .engine_layers import BareLinear
-from .mlp_backends import Decision, Weights, run_experts
-from .moe_base import check_mixture, layout_at, rows_by_expert
+from .mlp_backends import Decision, Weights, climb, costs_of, run_experts, staircase_blocks, with_rows
+from .moe_base import check_mixture, layout_at, rows_by_expert, rows_by_width
 from .nested_mlp import NestedLayer
 from .routing import LayerRecord, ProfileRouter, Routing, RoutingSlot, default_router_dim
 
@@ -97,18 +97,34 @@ class NestedExperts(NestedLayer):
 
     def run(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, decision: Decision) -> torch.Tensor:
         """Each expert's prefixes on the tokens that were sent to it, (B, S, D), weighted and added: (T, D)."""
-        x, chosen = x.flatten(0, 1), index.shape[-1]
-        weight, expert, gates, order, parts = weight.flatten(), decision.expert, decision.gates, [], []
-        for number, rows in rows_by_expert(index, self.num_experts):
-            part = Decision(
-                expert.flatten()[rows][None] if isinstance(expert, torch.Tensor) else expert,
-                gates=None if gates is None else gates.flatten(0, 2)[rows][None],
-            )
-            y = run_experts(x[rows // chosen][None], part, Weights.of_tensors(self.layout.tensors(self, number), self.widths))
-            parts.append(y[0] * weight[rows, None])
-            order.append(rows)
-        y = torch.cat(parts).index_select(0, torch.cat(order).argsort())
-        return y.unflatten(0, (len(x), chosen)).sum(1).to(x.dtype)
+        x_TD, chosen, expert, gates = x.flatten(0, 1), index.shape[-1], decision.expert, decision.gates
+        if not isinstance(expert, torch.Tensor):
+            expert = torch.full_like(index, expert)
+        if len(x_TD) == 1 and gates is None and x.device.type == "cpu":
+            return self.run_token(x_TD, index, weight, expert)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x.dtype, torch.float32))
+        costs, weight = costs_of(self.down_proj), weight.flatten()
+        for number, rows, counts in rows_by_width(index, expert, self.num_experts, len(self.widths)):
+            tensors, token = self.layout.tensors(self, number), rows // chosen
+            of_rows, share = x_TD.index_select(0, token), weight.index_select(0, rows)[:, None]
+            if gates is None:
+                y = climb(of_rows, staircase_blocks(counts, self.widths, x_TD.shape[1], costs), tensors)
+                y = y if tensors.down_bias is None else with_rows(y, len(rows), tensors.down_bias)
+            else:
+                gated = Decision(expert.flatten()[rows][None], gates=gates.flatten(0, 2)[rows][None])
+                y = run_experts(of_rows[None], gated, Weights.of_tensors(tensors, self.widths))[0]
+            # Added while it is in the cache. An expert has a token once, so the order of the sums is always the same.
+            y_TD.index_add_(0, token[: len(y)], (y * share[: len(y)]).to(y_TD.dtype))
+        return y_TD.to(x.dtype)
+
+    def run_token(self, x_TD: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """As `run` for one token on a CPU, where sorting would take longer than a narrow expert does: (1, D)."""
+        y_TD = torch.zeros_like(x_TD)
+        for number, taken, share in zip(index.flatten().tolist(), expert.flatten().tolist(), weight.flatten().unbind()):
+            prefix = self.layout.tensors(self, number).block(0, self.widths[taken])
+            if self.widths[taken] or prefix.down_bias is not None:
+                y_TD = y_TD + prefix.output(prefix.hidden(x_TD)) * share
+        return y_TD.to(x_TD.dtype)
 
     @torch.no_grad()
     def profile(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
