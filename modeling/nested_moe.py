@@ -93,7 +93,8 @@ class NestedExperts(NestedLayer):
         loss = None if profile is None else self.router.loss(logits, profile, label).mean(-1)
         width = self.width_of(gates)
         share = (self.neurons_of(expert) / self.widths[-1]).mean(-1)
-        return LayerRecord(logits, expert, share, profile, label, loss, None if width is None else width.mean(-1))
+        width = None if width is None else width.mean(-1)
+        return LayerRecord(logits, expert, share, profile, label, loss, width, index.view(*shape, -1))
 
     def run(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, decision: Decision) -> torch.Tensor:
         """Each expert's prefixes on the tokens that were sent to it, (B, S, D), weighted and added: (T, D)."""
