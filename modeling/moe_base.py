@@ -74,6 +74,16 @@ class ExpertsLayout(NamedTuple):
         return tensor.index_select(dim, kept.to(tensor.device))
 
     @torch.no_grad()
+    def cut(self, experts: Any, widths: list[int]) -> None:
+        """Let each expert have no neurons beyond its width: their weights become 0."""
+        for number, width in enumerate(widths):
+            for tensor in self.tensors(experts, number).block(width, self.width(experts))[
+                :5
+            ]:  # all but the bias of the output
+                if tensor is not None:
+                    tensor.zero_()
+
+    @torch.no_grad()
     def lay_by_neuron(self, experts: Any) -> None:
         """Let the weights of each neuron follow one another in memory, so that a prefix is one piece of it. No number changes."""
         for name in ("gate_up_proj", "down_proj"):
@@ -129,6 +139,17 @@ def check_mixture(config: Any) -> None:
         raise ValueError(
             "Sparsity inside the experts of a mixture is not supported: found `thresholds` in the config. Take them out."
         )
+
+
+def checked_cuts(config: Any, layer: int, experts: int, width: int) -> list[int] | None:
+    """The `cut_widths` of a layer of a `DynaMoEConfig`. Raises `ValueError` where they are not those of so many experts of this width."""
+    found = config.cut_widths and config.cut_widths[layer]
+    if found and (len(found) != experts or max(found) > width):
+        raise ValueError(
+            f"`cut_widths` of layer {layer} must be {experts} numbers of at most {width} neurons, found {found}. Take them from the config "
+            "of the folder that holds the weights."
+        )
+    return found or None
 
 
 def base_routers(backbone: Any) -> list[nn.Module]:
