@@ -117,9 +117,9 @@ class NestedExperts(NestedLayer):
         x_TD, chosen, expert, gates = x.flatten(0, 1), index.shape[-1], decision.expert, decision.gates
         if not isinstance(expert, torch.Tensor):
             expert = torch.full_like(index, expert)
-        if len(x_TD) == 1 and gates is None and x.device.type == "cpu":
-            return self.run_token(x_TD, index, weight, expert)
         y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x.dtype, torch.float32))
+        if len(x_TD) == 1 and gates is None and x.device.type == "cpu":
+            return self.run_token(x_TD, y_TD, index, weight, expert).to(x.dtype)
         costs, weight = costs_of(self.down_proj), weight.flatten()
         for number, rows, counts in rows_by_width(index, expert, self.num_experts, len(self.widths)):
             tensors, token = self.layout.tensors(self, number), rows // chosen
@@ -134,15 +134,14 @@ class NestedExperts(NestedLayer):
             y_TD.index_add_(0, token[: len(y)], (y * share[: len(y)]).to(y_TD.dtype))
         return y_TD.to(x.dtype)
 
-    def run_token(self, x_TD: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        """As `run` for one token on a CPU, where sorting would take longer than a narrow expert does: (1, D)."""
-        y_TD = torch.zeros_like(x_TD)
+    def run_token(self, x_TD: torch.Tensor, y_TD: torch.Tensor, index: Any, weight: Any, expert: Any) -> torch.Tensor:
+        """As `run` for one token on a CPU, where sorting would take longer than a narrow expert does; added to y (1, D)."""
         for number, taken, share in zip(index.flatten().tolist(), expert.flatten().tolist(), weight.flatten().unbind()):
             width = self.widths_of(number)[taken]
             prefix = self.layout.tensors(self, number).block(0, width)
             if width or prefix.down_bias is not None:
                 y_TD = y_TD + prefix.output(prefix.hidden(x_TD)) * share
-        return y_TD.to(x_TD.dtype)
+        return y_TD
 
     @torch.no_grad()
     def profile(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,33 @@ def test_execution_equals_the_masked_loop_with_gradients(family, tokens, costs, 
         assert_close(f"gradient of {name}", a, e, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_outputs_of_experts_are_added_in_float32(tokens):
+    """In bfloat16 what experts of little weight give would be lost, one by one."""
+    experts = mixtures_of(tiny_dynamoe("qwen3_moe", dense_settings={"num_experts_per_tok": 4}))[0].bfloat16()
+    with torch.no_grad():
+        for tensor in (experts.gate_up_proj, experts.down_proj):
+            tensor[1:] = tensor[0]
+    x, index, weight, _ = pairs(experts, tokens)
+    weight = torch.tensor([1, 1 / 600, 1 / 600, 1 / 600]).expand_as(weight)
+    few, many = (experts.run(x.bfloat16(), index, w.bfloat16(), Decision(3)) for w in (weight * torch.eye(4)[0], weight))
+    assert many.dtype == torch.bfloat16
+    assert abs((many.float() / few.float()).mean().item() - 1.005) < 0.002
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_autocast_runs_the_experts_in_its_dtype(family, token_ids):
+    model = tiny_dynamoe(family, expert_widths=NULL)
+    expected = model(token_ids, sensitivity=0.4).logits
+    for ids in (token_ids, token_ids[:1, :1]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids, sensitivity=0.4).logits
+        assert logits.dtype == torch.bfloat16
+        assert_close("logits", logits.float(), expected[: len(ids), : ids.shape[1]], atol=0.2)
+        logits.float().square().mean().backward()
+    assert all(experts.down_proj.grad.isfinite().all() and experts.down_proj.grad.any() for experts in mixtures_of(model))
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_a_prefix_takes_its_share_of_multiplications_and_copies_no_weight(family, monkeypatch):
     monkeypatch.setattr(mlp_backends, "CPU_COSTS", Costs(0, 0))
