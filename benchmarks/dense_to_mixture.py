@@ -152,6 +152,7 @@ def distil(mixture: Any, dense: Any, blocks: torch.Tensor, out: Path, batch_size
     )  # fmt: skip
     trainer = Distillation(mixture, arguments, train_dataset=[{"input_ids": row} for row in blocks], teacher=dense)
     trainer.train()
+    mixture.cpu(), dense.cpu()  # a GPU trains, and nothing else here
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     mixture.requires_grad_(True).eval()
     return sum(losses[-max(1, len(losses) // 10) :]) / max(1, len(losses) // 10)

@@ -265,6 +265,7 @@ def nested_folder(args, name: str, mixture: Path, budgets: list[float]) -> Path:
 def smollm2(args) -> dict:
     """Quality against active weights, of every contender."""
     (dense, tokenizer), size = load_dense(args.base, "float32"), args.block_size
+    dense.cpu()
     training = token_blocks(documents_for("training", args.text), tokenizer, size, args.tokens)
     blocks = token_blocks(documents_for("held-out", args.held_out), tokenizer, size, args.eval_tokens)
     folder, dense_nll = mixture_folder(args, tokenizer, dense, training), block_nll(dense, blocks, description="Dense")
