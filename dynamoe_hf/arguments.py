@@ -139,6 +139,10 @@ class ConvertArguments:
     """Text files for calibration. Without them: a split of Python's own documentation topics."""
     importance: Importance = "taylor_share"
     """How the neurons of an MLP are ranked."""
+    cut: Annotated[float, "part"] = 0.0
+    """Part of the neurons of a mixture's experts that is cut off for good, those of least importance in each layer. Experts
+    with massive activations, or that saw too few tokens, keep theirs.
+    """
     similarity: Similarity = "loss_gain"
     """How near an expert's output is to the full MLP's: what the routers learn to predict."""
     router_type: RouterType = "profile"

@@ -403,9 +403,7 @@ def decode_bytes(model: DynaMoEForCausalLM) -> tuple[float, float, float]:
     """
     size = {"mlp": 0.0, "router": 0.0, "rest": 0.0}
     routers = router_names(model)
-    read = {
-        id(p): mlp.top_k / mlp.num_experts if is_mixture(mlp) else 1.0 for mlp in model.nested_mlps for p in mlp.parameters()
-    }
+    read = {id(p): mlp.active if is_mixture(mlp) else 1.0 for mlp in model.nested_mlps for p in mlp.parameters()}
     for name, parameter in model.named_parameters():
         part = "router" if name in routers else "mlp" if id(parameter) in read else "rest"
         if "embed_tokens" in name and parameter is not model.lm_head.weight:

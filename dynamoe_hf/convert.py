@@ -31,6 +31,7 @@ from .observe import (
 
 SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
 FEW_TOKENS = 16  # of the calibration text: what fewer say of an expert of a mixture is noise, and its neurons keep their order
+CUT_STEP = 8  # neurons, in which experts are cut
 GRADIENT_BLOCKS = 6  # sequences that estimate the error weights: more do not change them
 # Mean shares that the sensitivities drawn in training span, by the labels. Without the full width among them it drifts.
 TRAINING_SHARES = (0.35, 1.0)
@@ -86,10 +87,15 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     block_size = min(arguments.block_size, _longest(dense))
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
     check_ids(blocks, dense.config)
+    if arguments.cut and not any(is_mixture(place.mlp) for place in mlp_places(dense.base_model)):
+        raise ValueError(
+            f"Only experts of a mixture can be cut: found cut={arguments.cut:g}, and no mixture in {base}. Leave it out."
+        )
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     routes: dict[int, tuple] = {}
     expected = _logits(dense, probe, routes)
     scores = IMPORTANCES[importance](dense, blocks)
+    massive = massive_experts(dense, blocks) if arguments.cut else []
     torch.manual_seed(arguments.seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
     for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
@@ -97,6 +103,9 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     prove_parity(expected, _logits(model, probe, routes), model.dtype)
     if model.is_mixture:  # at full width the base's own code runs; this runs ours, with every expert chosen
         prove_parity(expected, _logits(model, probe, routes, sensitivity=torch.ones(len(probe))), model.dtype)
+    if arguments.cut:  # what is written is proved to be what was cut
+        cut_experts(model, scores, massive, arguments.cut)
+        expected = _logits(model, probe, routes)
     model.config.error_weights, model.config.train_sensitivity = scale_difficulty(model, blocks)
 
     record = {
@@ -104,7 +113,7 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
         **({"gguf_file": gguf.name} if (gguf := gguf_file(base)) else {}),
         "importance": importance,
         "calibration": {"text": text_names(text), "tokens": blocks.numel(), "block_size": blocks.shape[1]},
-        **({"routed_experts": _experts_seen(scores)} if model.is_mixture else {}),
+        **({"routed_experts": _experts_seen(scores) | _experts_cut(model, massive)} if model.is_mixture else {}),
         "seed": arguments.seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -234,6 +243,59 @@ def _experts_seen(scores) -> dict[str, int]:
     """What the record says of a mixture: how many experts there are, and how many of them keep the base's order of neurons."""
     experts = torch.cat([score.flatten(0, -2) for score in scores if score.ndim > 1])
     return {"count": len(experts), "in_base_order": int((experts == 0).all(-1).sum())}
+
+
+def _experts_cut(model, massive) -> dict[str, Any]:
+    """What the record says of a mixture whose experts were cut: the part that is gone, and how many experts keep all as massive ones."""
+    cuts = [(mlp.cut_widths, mlp.widths[-1]) for mlp in model.nested_mlps if is_mixture(mlp) and mlp.cut_widths]
+    if not cuts:
+        return {}
+    left = sum(map(sum, (widths for widths, _ in cuts))) / sum(len(widths) * full for widths, full in cuts)
+    return {"cut": round(1 - left, 4), "massive": sum(int(each.sum()) for each in massive)}
+
+
+def cut_experts(model: DynaMoEForCausalLM, scores: list[torch.Tensor], massive: list[torch.Tensor], part: float) -> None:
+    """
+    Cut this part of the neurons of each layer's experts off for good: those of the lowest scores (N, H), whose order the model has. Experts
+    that are massive (N,), or whose scores are 0, keep all, and the others at least their smallest width that is not 0.
+    """
+    cuts: list = []
+    for mlp, score, kept in zip(model.nested_mlps, scores, massive):
+        if not is_mixture(mlp):
+            cuts.append(None)
+            continue
+        score = score.sort(-1, descending=True).values
+        score[kept | (score == 0).all(-1)] = torch.inf
+        count = min(round(part * score.numel()), int(score.isfinite().sum()))
+        highest = score.flatten().sort().values[count - 1] if count else -torch.inf  # of those that are cut
+        least = next(width for width in mlp.widths if width)
+        steps = [-(-left // CUT_STEP) * CUT_STEP for left in (score > highest).sum(-1).tolist()]
+        cuts.append([min(max(width, least), mlp.widths[-1]) for width in steps])
+        mlp.cut_widths = cuts[-1]
+        mlp.layout.cut(mlp, mlp.cut_widths)
+    model.config.cut_widths = cuts
+
+
+@torch.no_grad()
+def massive_experts(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Which experts of each layer carry massive activations, (N,) bool, of dense layers (): those whose largest |output| is above 99.5% of all
+    experts' and a tenth of the largest (Su et al., 2025, arXiv 2507.23279). Without them a mixture breaks down.
+    """
+    places = list(mlp_places(dense.base_model))
+    largest = [torch.zeros(place.mlp.num_experts if is_mixture(place.mlp) else ()) for place in places]
+
+    def watch(index, down, expert, positions, hidden):
+        if largest[index].ndim:
+            output = hidden @ down.t()
+            largest[index][expert] = max(largest[index][expert], output.abs().max().float().cpu())
+
+    with _watched(places, [layout_at(place) for place in places], watch):
+        for block in tqdm(blocks, desc="Looking for massive activations", leave=False):
+            dense.base_model(block.view(1, -1).to(dense.device), use_cache=False)
+    every = torch.cat([sizes for sizes in largest if sizes.ndim])
+    bound = max(every.quantile(0.995).item(), every.max().item() / 10)
+    return [sizes >= bound for sizes in largest]
 
 
 def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:

@@ -322,16 +322,16 @@ def save_model(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 def count_parameters(model: DynaMoEForCausalLM) -> dict[str, int]:
     """
     Parameters by part: `total` (tied weights once), `mlp` (the projections that routing can skip, in a mixture those of the experts that
-    a token is sent to), `router`, and `idle` (the other experts of mixtures).
+    a token is sent to), `router`, and `idle` (the other experts of mixtures, and what was cut off for good of those).
     """
     names = router_names(model)
     router = sum(p.numel() for name, p in model.named_parameters() if name in names)
     mlp = sum(p.numel() for mlp in model.nested_mlps for p in mlp.parameters()) - router
     mixtures = [mlp for mlp in model.nested_mlps if is_mixture(mlp)]
-    of_each = [
-        (mlp.num_experts - mlp.top_k, sum(tensor[0].numel() for tensor in mlp.parameters(recurse=False))) for mlp in mixtures
-    ]
-    idle = sum(count * size for count, size in of_each)
+    idle = 0
+    for mixture in mixtures:
+        size = sum(tensor.numel() for tensor in mixture.parameters(recurse=False))
+        idle += round((1 - mixture.active) * size)
     return {"total": sum(p.numel() for p in model.parameters()), "mlp": mlp - idle, "router": router, "idle": idle}
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .modeling import DynaMoEForCausalLM
 from .modeling.difficulty import label_of
+from .modeling.mlp_backends import block_sizes
 from .modeling.routing import LayerRecord
 
 
@@ -93,6 +94,52 @@ def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_s
     for records in watch(model, blocks, batch_size, "Measuring difficulty", needs_labels=True, **routing):
         profiles.append(in_rows([record.profile for record in records]))
     return torch.cat(profiles, 1)
+
+
+class Consistency(NamedTuple):
+    """
+    How alike neighbouring tokens choose among units, such as the experts of a mixture (Liang et al., 2025, arXiv 2505.16056): whether
+    units can be fetched ahead, or kept outside of fast memory.
+    """
+
+    performance: float  # SRP: the best F1 of one group of units for all tokens of a segment
+    hits: float  # SCH: share of the choices that a cache of a fixed size holds, which is filled anew for each segment
+
+
+def consistency(taken_BSU: torch.Tensor, segment: int, cache: float = 2.0) -> Consistency | None:
+    """
+    Of all segments of so many tokens, for units that each token takes or not, (B, S, U) bool. The cache has room for `cache` times as many
+    units as a token takes on average. `None` where there is no segment, or nothing is taken.
+    """
+    before = F.pad(taken_BSU.double().cumsum(1), (0, 0, 1, 0))
+    counts = (before[:, segment:] - before[:, :-segment]).flatten(0, 1)  # tokens of each segment that take each unit
+    chosen = counts.sum().item()
+    if not chosen:
+        return None
+    # The best group of a size has the units that most tokens take: all that are taken `least` times or more.
+    groups = [counts[counts >= least] for least in range(1, segment + 1)]
+    performance = max(2 * group.sum().item() / (len(group) * segment + chosen) for group in groups)
+    room = max(1, round(cache * chosen / (len(counts) * segment)))
+    return Consistency(performance, counts.topk(min(room, counts.shape[1])).values.sum().item() / chosen)
+
+
+def mixture_consistency(
+    model: DynaMoEForCausalLM, ids: torch.Tensor, segment: int, **routing
+) -> dict[int, tuple[Consistency | None, ...]]:
+    """
+    For each layer that is a mixture: of the experts that the base's router chooses, and of their rings, the neurons between one width
+    and the next, that the widths take. Token ids (N, S); `routing` are fields of `Routing`.
+    """
+    (records,) = watch(model, ids, len(ids), "Watching routes", **routing)
+    found: dict[int, tuple[Consistency | None, ...]] = {}
+    for layer, (mlp, record) in enumerate(zip(model.nested_mlps, records)):
+        if record.index is not None:
+            rings = torch.tensor(block_sizes(mlp.widths)) > 0
+            experts = F.one_hot(record.index.cpu(), mlp.num_experts).bool()  # (N, S, K, experts)
+            reached = record.expert.cpu()[..., None] >= torch.arange(len(rings))[rings]  # (N, S, K, rings)
+            taken = (experts[..., None] & reached[..., None, :]).any(2).flatten(2)
+            found[layer] = (consistency(experts.any(2), segment), consistency(taken, segment))
+    return found
 
 
 class RouterRun(NamedTuple):

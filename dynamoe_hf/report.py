@@ -18,12 +18,13 @@ from .data import documents_for
 from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, new_files, read_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.routing import LayerRecord
-from .observe import expert_shares, shares_read
+from .observe import expert_shares, mixture_consistency, shares_read
 from .plots import PAPER, colour_scale, draw_experts, draw_frontier, draw_tokens, new_figure
 from .tables import by_text, render_template, setting_label, text_name
 
 
 DEFAULT_LENGTH, LONGEST = 1200, 6000  # characters shown of the default text, and at most of a text file
+SEGMENT = 16  # tokens, in which the routes of a mixture are compared
 
 
 def report_folder(folder: str | Path, arguments: ReportArguments | None = None, **settings: Any) -> list[Path]:
@@ -67,9 +68,11 @@ def _draw(out: Path, folder, passage: str, budget: float | None, evaluations: li
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # emoji become boxes in the PNG only
             figure.savefig(out / name, dpi=200, facecolor=PAPER)
+    ids = tokenizer(passage, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+    routes = mixture_consistency(model, ids, SEGMENT, sensitivity=sensitivity) if model.is_mixture else {}
     images = {name: base64.b64encode((out / name).read_bytes()).decode() for name in figures}
     (out / "tokens.html").write_text(tokens_page(pieces, shares_LT, dial), encoding="utf-8")
-    (out / "index.html").write_text(_index_page(images, evaluations, inspect_folder(folder)), encoding="utf-8")
+    (out / "index.html").write_text(_index_page(images, evaluations, inspect_folder(folder), routes), encoding="utf-8")
     return [*figures, "tokens.html", "index.html"]
 
 
@@ -148,9 +151,11 @@ def tokens_page(pieces: list[str], shares_LT: torch.Tensor, dial: str) -> str:
     return render_template("tokens.html", tokens=tokens, scale=scale, rows=rows, floor=min(map(min, rows[1:])), dial=dial)
 
 
-def _index_page(images, evaluations, facts):
-    """One page with the pictures, the table of evaluations and the facts of the folder."""
+def _index_page(images, evaluations, facts, routes):
+    """One page with the pictures, the table of evaluations, what the routes of a mixture look like, and the facts of the folder."""
     title = f"{Path(facts['folder']).resolve().name}: report"
     groups = by_text(evaluations)
     facts |= {"folder": Path(facts["folder"]).resolve().name, "base": facts["base"] and text_name(facts["base"])}
-    return render_template("report.html", title=title, images=images, groups=groups, facts=facts, dumps=json.dumps)
+    return render_template(
+        "report.html", title=title, images=images, groups=groups, facts=facts, dumps=json.dumps, routes=routes, segment=SEGMENT
+    )

@@ -39,6 +39,9 @@ class DynaMoEConfig(PreTrainedConfig):
             Width of each expert as a fraction of the MLP width, in a mixture of that of each of its experts: rising, ending at 1,
             optionally starting at 0 (a null expert). A list of lists gives one ladder for each layer; all have the same number of
             experts.
+        cut_widths (`list[list[int]]`, *optional*):
+            For each layer, of each expert of a mixture the neurons that were not cut off for good (`dynamoe convert --cut`): the weights
+            of the others are zeros. `None` for layers of another kind.
         similarity (`str`, defaults to `"loss_weighted"`):
             How close expert e comes to the full MLP for one token; s_{E-1} = 1 and O_e is the output of expert e:
             `"projection"` <O_e, O> / <O, O>, `"cosine"`, `"relative_error"` 1 - |O - O_e| / |O|, and
@@ -86,6 +89,7 @@ class DynaMoEConfig(PreTrainedConfig):
         self,
         base_config=None,
         expert_widths=None,
+        cut_widths=None,
         similarity="loss_weighted",
         error_weights=None,
         router_type="profile",
@@ -112,6 +116,7 @@ class DynaMoEConfig(PreTrainedConfig):
             kwargs = _without_copies(kwargs, base_config)
         self.__dict__["base_config"] = _base_config(base_config)
         self.expert_widths = [0.25, 0.5, 0.75, 1.0] if expert_widths is None else _as_lists(expert_widths, float)
+        self.cut_widths = _as_lists(cut_widths)
         self.similarity = similarity
         self.error_weights = error_weights
         self.router_type = router_type
@@ -152,6 +157,7 @@ class DynaMoEConfig(PreTrainedConfig):
         """Raise `ValueError`, with the name of the field, if a field is not what it must be, or does not fit the others."""
         layers = self._checked_layers()
         self._check_widths(layers)
+        self._check_cuts(layers)
         weights = self.error_weights
         if weights is not None and not (isinstance(weights, (list, tuple)) and all(map(is_size, weights))):
             raise ValueError(
@@ -207,6 +213,19 @@ class DynaMoEConfig(PreTrainedConfig):
             )
         if self._per_layer and len(ladders) != layers:
             raise ValueError(f"`expert_widths` must have one entry for each of {layers} layers, found {len(ladders)}.")
+
+    def _check_cuts(self, layers):
+        cuts = self.cut_widths
+        if cuts is None:
+            return
+        lists = isinstance(cuts, list) and all(each is None or isinstance(each, list) for each in cuts)
+        if not lists or not all(is_whole(width) and width >= 0 for each in cuts for width in each or []):
+            raise ValueError(
+                f"`cut_widths` must be lists of whole numbers of at least 0, or None for a layer, found {cuts!r}. `dynamoe convert --cut` "
+                "writes them."
+            )
+        if len(cuts) != layers:
+            raise ValueError(f"`cut_widths` must have one entry for each of {layers} layers, found {len(cuts)}.")
 
     def _check_budgets(self):
         if not isinstance(self.budgets, dict):
@@ -346,7 +365,8 @@ def _first_layers(fields, layers):
     """The fields of a config, already checked, with the entries of the first layers alone and without what was calibrated on all."""
     base = dict(fields["base_config"], num_hidden_layers=layers)
     cut = {"base_config": base, "num_hidden_layers": layers, "budgets": None, "density_path": None}
-    for owner, name in ((base, "layer_types"), (base, "mlp_layer_types"), (fields, "error_weights")):
+    lists = ((base, "layer_types"), (base, "mlp_layer_types"), (fields, "error_weights"), (fields, "cut_widths"))
+    for owner, name in lists:
         if owner.get(name) is not None:
             (cut if owner is fields else base)[name] = owner[name][:layers]
     if isinstance(fields.get("expert_widths", [0])[0], list):

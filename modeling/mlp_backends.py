@@ -206,21 +206,9 @@ def run_staircase(call: Call) -> torch.Tensor:
     are at most E dense products, each weight is read at most once, and nothing is padded.
     """
     order_T = torch.argsort(call.expert_T, descending=True, stable=True)
-    x_TD, tensors = call.x_TD.index_select(0, order_T), call.tensors
-    y_TD: Any = None
-    for block in call.blocks:
-        part = tensors.block(block.low, block.high)
-        hidden = call.kept(part.hidden(x_TD[: block.rows]), order_T[: block.rows])
-        if block.stops and hidden.requires_grad:
-            hidden = hidden.clone()  # some activations, such as relu, need their own output in backward
-        for row, neuron in block.stops:
-            hidden[row:, neuron - block.low :] = 0
-        if y_TD is None:  # written, not added to: one pass over memory less
-            y_TD = _with_rows(F.linear(hidden, part.down, tensors.down_bias), len(order_T), tensors.down_bias)
-        elif type(part.down) is torch.Tensor and part.down.dtype == hidden.dtype:
-            y_TD[: block.rows].addmm_(hidden, part.down.t())
-        else:  # quantised tensors know `linear` and little else, and autocast has no product in place
-            y_TD[: block.rows] += F.linear(hidden, part.down)
+    x_TD = call.x_TD.index_select(0, order_T)
+    y_TD = climb(x_TD, call.blocks, call.tensors, lambda hidden: call.kept(hidden, order_T[: len(hidden)]))
+    y_TD = with_rows(y_TD, len(order_T), call.tensors.down_bias)
     return y_TD.index_select(0, order_T.argsort()).view(*call.x.shape[:-1], -1)
 
 
@@ -384,7 +372,26 @@ def staircase_blocks(counts: list[int], widths: list[int], hidden_size: int, cos
     return blocks
 
 
-def _with_rows(y_TD, tokens, bias):
+def climb(x_TD: torch.Tensor, blocks: list[Block], tensors: Any, kept: Callable = lambda hidden: hidden) -> torch.Tensor:
+    """Tokens sorted by expert, widest first, through the blocks of a staircase. Those that use no neuron have no row: (rows, D)."""
+    y_TD = x_TD[:0]
+    for index, block in enumerate(blocks):
+        part = tensors.block(block.low, block.high)
+        hidden = kept(part.hidden(x_TD[: block.rows]))
+        if block.stops and hidden.requires_grad:
+            hidden = hidden.clone()  # some activations, such as relu, need their own output in backward
+        for row, neuron in block.stops:
+            hidden[row:, neuron - block.low :] = 0
+        if index == 0:  # written, not added to: one pass over memory less
+            y_TD = F.linear(hidden, part.down, tensors.down_bias)
+        elif type(part.down) is torch.Tensor and part.down.dtype == hidden.dtype:
+            y_TD[: block.rows].addmm_(hidden, part.down.t())
+        else:  # quantised tensors know `linear` and little else, and autocast has no product in place
+            y_TD[: block.rows] += F.linear(hidden, part.down)
+    return y_TD
+
+
+def with_rows(y_TD: torch.Tensor, tokens: int, bias: torch.Tensor | None) -> torch.Tensor:
     """With a null expert, the last tokens stop before the first neuron: their output is the bias, or 0."""
     if len(y_TD) == tokens:
         return y_TD

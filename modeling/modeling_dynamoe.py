@@ -224,13 +224,13 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
         Args:
             kind: `"int8"`, with a scale and an offset for each row, or `"bfloat16"`, for few tokens on a CPU; `"onednn"`, the
-                numbers as they are, for any number of tokens on a CPU.
+                numbers as they are, for any number of tokens on a CPU; `"rows"`, the same for the experts of a mixture.
 
         Returns:
-            This model. It can no longer be trained or saved: its folder stays as it is.
+            This model. But for `"rows"` it can no longer be trained or saved: its folder stays as it is.
 
         Raises:
-            ValueError: an unknown kind, another device, or MLPs that are wrapped, quantised or packed.
+            ValueError: an unknown kind, another device, or MLPs that are wrapped, quantised, packed or not of the kind.
         """
         return pack_model(self, self.nested_mlps, kind)
 

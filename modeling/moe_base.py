@@ -73,6 +73,23 @@ class ExpertsLayout(NamedTuple):
             kept = self._rows(kept, tensor.shape[dim] // 2)
         return tensor.index_select(dim, kept.to(tensor.device))
 
+    @torch.no_grad()
+    def cut(self, experts: Any, widths: list[int]) -> None:
+        """Let each expert have no neurons beyond its width: their weights become 0."""
+        for number, width in enumerate(widths):
+            for tensor in self.tensors(experts, number).block(width, self.width(experts))[
+                :5
+            ]:  # all but the bias of the output
+                if tensor is not None:
+                    tensor.zero_()
+
+    @torch.no_grad()
+    def lay_by_neuron(self, experts: Any) -> None:
+        """Let the weights of each neuron follow one another in memory, so that a prefix is one piece of it. No number changes."""
+        for name in ("gate_up_proj", "down_proj"):
+            parameter, dim = getattr(experts, name), self._neurons_at(name)
+            parameter.data = parameter.movedim(dim, 1).contiguous().movedim(1, dim)
+
     def _rows(self, neurons, width):
         """The rows of `gate_up_proj` that hold these of `width` neurons, in the same layout."""
         if self.alternating:
@@ -124,6 +141,17 @@ def check_mixture(config: Any) -> None:
         )
 
 
+def checked_cuts(config: Any, layer: int, experts: int, width: int) -> list[int] | None:
+    """The `cut_widths` of a layer of a `DynaMoEConfig`. Raises `ValueError` where they are not those of so many experts of this width."""
+    found = config.cut_widths and config.cut_widths[layer]
+    if found and (len(found) != experts or max(found) > width):
+        raise ValueError(
+            f"`cut_widths` of layer {layer} must be {experts} numbers of at most {width} neurons, found {found}. Take them from the config "
+            "of the folder that holds the weights."
+        )
+    return found or None
+
+
 def base_routers(backbone: Any) -> list[nn.Module]:
     """What chooses the experts of each mixture of a backbone: the base's own router."""
     blocks = [place.owner for place in mlp_places(backbone) if place.attribute == "experts"]
@@ -132,9 +160,15 @@ def base_routers(backbone: Any) -> list[nn.Module]:
 
 def rows_by_expert(index: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Each expert that tokens are sent to, and its rows among the T * K pairs of token and expert, index (T, K)."""
-    index = index.flatten()
-    order = index.argsort(stable=True)
-    counts = torch.bincount(index, minlength=experts).tolist()
-    for expert, rows in enumerate(order.split(counts)):
-        if len(rows):
-            yield expert, rows
+    return ((expert, rows) for expert, rows, _ in rows_by_width(index, torch.zeros_like(index), experts, 1))
+
+
+def rows_by_width(
+    index: torch.Tensor, width: torch.Tensor, experts: int, widths: int
+) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
+    """As `rows_by_expert`, the rows of an expert sorted by their width, widest first, and how many take each: (T, K) twice."""
+    key = (index * widths + (widths - 1 - width)).flatten()
+    counts = torch.bincount(key, minlength=experts * widths).view(experts, widths).flip(-1).tolist()
+    found = [(expert, taken) for expert, taken in enumerate(counts) if any(taken)]
+    rows = key.argsort(stable=True).split([sum(taken) for _, taken in found])
+    return ((expert, each, taken) for (expert, taken), each in zip(found, rows))

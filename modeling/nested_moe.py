@@ -15,8 +15,8 @@ from torch import nn
 from .dense_base import MLPPlace, blank_model
 from .difficulty import label_of, left_out, similarity_profile
 from .engine_layers import BareLinear
-from .mlp_backends import Decision, Weights, run_experts
-from .moe_base import check_mixture, layout_at, rows_by_expert
+from .mlp_backends import Decision, Weights, climb, costs_of, run_experts, staircase_blocks, with_rows
+from .moe_base import check_mixture, checked_cuts, layout_at, rows_by_expert, rows_by_width
 from .nested_mlp import NestedLayer
 from .routing import LayerRecord, ProfileRouter, Routing, RoutingSlot, default_router_dim
 
@@ -52,6 +52,7 @@ class NestedExperts(NestedLayer):
 
     nesting: Any  # the `DynaMoEConfig`; `config` is the base's
     packed: None
+    cut_widths: list[int] | None  # neurons of each expert that were not cut off for good
     num_experts: int  # N
     top_k: int  # K
     down_proj: nn.Parameter
@@ -91,24 +92,56 @@ class NestedExperts(NestedLayer):
             expert = torch.full((*shape, index.shape[-1]), expert, device=index.device)
         assert logits is not None, "`decide` asks the router where records are wanted"
         loss = None if profile is None else self.router.loss(logits, profile, label).mean(-1)
-        width = self.width_of(gates)
-        share = (self.neurons_of(expert) / self.widths[-1]).mean(-1)
-        return LayerRecord(logits, expert, share, profile, label, loss, None if width is None else width.mean(-1))
+        index, width = index.view(*shape, -1), self.width_of(gates)
+        width, share = None if width is None else width.mean(-1), (self.neurons_of(expert) / self.widths[-1]).mean(-1)
+        if self.cut_widths is not None:  # of what was not cut, so that the full width is 1
+            reached = torch.tensor([self.widths_of(number) for number in range(self.num_experts)], device=index.device)[index]
+            whole = reached[..., -1].sum(-1).clamp_min(1)
+            share = reached.gather(-1, expert[..., None]).sum((-1, -2)) / whole
+            if gates is not None:
+                width = (gates * F.pad(reached, (1, 0)).diff()).sum((-1, -2)) / whole
+        return LayerRecord(logits, expert, share, profile, label, loss, width, index)
+
+    @property
+    def active(self) -> float:
+        """Part of the experts' weights that a token reads at full width: of K of N experts, without what was cut off for good."""
+        left = 1.0 if self.cut_widths is None else sum(self.cut_widths) / (self.num_experts * self.widths[-1])
+        return left * self.top_k / self.num_experts
+
+    def widths_of(self, number: int) -> list[int]:
+        """The widths of one expert in neurons, without what was cut off for good."""
+        return self.widths if self.cut_widths is None else [min(width, self.cut_widths[number]) for width in self.widths]
 
     def run(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, decision: Decision) -> torch.Tensor:
         """Each expert's prefixes on the tokens that were sent to it, (B, S, D), weighted and added: (T, D)."""
-        x, chosen = x.flatten(0, 1), index.shape[-1]
-        weight, expert, gates, order, parts = weight.flatten(), decision.expert, decision.gates, [], []
-        for number, rows in rows_by_expert(index, self.num_experts):
-            part = Decision(
-                expert.flatten()[rows][None] if isinstance(expert, torch.Tensor) else expert,
-                gates=None if gates is None else gates.flatten(0, 2)[rows][None],
-            )
-            y = run_experts(x[rows // chosen][None], part, Weights.of_tensors(self.layout.tensors(self, number), self.widths))
-            parts.append(y[0] * weight[rows, None])
-            order.append(rows)
-        y = torch.cat(parts).index_select(0, torch.cat(order).argsort())
-        return y.unflatten(0, (len(x), chosen)).sum(1).to(x.dtype)
+        x_TD, chosen, expert, gates = x.flatten(0, 1), index.shape[-1], decision.expert, decision.gates
+        if not isinstance(expert, torch.Tensor):
+            expert = torch.full_like(index, expert)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x.dtype, torch.float32))
+        if len(x_TD) == 1 and gates is None and x.device.type == "cpu":
+            return self.run_token(x_TD, y_TD, index, weight, expert).to(x.dtype)
+        costs, weight = costs_of(self.down_proj), weight.flatten()
+        for number, rows, counts in rows_by_width(index, expert, self.num_experts, len(self.widths)):
+            tensors, token = self.layout.tensors(self, number), rows // chosen
+            of_rows, share = x_TD.index_select(0, token), weight.index_select(0, rows)[:, None]
+            if gates is None:
+                y = climb(of_rows, staircase_blocks(counts, self.widths_of(number), x_TD.shape[1], costs), tensors)
+                y = y if tensors.down_bias is None else with_rows(y, len(rows), tensors.down_bias)
+            else:
+                gated = Decision(expert.flatten()[rows][None], gates=gates.flatten(0, 2)[rows][None])
+                y = run_experts(of_rows[None], gated, Weights.of_tensors(tensors, self.widths))[0]
+            # Added while it is in the cache. An expert has a token once, so the order of the sums is always the same.
+            y_TD.index_add_(0, token[: len(y)], (y * share[: len(y)]).to(y_TD.dtype))
+        return y_TD.to(x.dtype)
+
+    def run_token(self, x_TD: torch.Tensor, y_TD: torch.Tensor, index: Any, weight: Any, expert: Any) -> torch.Tensor:
+        """As `run` for one token on a CPU, where sorting would take longer than a narrow expert does; added to y (1, D)."""
+        for number, taken, share in zip(index.flatten().tolist(), expert.flatten().tolist(), weight.flatten().unbind()):
+            width = self.widths_of(number)[taken]
+            prefix = self.layout.tensors(self, number).block(0, width)
+            if width or prefix.down_bias is not None:
+                y_TD = y_TD + prefix.output(prefix.hidden(x_TD)) * share
+        return y_TD
 
     @torch.no_grad()
     def profile(self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -145,6 +178,7 @@ def nest_experts(place: MLPPlace, config: Any, layer: int, slot: RoutingSlot) ->
     nested.layout, nested.nesting, nested.layer, nested.slot, nested.packed = layout_at(place), config, layer, slot, None
     width, nested.top_k = nested.layout.width(experts), config.num_experts_per_tok
     nested.widths = config.layer_widths(layer, width)
+    nested.cut_widths = checked_cuts(config, layer, nested.num_experts, width)
     router_dim = config.router_dim or default_router_dim(width * nested.top_k)
     nested.router = PairRouter(config.hidden_size, router_dim, len(nested.widths), nested.num_experts)
     return nested

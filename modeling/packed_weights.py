@@ -23,7 +23,7 @@ from .routing import plain_parameters
 from .sparsity import Thresholds, keep_large
 
 
-KINDS = ("int8", "bfloat16", "onednn")
+KINDS = ("int8", "bfloat16", "onednn", "rows")
 # Tokens up to which each reads its own rows; more take one product together. On an EPYC that is faster from 8 tokens on at
 # SmolLM2-135M's shape, from 40 on at Llama-3.2-1B's (`benchmarks/packed.py`).
 FEW_TOKENS = 16
@@ -330,6 +330,8 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
         raise ValueError(f"The kind of packing is unknown: found {kind!r}. Choose one of {', '.join(KINDS)}.")
     if model.device.type != "cpu":
         raise ValueError(f"Packed weights are for the CPU, found a model on {model.device}. Move it with `model.to('cpu')`.")
+    if kind == "rows":
+        return lay_rows(model, mlps)
     if kind == "onednn" and not is_available(model.dtype):
         raise ValueError(
             f"Weights cannot be laid out for oneDNN: found {model.dtype}, and this PyTorch and processor offer it for float32, and for "
@@ -338,7 +340,8 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
     for mlp in mlps:
         if not mlp.layout.projections:
             raise ValueError(
-                f"The experts of a mixture cannot be packed: found one in layer {mlp.layer}. Use the model as it is."
+                f'The experts of a mixture can be packed in "rows" alone: found {kind!r}, and a mixture in layer {mlp.layer}. '
+                'Ask for "rows".'
             )
         if plain_parameters([getattr(mlp, name) for name in mlp.layout.projections], model.device) is None:
             raise ValueError(
@@ -349,6 +352,16 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
         mlp.pack(kind)
     pack_linears(model, kind, tuple({type(mlp) for mlp in mlps}))
     model.requires_grad_(False)
+    return model
+
+
+def lay_rows(model: Any, mlps: list[Any]) -> Any:
+    """The model, the weights of each neuron of a mixture's experts one after another in memory; numbers and names stay."""
+    mixtures = [mlp for mlp in mlps if not mlp.layout.projections]
+    if not mixtures:
+        raise ValueError('"rows" is for the experts of mixtures: found none. Choose "onednn", which lays out MLPs.')
+    for mlp in mixtures:
+        mlp.layout.lay_by_neuron(mlp)
     return model
 
 

@@ -40,6 +40,7 @@ class LayerRecord(NamedTuple):
     label: Any = None  # (B, S) int64
     router_loss: Any = None  # (B, S)
     width: Any = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
+    index: Any = None  # (B, S, K) the experts of a mixture that its own router sends the token to
 
 
 @dataclass(frozen=True)

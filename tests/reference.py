@@ -155,6 +155,27 @@ def causal_losses(logits, target_logits, labels):
     return lm_loss, kd_loss
 
 
+def consistency(taken, segment, cache):
+    """
+    SRP and SCH of one sequence, taken (S, U) bool, straight from the definition: of each segment the units that at least so many of its
+    tokens take, as a prediction for each of its tokens; and the units that most of them take, as many as the cache holds.
+    """
+    starts = range(len(taken) - segment + 1)
+    windows = [[set(row.nonzero().flatten().tolist()) for row in taken[start : start + segment]] for start in starts]
+    each = [[sum(unit in token for token in window) for unit in range(taken.shape[1])] for window in windows]
+    best = 0.0
+    for least in range(1, segment + 1):
+        right = wrong = missed = 0
+        for window, counts in zip(windows, each):
+            group = {unit for unit, count in enumerate(counts) if count >= least}
+            for token in window:
+                right, wrong, missed = right + len(token & group), wrong + len(group - token), missed + len(token - group)
+        best = max(best, 2 * right / (2 * right + wrong + missed))
+    chosen = sum(map(sum, each))
+    room = round(cache * chosen / (len(windows) * segment))
+    return best, sum(sum(sorted(counts)[-room:]) for counts in each) / chosen
+
+
 def relative_error(states, targets, mask):
     """Mean over layers and tokens that count of |h - t|^2 / |t|^2, token by token: L of (B, S, D), as many, (B, S) -> scalar."""
     errors = []

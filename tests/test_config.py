@@ -29,6 +29,7 @@ VALUES = {
     | st.builds(lambda: tiny_config().to_dict())
     | st.builds(DynaMoEConfig),
     "expert_widths": LADDERS | st.lists(LADDERS, min_size=1, max_size=3) | st.lists(NUMBERS, max_size=3),
+    "cut_widths": st.lists(st.none() | st.lists(NUMBERS | st.integers(-1, 9), max_size=3), max_size=3) | st.just([None, (4, 8)]),
     "similarity": st.sampled_from([*SIMILARITIES, "euclid"]),
     "error_weights": ROWS,
     "router_type": st.sampled_from([*ROUTERS, "best"]),

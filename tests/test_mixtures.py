@@ -20,7 +20,7 @@ from dynamoe_hf.modeling import mlp_backends
 from dynamoe_hf.modeling.dense_base import mlp_places
 from dynamoe_hf.modeling.engine_layers import prepare_for_engine
 from dynamoe_hf.modeling.mlp_backends import Costs, Decision
-from dynamoe_hf.modeling.moe_base import base_routers, is_mixture, rows_by_expert
+from dynamoe_hf.modeling.moe_base import base_routers, is_mixture, rows_by_expert, rows_by_width
 from dynamoe_hf.trainable import choose_trainable, router_parameters
 
 
@@ -89,6 +89,33 @@ def test_execution_equals_the_masked_loop_with_gradients(family, tokens, costs, 
     found, wanted = (torch.autograd.grad((y * target).sum(), leaves) for y in (actual, expected))
     for name, a, e in zip(["x", "weight", *dict(experts.named_parameters(recurse=False))], found, wanted):
         assert_close(f"gradient of {name}", a, e, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_outputs_of_experts_are_added_in_float32(tokens):
+    """In bfloat16 what experts of little weight give would be lost, one by one."""
+    experts = mixtures_of(tiny_dynamoe("qwen3_moe", dense_settings={"num_experts_per_tok": 4}))[0].bfloat16()
+    with torch.no_grad():
+        for tensor in (experts.gate_up_proj, experts.down_proj):
+            tensor[1:] = tensor[0]
+    x, index, weight, _ = pairs(experts, tokens)
+    weight = torch.tensor([1, 1 / 600, 1 / 600, 1 / 600]).expand_as(weight)
+    few, many = (experts.run(x.bfloat16(), index, w.bfloat16(), Decision(3)) for w in (weight * torch.eye(4)[0], weight))
+    assert many.dtype == torch.bfloat16
+    assert abs((many.float() / few.float()).mean().item() - 1.005) < 0.002
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_autocast_runs_the_experts_in_its_dtype(family, token_ids):
+    model = tiny_dynamoe(family, expert_widths=NULL)
+    expected = model(token_ids, sensitivity=0.4).logits
+    for ids in (token_ids, token_ids[:1, :1]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids, sensitivity=0.4).logits
+        assert logits.dtype == torch.bfloat16
+        assert_close("logits", logits.float(), expected[: len(ids), : ids.shape[1]], atol=0.2)
+        logits.float().square().mean().backward()
+    assert all(experts.down_proj.grad.isfinite().all() and experts.down_proj.grad.any() for experts in mixtures_of(model))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -334,6 +361,27 @@ def test_taylor_equals_autograd_in_an_expert():
 def test_rows_of_each_expert():
     index = torch.tensor([[2, 0], [0, 3], [2, 3]])
     assert {number: rows.tolist() for number, rows in rows_by_expert(index, 5)} == {0: [1, 2], 2: [0, 4], 3: [3, 5]}
+    width = torch.tensor([[0, 2], [1, 0], [2, 0]])
+    sorted_rows = [(number, rows.tolist(), counts) for number, rows, counts in rows_by_width(index, width, 5, 3)]
+    assert sorted_rows == [(0, [1, 2], [0, 1, 1]), (2, [4, 0], [1, 0, 1]), (3, [3, 5], [2, 0, 0])]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "glm4_moe"])
+def test_rows_change_memory_and_no_number(family, token_ids, tmp_path):
+    """A prefix is then one piece of memory in each projection; the model is saved and trained as before."""
+    model = tiny_dynamoe(family)
+    expected, weights = model(token_ids, sensitivity=0.4).logits, copy.deepcopy(model.state_dict())
+    assert model.pack("rows") is model
+    experts = mixtures_of(model)[0]
+    prefix = experts.layout.tensors(experts, 1).block(0, experts.widths[1])
+    for rows in (prefix.up, prefix.down.t()):
+        assert rows.is_contiguous()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert_close("logits", model(token_ids, sensitivity=0.4).logits, expected)
+    model.save_pretrained(tmp_path)
+    assert_close("logits", DynaMoEForCausalLM.from_pretrained(tmp_path)(token_ids, sensitivity=0.4).logits, expected)
+    model.train()(token_ids, labels=token_ids).loss.backward()
+    assert experts.down_proj.grad.any()
 
 
 @pytest.fixture(scope="module")
@@ -421,8 +469,10 @@ def test_what_a_mixture_does_not_have(token_ids):
     model = tiny_dynamoe("mixtral")
     with pytest.raises(ValueError, match="Sparsity inside the experts of a mixture"):
         fit_thresholds(model, token_ids)
-    with pytest.raises(ValueError, match="experts of a mixture cannot be packed"):
+    with pytest.raises(ValueError, match="experts of a mixture can be packed in \"rows\" alone: found 'int8'"):
         model.pack("int8")
+    with pytest.raises(ValueError, match='"rows" is for the experts of mixtures'):
+        tiny_dynamoe("llama").pack("rows")
     model.config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match="Engines replace the experts of a mixture"):
         prepare_for_engine(model.config, model.nested_mlps)

@@ -8,12 +8,15 @@ import re
 import struct
 import sys
 
+import conftest
 import pytest
+import reference
 import torch
 from conftest import tiny_dense, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.observe import consistency, mixture_consistency
 from dynamoe_hf.plots import draw_experts, draw_frontier, draw_tokens
 from dynamoe_hf.report import report_folder, token_difficulty, tokens_page
 from dynamoe_hf.tables import demo_table, evaluation_table, join_records, ratio_text, text_name
@@ -127,6 +130,54 @@ def test_characters_of_several_tokens_stay_whole():
     assert "".join(tokens) == NASTY and len(tokens) == shares.shape[1] == len(NASTY.encode())
     start = tokens.index("🙂")
     assert tokens[start : start + 5] == ["🙂", "", "", "", "👩"]
+
+
+def test_consistency_equals_the_plain_loops():
+    generator = torch.Generator().manual_seed(0)
+    taken = torch.rand(30, 12, generator=generator) < torch.linspace(0.05, 0.7, 12)
+    found, (performance, hits) = consistency(taken[None], 4), reference.consistency(taken, 4, 2)
+    assert found.performance == pytest.approx(performance) and found.hits == pytest.approx(hits)
+    assert 0 < hits < 1 and 0 < performance < 1
+    always = torch.zeros(2, 30, 12, dtype=torch.bool)
+    assert consistency(always, 4) is None and consistency(taken[None, :3], 4) is None
+    always[..., 3] = True
+    assert consistency(always, 4) == (1, 1)
+    two = torch.cat([taken[None], always[:1]])
+    assert consistency(two, 30).performance > consistency(taken[None], 30).performance, "a segment within one sequence alone"
+
+
+def test_routes_of_a_mixture(folder, tmp_path):
+    model = conftest.tiny_dynamoe("deepseek_v3", expert_widths=[0, 0.25, 0.5, 1])
+    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = mixture_consistency(model, ids, 8, sensitivity=0.5)
+    assert list(found) == [1], "the first layer is dense"
+    with model.routing(sensitivity=0.5, records=[]) as routing:
+        model(ids)
+    record = routing.records[1]
+    experts, rings = torch.zeros(2, 40, 4), torch.zeros(2, 40, 12)
+    for place in torch.cartesian_prod(*map(torch.arange, record.index.shape)).tolist():
+        number, width = int(record.index[tuple(place)]), int(record.expert[tuple(place)])
+        experts[place[0], place[1], number] = 1
+        rings[place[0], place[1], 3 * number : 3 * number + width] = 1
+    assert found[1] == (consistency(experts.bool(), 8), consistency(rings.bool(), 8))
+    assert found[1][0] != found[1][1]
+
+
+def test_report_of_a_mixture_says_what_routing_looks_like(folder, tmp_path):
+    assert "What routing looks like" not in report_folder(folder)[-1].read_text()
+    mixture = tmp_path / "mixture"
+    conftest.tiny_dynamoe(
+        "qwen3_moe", dense_settings={"num_hidden_layers": 3}, budgets={"0.5": 0.3, "0.75": 0.6}
+    ).save_pretrained(mixture)
+    tiny_tokenizer().save_pretrained(mixture)
+    (mixture / "results.json").write_text((folder / "results.json").read_text())
+    index = report_folder(mixture)[-1].read_text()
+    (table,) = re.findall(r"<caption>How alike 16 tokens.*?</table>", index, re.DOTALL)
+    numbers = [float(number) for number in re.findall(r"<td>([\d.]+)%</td>", table)]
+    assert len(numbers) == 3 * 4 and all(0 < number <= 100 for number in numbers)
+    short = tmp_path / "short.txt"
+    short.write_text("few tokens")
+    assert "not measured" in report_folder(mixture, text=short)[-1].read_text()
 
 
 def test_page_holds_the_exact_numbers():
