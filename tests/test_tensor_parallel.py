@@ -81,6 +81,12 @@ for name, (given, asked) in passes.items():
     assert gradients[0].keys() == gradients[1].keys() and any("mlp" in key for key in gradients[0])
     for key, gradient in gradients[0].items():
         assert_same(f"{name} {key}", [gradient, gradients[1][key]])
+try:
+    models[1].pack("int8")
+except ValueError as error:
+    assert "cannot be packed: its projections are wrapped, hooked, quantised, divided" in str(error)
+else:
+    raise AssertionError("a divided model was packed")
 models[1].save_pretrained(out)
 parts = {key: value.to_local() for key, value in models[1].state_dict().items() if hasattr(value, "to_local")}
 torch.save(parts, f"{out}.{rank}")
