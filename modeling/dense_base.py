@@ -190,14 +190,15 @@ def outside_mlps(plan: dict[str, str] | None) -> dict[str, str] | None:
     return plan and {key: style for key, style in plan.items() if not any(part in MLP_NAMES for part in key.split("."))}
 
 
-def _mlp_name(layer: nn.Module) -> str | None:
+def mlp_name(layer: nn.Module) -> str | None:
+    """What a decoder layer calls its MLP, or `None` where it is called something else."""
     return next((name for name in MLP_NAMES if layer._modules.get(name) is not None), None)
 
 
 def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
     """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer: of a mixture its routed experts."""
     for index, layer in enumerate(backbone.layers):
-        attribute = _mlp_name(layer)
+        attribute = mlp_name(layer)
         assert attribute is not None, "`check_places` has looked"
         name, mlp = f"{backbone.base_model_prefix}.layers.{index}.{attribute}", getattr(layer, attribute)
         yield MLPPlace(mlp, "experts", f"{name}.experts") if hasattr(mlp, "experts") else MLPPlace(layer, attribute, name)
@@ -229,7 +230,7 @@ def check_places(dense: Any) -> None:
     if reason := REFUSED.get(dense.config.model_type):
         raise ValueError(f"The family {dense.config.model_type} is not supported: {reason}. Convert another base, {EXAMPLES}.")
     layers = getattr(dense.base_model, "layers", None)
-    if dense.base_model is dense or layers is None or not all(map(_mlp_name, layers)):
+    if dense.base_model is dense or layers is None or not all(map(mlp_name, layers)):
         raise ValueError(
             f"{type(dense).__name__} cannot be converted: its MLPs are not at `model.layers.*.mlp`, or named alike. "
             f"Supported are decoder families built like Llama, {EXAMPLES}."

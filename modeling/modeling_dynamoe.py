@@ -45,7 +45,6 @@ from .dense_base import (
     fold_multipliers,
     mlp_places,
     nested_class,
-    outside_mlps,
     take_over,
 )
 from .engine_layers import prepare_for_engine
@@ -58,6 +57,7 @@ from .packed_weights import pack_model
 from .request_dials import RequestDials
 from .routing import ROUTES, Routing, RoutingSlot, TokenRouter, checkpoint_with_routing, loss_mask, mean_router_loss
 from .self_draft import SelfDraftGenerationMixin
+from .tensor_parallel import plan_with_mlps
 
 
 MLP_IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -106,8 +106,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             dense = self.base_class(config.base_config)
         take_over(self, dense)
         self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *DynaMoEPreTrainedModel._keep_in_fp32_modules}
-        if plan := getattr(self, "_tp_plan", None):
-            self._tp_plan = outside_mlps(plan)
+        self._tp_plan = plan_with_mlps(self)
 
     @property
     def nested_mlps(self) -> list[Any]:
@@ -170,6 +169,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         own = {name: each_of(getattr(requested, name), shape[0]) for name in ("sensitivity", "density")}
         routing = replace(requested, **own)
         routing = replace(routing, **{name: value for name, value in asked.items() if value is not None})
+        self.slot.draw_alike(inputs.device, self.training or routing.draws)
         if train:
             if route is None and routing.route == "router":
                 routing = replace(routing, route=self.config.train_route)

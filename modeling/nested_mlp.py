@@ -21,6 +21,7 @@ from .packed_weights import PackedMLP, pack_mlp
 from .quantized_slices import QuantizedSlices
 from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
 from .sparsity import Thresholds, keep_large, share_read
+from .tensor_parallel import read_by_parts, sum_of_parts
 
 
 class NestedLayer(nn.Module):
@@ -92,6 +93,7 @@ class NestedMLP(NestedLayer):
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
         self.packed: PackedMLP | OneDnnMLP | None = None
+        self.mesh: Any = None  # the processes that this MLP is divided over
         self.meter: nn.Module | None = None  # is told what every pass decides: (x, expert, thresholds)
         width = self.down_linear.in_features
         self.widths = config.layer_widths(layer, width)
@@ -114,13 +116,16 @@ class NestedMLP(NestedLayer):
     def forward(self, x):
         routing = self.slot.of_layer(self.config)
         if (y := run_few_tokens(self, x, routing)) is not None:
-            return y
+            return sum_of_parts(y, self.mesh)
         decision = self.decide(x, routing)
         if routing.records is not None:
             routing.records.append(self.record(x, decision))
         if self.meter is not None:
             self.meter(x, decision.expert, decision.thresholds)
-        y = run_experts(x, decision, self.weights(x, decision))
+        if decision.gates is not None:
+            decision = decision._replace(gates=read_by_parts(decision.gates, self.mesh))
+        y = run_experts(read_by_parts(x, self.mesh), decision, self.weights(x, decision))
+        y = sum_of_parts(y, self.mesh)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
     def decide(self, x: torch.Tensor, routing: Routing) -> Decision:
@@ -141,7 +146,8 @@ class NestedMLP(NestedLayer):
         hidden = profile = label = None
         labelled = routing.needs_labels or routing.route == "label"
         if labelled or thresholds is not None and routing.records is not None:
-            hidden = self.hidden(x) if thresholds is None else self.sparse_hidden(x, thresholds)
+            read = read_by_parts(x, self.mesh)
+            hidden = self.hidden(read) if thresholds is None else self.sparse_hidden(read, thresholds)
         if labelled:
             assert hidden is not None
             profile = self.profile(hidden.detach())
@@ -160,6 +166,7 @@ class NestedMLP(NestedLayer):
         if thresholds is not None:
             assert hidden is not None, "`decide` computes all neurons where records of what is read are wanted"
             share = share_read(keep_large(x, thresholds.input), hidden, taken, 1 if self.layout.ungated else 2)
+            share = sum_of_parts(share, self.mesh) / (1 if self.mesh is None else self.mesh.size())
         assert logits is not None, "`decide` asks the router where records are wanted"
         return LayerRecord(logits, expert, share, profile, label, loss, self.width_of(gates))
 
@@ -224,8 +231,9 @@ class NestedMLP(NestedLayer):
             return self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
 
         output, smaller = self.down_linear(hidden), left_out(self.widths, block)
-        output = output.flatten(0, 1)
+        output = sum_of_parts(output, self.mesh).flatten(0, 1)
         left_out_ETD = torch.stack(smaller).flatten(1, 2) if smaller else output.new_zeros(0, *output.shape)
+        left_out_ETD = sum_of_parts(left_out_ETD, self.mesh)
         loss_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0
         profile = similarity_profile(output, left_out_ETD, self.config.similarity, loss_weight, self.widths)
         return profile.view(*hidden.shape[:2], -1)

@@ -345,7 +345,7 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
             )
         if plain_parameters([getattr(mlp, name) for name in mlp.layout.projections], model.device) is None:
             raise ValueError(
-                f"The MLP of layer {mlp.layer} cannot be packed: its projections are wrapped, hooked, quantised or packed already. "
+                f"The MLP of layer {mlp.layer} cannot be packed: its projections are wrapped, hooked, quantised, divided or packed already. "
                 "Merge adapters (`merge_and_unload`), or load the model anew."
             )
     for mlp in mlps:

@@ -73,6 +73,11 @@ class Routing:
     thresholds: tuple[Thresholds, ...] | None = None
     shape: torch.Size | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether experts are drawn at random."""
+        return self.route == "random" or self.temperature is not None
+
     def with_defaults(self, config) -> "Routing":
         """Filled in from the model's config: the sensitivity where none was asked for, and the thresholds."""
         routing = self
@@ -105,6 +110,7 @@ class RoutingSlot:
     def __init__(self):
         self._local = threading.local()
         self.mlp_implementation = "auto"  # a setting of the model, not of a pass
+        self.mesh: Any = None  # the processes of tensor parallelism
 
     @property
     def requested(self) -> Routing:
@@ -124,6 +130,14 @@ class RoutingSlot:
             yield routing
         finally:
             self._local.requested = previous
+
+    def draw_alike(self, device: torch.device, draws: bool) -> None:
+        """Let all processes of tensor parallelism draw what the first one draws next, where a pass does: they must route alike."""
+        if draws and self.mesh is not None:
+            source: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+            state = source.get_rng_state().to(device)
+            torch.distributed.broadcast(state, group=self.mesh.get_group(), group_src=0)
+            source.set_rng_state(state.cpu())
 
     def exchange(self, routing: Routing | None) -> Routing | None:
         """Make `routing` the current one and return the one before. For `try`/`finally`, which compilers trace."""
@@ -362,8 +376,8 @@ def plain_parameters(linears: Iterable[nn.Module | None], device) -> list[dict] 
     for linear in linears:
         if linear is None or type(linear) not in (nn.Linear, BareLinear) or has_hooks(linear):
             return None
-        weight = linear._parameters.get("weight")
-        if type(weight) is not nn.Parameter or weight.device != device:
+        weight: Any = linear._parameters.get("weight")
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device != device:
             return None
         found.append(linear._parameters)
     return found

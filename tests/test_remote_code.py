@@ -25,7 +25,7 @@ TRAVELLING = {
     "configuration_dynamoe.py", "modeling_dynamoe.py", "dense_base.py", "difficulty.py", "routing.py", "nested_mlp.py",
     "mlp_backends.py", "quantized_slices.py", "fast_decode.py", "nested_mlp_triton.py", "packed_weights.py", "sparsity.py",
     "engine_layers.py", "onednn_weights.py", "request_dials.py", "checks.py", "outputs.py",
-    "self_draft.py", "moe_base.py", "nested_moe.py",
+    "self_draft.py", "moe_base.py", "nested_moe.py", "tensor_parallel.py",
 }  # fmt: skip
 
 # Runs in a process where importing the package fails, as on a machine that never had it.

@@ -31,6 +31,24 @@ pytestmark = pytest.mark.upstream
 # Trained where it is used: by default a training draws sensitivities below that of the full width.
 KINDS = {"full": {"train_sensitivity": (1.0, 1.0)}, "routed": {"sensitivity": 0.6}}
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
+# The distribution leaves out what starts processes: those import the mixin anew, as a package of these two files.
+RUN_DISTRIBUTED = """
+import os, socket, torch
+
+def run(rank, world_size, port, function, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    function(rank, *args)
+    torch.distributed.barrier()
+    os._exit(0)
+
+def run_distributed(world_size):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return lambda function: lambda *args: torch.multiprocessing.spawn(run, (world_size, port, function, args), world_size)
+"""
 
 
 @cache
@@ -123,3 +141,36 @@ def test_common_tests_end_as_with_the_dense_class(family, kind):
     assert len(dense_failed) == (4 if family == "gemma3_text" else 0), dense_failed
     assert not {name: error for name, error in failed.items() if name not in dense_failed}
     assert not {name: why for name, why in skipped.items() if name not in dense_skipped}
+
+
+def parallel_outcomes(mixin, kind):
+    """Errors of the tests of tensor parallelism, by name, and how many ran."""
+    config = tiny_config("llama")
+    dense = MODEL_MAPPING[type(config)], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    classes = dense if kind == "dense" else (DynaMoEModel, DynaMoEForCausalLM)
+
+    class Case(mixin, unittest.TestCase):
+        all_model_classes = classes
+        model_tester = FamilyTester("llama", *classes, KINDS.get(kind))
+
+    names = set(unittest.TestLoader().getTestCaseNames(Case)) - {"test_moe_parallel_plans_shard_experts"}
+    result = unittest.TestSuite(map(Case, sorted(names))).run(unittest.TestResult())
+    assert not result.skipped
+    return {str(test).split(" (")[0]: told for test, told in result.failures + result.errors}, result.testsRun
+
+
+def test_tensor_parallelism_ends_as_with_the_dense_class(tmp_path, monkeypatch):
+    """Forward, backward, generation, and generation of quantised weights, in two processes and in one."""
+    package, name = tmp_path / "upstream_parallel", "test_tensor_parallel_mixin"
+    package.mkdir()
+    (package / f"{name}.py").symlink_to(os.path.abspath(f"{os.environ['TRANSFORMERS_SOURCE']}/tests/{name}.py"))
+    (package / "distributed_testing_utils.py").write_text(RUN_DISTRIBUTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(f"upstream_parallel.{name}")
+    monkeypatch.setattr(module, "TP_DISTRIBUTED_TEST_MODEL_TYPES", None)  # the families that it picks
+    failed, ran = parallel_outcomes(module.TensorParallelTesterMixin, "routed")
+    assert parallel_outcomes(module.TensorParallelTesterMixin, "dense") == ({}, ran) and ran > 5
+    # It compares a part's gradient with a half in one piece. Ours are of blocks: test_tensor_parallel.py compares whole gradients.
+    different = re.findall(r"^  (\S+): max diff", failed.pop("test_tp_backward"), re.M)
+    assert different and all(re.search(r"\.mlp\.(gate|up|down)_proj\.weight$", name) for name in different)
+    assert not failed
