@@ -17,7 +17,7 @@ from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import check_places, dense_class_of, mlp_places
+from .modeling.dense_base import check_places, dense_class_of, mlp_places, weight_of
 from .modeling.moe_base import is_mixture, layout_at, rows_by_expert
 from .observe import (
     expert_shares,
@@ -314,7 +314,7 @@ def _watched(places, layouts, watch):
     """Inside, `watch(layer, down weight, expert or (), positions (T,), hidden)` sees the activations of one sequence in every MLP."""
 
     def dense_hook(index, linear, args):
-        watch(index, linear.weight, (), torch.arange(args[0].shape[-2], device=args[0].device), args[0])
+        watch(index, weight_of(linear), (), torch.arange(args[0].shape[-2], device=args[0].device), args[0])
 
     def mixture(index, experts, layout, x_TD, index_TK, weight_TK):
         y_TD, each = torch.zeros_like(x_TD), index_TK.shape[-1]

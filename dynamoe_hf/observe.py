@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import decoder_layers
 from .modeling.difficulty import label_of
 from .modeling.routing import LayerRecord
 
@@ -198,12 +199,12 @@ def _activation_bytes(model, tokens: int) -> int:
     if not tokens:
         return 0
     experts = getattr(model.config, "num_experts_per_tok", None) or 1  # of a mixture, whose weights have three dimensions
-    weights = [(p, experts if p.ndim == 3 else 1) for p in model.base_model.layers.parameters() if p.ndim >= 2]
+    weights = [(p, experts if p.ndim == 3 else 1) for p in decoder_layers(model.base_model).parameters() if p.ndim >= 2]
     return sum(2 * sum(weight.shape[-2:]) * weight.element_size() * times for weight, times in weights) * tokens
 
 
 def _recompute_layers(model, enable):
     """Activation checkpointing in evaluation mode: it looks at the layer's own `training` flag, which dropout does not read."""
     model._set_gradient_checkpointing(enable, partial(checkpoint, use_reentrant=False))
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model.base_model):
         layer.training = enable

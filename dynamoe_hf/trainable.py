@@ -9,7 +9,7 @@ import torch
 
 from .arguments import TrainedParts
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import MLP_NAMES, PROJECTIONS
+from .modeling.dense_base import FLAT, MLP_NAMES, PROJECTIONS, decoder_layers
 from .modeling.moe_base import base_routers
 from .modeling.routing import router_names
 
@@ -36,7 +36,7 @@ def divide_layers(model: DynaMoEForCausalLM) -> None:
 
     outer = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     backbone: Any = model.base_model
-    for layer in backbone.layers:
+    for layer in decoder_layers(backbone):
         fully_shard(layer)
     fully_shard(backbone, ignored_params=outer)
 
@@ -91,7 +91,7 @@ def lora_config(rank: int = 16, alpha: int = 32, **settings):
     """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
     from peft import LoraConfig
 
-    projections = rf".*\.({'|'.join(MLP_NAMES)})\.({'|'.join(PROJECTIONS)})"
+    projections = rf".*\.({'|'.join((*MLP_NAMES, FLAT[0]))})\.({'|'.join(PROJECTIONS)})"
     settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
     return LoraConfig(r=rank, lora_alpha=alpha, **settings)
 

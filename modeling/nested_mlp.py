@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dense_base import Projections, layout_of
+from .dense_base import Projections, as_linear, layout_of
 from .difficulty import label_of, left_out, similarity_profile
 from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
@@ -75,20 +75,23 @@ class NestedLayer(nn.Module):
 class NestedMLP(NestedLayer):
     """
     The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
-    names, so its checkpoint is the dense one plus `router.*`.
+    names, so its checkpoint is the dense one plus `router.*`. `Conv1D` becomes `nn.Linear`, its weight transposed.
     """
 
     def __init__(self, dense: nn.Module, config, layer: int, slot: RoutingSlot, name: str = "mlp"):
         super().__init__()
         self.layout = layout_of(dense, name)
+        self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
         for child, module in dense.named_children():
-            self.add_module(child, module)
+            if isinstance(module, nn.Dropout):  # gpt2
+                self.dropout = module.p
+            else:
+                self.add_module(child, as_linear(module))
         if self.layout.act is not None and not isinstance(getattr(dense, self.layout.act), nn.Module):
             setattr(self, self.layout.act, getattr(dense, self.layout.act))
-        self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
         # A compiled graph cannot hold the activation module, but its name.
-        named = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-        self.act_name = "silu" if self.layout.act is None else named
+        named = (getattr(config, name, None) for name in ("hidden_act", "hidden_activation", "activation_function"))
+        self.act_name = "silu" if self.layout.act is None else next(filter(None, named), None)
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
         self.packed: PackedMLP | OneDnnMLP | None = None
@@ -113,6 +116,8 @@ class NestedMLP(NestedLayer):
 
     def forward(self, x):
         routing = self.slot.of_layer(self.config)
+        if x.ndim == 2:  # OPT reads all tokens as one row
+            return self.forward(x.view(*(routing.shape or (1, len(x))), -1)).flatten(0, 1)
         if (y := run_few_tokens(self, x, routing)) is not None:
             return y
         decision = self.decide(x, routing)
