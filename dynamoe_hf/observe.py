@@ -169,8 +169,11 @@ def gradients_of_activations(model: PreTrainedModel, tokens: int = 0) -> Iterato
 
 def loss_backward(model: PreTrainedModel, batch: torch.Tensor, **options) -> None:
     """Backward of the LM loss summed over all tokens of a batch (B, S). `options` are those of the model's `forward`."""
-    logits = model(batch, use_cache=False, **options).logits[:, :-1].float()
-    F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+    logits = model(batch, use_cache=False, **options).logits.float()
+    targets = F.pad(
+        batch[:, 1:], (0, 1), value=-100
+    )  # not the logits are cut: backward would make a second tensor of their size
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
 
 
 @contextmanager

@@ -143,20 +143,21 @@ class NestedMLP(NestedLayer):
             if expert is not None:
                 return Decision(expert, thresholds=thresholds)
         logits = router(x)
-        hidden = profile = label = None
+        hidden = profile = label = output = None
         labelled = routing.needs_labels or routing.route == "label"
         if labelled or thresholds is not None and routing.records is not None:
             hidden = self.hidden(x) if thresholds is None else self.sparse_hidden(x, thresholds)
         if labelled:
             assert hidden is not None
-            profile = self.profile(hidden.detach())
+            output = None if torch.is_grad_enabled() else self.down_linear(hidden)
+            profile = self.profile(hidden.detach(), output)
             label = label_of(profile.flatten(0, 1), self._of_each_token(sensitivity, x)).view(x.shape[:2])
         expert, gates = (forced, None) if forced is not None else self.choose(logits, label, routing)
-        return Decision(expert, logits, gates, hidden, profile, label, thresholds)
+        return Decision(expert, logits, gates, hidden, profile, label, thresholds, output)
 
     def record(self, x: torch.Tensor, decision: Decision) -> LayerRecord:
         """What this layer did with its tokens, with the router's loss where the labels are known."""
-        expert, logits, gates, hidden, profile, label, thresholds = decision
+        expert, logits, gates, hidden, profile, label, thresholds, _ = decision
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert, device=x.device)
         loss = None if profile is None else self.router.loss(logits, profile, label)
@@ -212,9 +213,10 @@ class NestedMLP(NestedLayer):
         return keep_large(self.hidden(keep_large(x, thresholds.input)), thresholds.hidden)
 
     @torch.no_grad()
-    def profile(self, hidden: torch.Tensor) -> torch.Tensor:
+    def profile(self, hidden: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Similarity of each expert's output to the full one: (B, S, H) -> (B, S, E), float32.
+        Similarity of each expert's output to the full one: (B, S, H) -> (B, S, E), float32. `output`: the full one (B, S, D), if it is
+        known already.
 
         The blocks that each expert adds, summed from the last one down, are what the smaller experts leave out. That takes
         (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
@@ -228,8 +230,8 @@ class NestedMLP(NestedLayer):
             only[..., low:high] = hidden[..., low:high]
             return self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
 
-        output, smaller = self.down_linear(hidden), left_out(self.widths, block)
-        output = output.flatten(0, 1)
+        smaller = left_out(self.widths, block)
+        output = (self.down_linear(hidden) if output is None else output).flatten(0, 1)
         left_out_ETD = torch.stack(smaller).flatten(1, 2) if smaller else output.new_zeros(0, *output.shape)
         loss_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0
         profile = similarity_profile(output, left_out_ETD, self.config.similarity, loss_weight, self.widths)
