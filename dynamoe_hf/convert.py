@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .arguments import ConvertArguments, resolve
 from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
+from .kept_sums import KeptSums, digest_of_tensors
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import check_places, dense_class_of, mlp_places, weight_of
@@ -46,6 +47,7 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     The neurons of every MLP are ranked on calibration text and reordered in place, so a full-width model computes what the
     dense one does; its logits are compared with the dense ones before anything is written, and again when the folder is
     loaded. Peak memory is the model, a layer, and the activations of one sequence, of one layer alone where all take over 2 GB.
+    While the neurons are ranked, the longest part, `OUT.ranking.safetensors` keeps what is known so far: the same call goes on from there.
 
     Args:
         base: Hub id or folder of a dense causal language model, or a `.gguf` file or its folder, which is dequantised.
@@ -57,24 +59,32 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
 
     Raises:
         ValueError: the base cannot be converted, holds NaN, lacks weights, or full-width logits differ from the dense ones.
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists, or a ranking for it that was begun with other settings.
         OSError: nothing can be written to `out`, another run is writing it, or the disk is full.
     """
     arguments = resolve(ConvertArguments, arguments, settings)
     if arguments.importance not in IMPORTANCES:
         raise ValueError(f"The importance {arguments.importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
-    with new_folder(out) as folder:
-        model, tokenizer, record, (expected, *probe) = _converted(base, arguments)
-        record["weights"] = save_model(model, folder)
-        del model  # two at a time are more than there may be memory for
-        tokenizer.save_pretrained(folder)
-        written = load_model(folder)
-        record["parity"] = prove_parity(expected, _logits(written, *probe), written.dtype)
-        write_json(folder / CONVERSION, record)
+    ranking = Path(out).with_name(f"{Path(out).name}.ranking.safetensors")
+    try:
+        with new_folder(out) as folder:
+            model, tokenizer, record, (expected, *probe) = _converted(base, arguments, ranking)
+            record["weights"] = save_model(model, folder)
+            del model  # two at a time are more than there may be memory for
+            tokenizer.save_pretrained(folder)
+            written = load_model(folder)
+            record["parity"] = prove_parity(expected, _logits(written, *probe), written.dtype)
+            write_json(folder / CONVERSION, record)
+    except ValueError:  # which the same call would meet again
+        ranking.unlink(missing_ok=True)
+        raise
+    ranking.unlink(missing_ok=True)
     return record
 
 
-def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
+def _converted(
+    base, arguments: ConvertArguments, ranking: Path
+) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
     """The model, its tokenizer, the record of the conversion, and the dense logits, token ids and routes to prove what is written."""
     importance, text = arguments.importance, arguments.text
     dense, tokenizer = load_dense(base, arguments.dtype)
@@ -89,7 +99,12 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     routes: dict[int, tuple] = {}
     expected = _logits(dense, probe, routes)
-    scores = IMPORTANCES[importance](dense, blocks)
+    settings = {
+        "importance": importance,
+        "text": f"{blocks.numel()} tokens in blocks of {blocks.shape[1]} ({digest_of_tensors([blocks])})",
+        "weights": f"{dense.dtype} ({digest_of_tensors(dense.parameters())})".removeprefix("torch."),
+    }
+    scores = IMPORTANCES[importance](dense, blocks, KeptSums(ranking, settings))
     torch.manual_seed(arguments.seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
     for mlp, score in zip(tqdm(model.nested_mlps, desc="Reordering", leave=False), scores):
@@ -276,10 +291,10 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
     return weights, [min(max(round(sensitivity_for(profiles, shares, share), 4), 1e-4), 0.9999) for share in spanned]
 
 
-def _accumulate(dense, blocks, statistic, gradients=False):
+def _accumulate(dense, blocks, statistic, kept: KeptSums | None, gradients=False):
     """
     Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer: (H,), or (N, H) for
-    the N experts of a mixture, where experts that see fewer than `FEW_TOKENS` have 0.
+    the N experts of a mixture, where experts that see fewer than `FEW_TOKENS` have 0. `kept`: where the sums are kept while they grow.
     """
     places = list(mlp_places(dense.base_model))
     layouts = [layout_at(place) for place in places]
@@ -302,10 +317,15 @@ def _accumulate(dense, blocks, statistic, gradients=False):
         else:
             add(hidden.detach(), None)
 
+    sums = [*scores, *seen]
+    done = kept.read(sums) if kept else 0
+    left = tqdm(blocks[done:], desc="Ranking neurons", leave=False, initial=done, total=len(blocks))
     with _watched(places, layouts, watch), gradients_of_activations(dense, blocks.shape[1]) if gradients else torch.no_grad():
-        for block in tqdm(blocks, desc="Ranking neurons", leave=False):
+        for number, block in enumerate(left, done + 1):
             block = block.view(1, -1).to(dense.device)
             loss_backward(dense, block) if gradients else dense.base_model(block, use_cache=False)
+            if kept:
+                kept.keep(sums, number, last=number == len(blocks))
     return [score if score.ndim == 1 else score * (rows >= FEW_TOKENS)[:, None] for score, rows in zip(scores, seen)]
 
 
@@ -340,27 +360,27 @@ def _watched(places, layouts, watch):
             vars(place.mlp).pop("forward", None)
 
 
-def mean_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+def mean_activation(dense: PreTrainedModel, blocks: torch.Tensor, kept: KeptSums | None = None) -> list[torch.Tensor]:
     """Importance of each neuron: mean |h|, the paper's. Blocks (N, S) -> (H,) for each layer, of a mixture (N, H)."""
-    return _accumulate(dense, blocks, lambda hidden, gradient, down: hidden.abs().sum(0))
+    return _accumulate(dense, blocks, lambda hidden, gradient, down: hidden.abs().sum(0), kept)
 
 
-def normalised_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+def normalised_activation(dense: PreTrainedModel, blocks: torch.Tensor, kept: KeptSums | None = None) -> list[torch.Tensor]:
     """Importance of each neuron: |h| times the norm of its down column, as a share of the token's total. (H,) for each layer."""
 
     def statistic(hidden, gradient, down):
         size = hidden.abs() * down.float().norm(dim=0)
         return (size / size.sum(-1, keepdim=True).clamp_min(1e-12)).sum(0)
 
-    return _accumulate(dense, blocks, statistic)
+    return _accumulate(dense, blocks, statistic, kept)
 
 
-def taylor(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+def taylor(dense: PreTrainedModel, blocks: torch.Tensor, kept: KeptSums | None = None) -> list[torch.Tensor]:
     """Importance of each neuron: mean |h dL/dh|, the first-order change of the LM loss without it. (H,) for each layer."""
-    return _accumulate(dense, blocks, lambda hidden, gradient, down: (hidden * gradient).abs().sum(0), gradients=True)
+    return _accumulate(dense, blocks, lambda hidden, gradient, down: (hidden * gradient).abs().sum(0), kept, gradients=True)
 
 
-def taylor_share(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
+def taylor_share(dense: PreTrainedModel, blocks: torch.Tensor, kept: KeptSums | None = None) -> list[torch.Tensor]:
     """
     Importance of each neuron: |h dL/dh| as a share of the token's total. (H,) for each layer. As `taylor`, but a few tokens with
     large gradients do not decide for all.
@@ -370,7 +390,7 @@ def taylor_share(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Ten
         effect = (hidden * gradient).abs()
         return (effect / effect.sum(-1, keepdim=True).clamp_min(torch.finfo(effect.dtype).tiny)).sum(0)
 
-    return _accumulate(dense, blocks, statistic, gradients=True)
+    return _accumulate(dense, blocks, statistic, kept, gradients=True)
 
 
 IMPORTANCES: dict[str, Callable] = {

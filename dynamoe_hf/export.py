@@ -189,7 +189,7 @@ def _dense(model, widths) -> PreTrainedModel:
     wrong = [name for name, tensor in dense.state_dict().items() if tensor.shape != state[name].shape]
     if wrong:
         raise ValueError(
-            f"A plain {config.model_type} folder cannot hold MLPs or experts of {widths[-1]} neurons: found weights that its config gives "
+            f"A plain {config.model_type} folder cannot hold experts of {widths[-1]} neurons: found weights that its config gives "
             f"another shape, such as {wrong[0]}. Export the full width, or serve the folder itself."
         )
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}
