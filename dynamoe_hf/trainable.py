@@ -2,7 +2,8 @@
 """Which parts of a model a training moves, and what it is held to: parameters, adapters, the frozen teacher, densities."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +82,16 @@ def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
             "all": True,
         }
         parameter.requires_grad_(trained[parts] and id(parameter) not in gates)
+
+
+@contextmanager
+def adapters_off(wrapped: Any) -> Iterator[None]:
+    """Inside, PEFT's adapters are off. The trap: where they are on again PEFT has made all of them, and the routers, trainable."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in wrapped.parameters()]
+    with wrapped.disable_adapter():
+        yield
+    for parameter, trained in wanted:
+        parameter.requires_grad_(trained)
 
 
 def _parameters(modules):

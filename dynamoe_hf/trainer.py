@@ -29,7 +29,7 @@ from .modeling.dense_base import decoder_layers, decoder_of
 from .modeling.routing import loss_mask, mean_router_loss
 from .observe import expert_shares, of_tokens
 from .processes import check_division
-from .trainable import choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
+from .trainable import adapters_off, choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
 from .training_arguments import NestedTrainingArguments
 
 
@@ -274,7 +274,7 @@ class DynaMoETrainer(Trainer):
         lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
         unwrapped = self.accelerator.unwrap_model(model)
         teacher, core = (unwrapped, self.core) if self.teacher is None else (self.teacher, self.teacher)
-        with unwrapped.disable_adapter() if lora else nullcontext(), self.accelerator.autocast():
+        with adapters_off(unwrapped) if lora else nullcontext(), self.accelerator.autocast():
             teacher.eval()
             with core.routing(force_expert=core.config.expert_count - 1):
                 found = self._hidden_states(teacher, core, inputs)

@@ -313,6 +313,21 @@ def test_lora(tmp_path, token_ids):
         assert_close("merged", merged(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
 
 
+def test_what_was_frozen_beside_adapters_stays_frozen(tmp_path):
+    """PEFT makes routers trainable where the teacher's pass, without adapters, ends; layers that run again would not be those that ran."""
+    losses = []
+    for checkpointing in (False, True):
+        model = get_peft_model(tiny_model(), lora_config(4))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        settings = {"train_parts": "lora", "router_loss_coef": 0.0, "gradient_checkpointing": checkpointing}
+        trainer = train(model, tmp_path, max_steps=3, lm_loss_coef=0.2, **settings)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_activation_checkpointing_gives_the_same_losses(tmp_path):
     losses = []
     for checkpointing in (False, True):
