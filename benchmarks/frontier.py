@@ -64,7 +64,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from dynamoe_hf.arguments import EIGHTHS
 from dynamoe_hf.benchmark import machine
 from dynamoe_hf.calibrate import sensitivity_at
-from dynamoe_hf.convert import SINK_POSITIONS, convert_model, load_dense
+from dynamoe_hf.convert import convert_model, load_dense
 from dynamoe_hf.data import read_documents, token_blocks, topic_documents
 from dynamoe_hf.demo import obtain_model
 from dynamoe_hf.evaluate import block_nll, ratio_to, routed_nll
@@ -79,6 +79,7 @@ from dynamoe_hf.folder import (
     update_config,
     write_json,
 )
+from dynamoe_hf.importance import SINK_POSITIONS
 from dynamoe_hf.losses import LossesInChunks, layer_outputs, relative_error
 from dynamoe_hf.observe import expert_shares, run_routers, sensitivity_for, shares_taken, similarity_profiles, watch
 from dynamoe_hf.train import adapt_model, train_model

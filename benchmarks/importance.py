@@ -13,8 +13,9 @@ import math
 
 import torch
 
-from dynamoe_hf.convert import IMPORTANCES, load_dense, reorder, scale_difficulty
+from dynamoe_hf.convert import load_dense, reorder, scale_difficulty
 from dynamoe_hf.data import documents_for, token_blocks
+from dynamoe_hf.importance import IMPORTANCES
 from dynamoe_hf.modeling import DynaMoEForCausalLM
 from dynamoe_hf.observe import expert_shares, sensitivity_for, similarity_profiles
 

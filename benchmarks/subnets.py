@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from dynamoe_hf.convert import SINK_POSITIONS
+from dynamoe_hf.importance import SINK_POSITIONS
 from dynamoe_hf.modeling.difficulty import best_gain, label_of
 from dynamoe_hf.modeling.routing import ProfileRouter
 from dynamoe_hf.router_fit import fit_router

@@ -27,6 +27,7 @@ from .data import documents_for, token_blocks
 from .export import dense_prefix
 from .folder import BENCHMARK, check_writable, count_parameters, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import decoder_layers
 from .modeling.mlp_backends import Decision, run_experts
 from .modeling.moe_base import is_mixture
 from .modeling.routing import router_names
@@ -346,7 +347,7 @@ def bench_prefill(
     for name, theta in sensitivities.items():
         runs[name] = [partial(model, tokens, use_cache=False, logits_to_keep=1, sensitivity=theta)]
     timed, rows = interleaved(runs, rounds, f"Prefill of {tokens.shape[1]}"), []
-    layers: Any = model.base_model.layers
+    layers = decoder_layers(model.base_model)
     counts = count_parameters(model)
     mlp, routers = counts["mlp"], counts["router"]
     rest = sum(p.numel() for p in layers.parameters()) - mlp - routers - counts["idle"]

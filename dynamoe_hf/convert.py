@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense model -> DynaMoE: rank the neurons, reorder them, add routers, prove parity."""
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .arguments import ConvertArguments, resolve
 from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
+from .importance import IMPORTANCES, massive_experts
+from .kept_sums import KeptSums, digest_of_tensors
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import check_places, dense_class_of, mlp_places
-from .modeling.moe_base import is_mixture, layout_at, rows_by_expert
+from .modeling.moe_base import is_mixture
 from .observe import (
     expert_shares,
-    gradients_of_activations,
-    loss_backward,
     mean_share,
     sensitivity_for,
     similarity_profiles,
 )
 
 
-SINK_POSITIONS = 4  # the first tokens of a sequence draw huge activations, whatever they say (attention sinks)
-FEW_TOKENS = 16  # of the calibration text: what fewer say of an expert of a mixture is noise, and its neurons keep their order
 CUT_STEP = 8  # neurons, in which experts are cut
 GRADIENT_BLOCKS = 6  # sequences that estimate the error weights: more do not change them
 # Mean shares that the sensitivities drawn in training span, by the labels. Without the full width among them it drifts.
@@ -47,6 +43,7 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
     The neurons of every MLP are ranked on calibration text and reordered in place, so a full-width model computes what the
     dense one does; its logits are compared with the dense ones before anything is written, and again when the folder is
     loaded. Peak memory is the model, a layer, and the activations of one sequence, of one layer alone where all take over 2 GB.
+    While the neurons are ranked, the longest part, `OUT.ranking.safetensors` keeps what is known so far: the same call goes on from there.
 
     Args:
         base: Hub id or folder of a dense causal language model, or a `.gguf` file or its folder, which is dequantised.
@@ -58,24 +55,32 @@ def convert_model(base: str | Path, out: str | Path, arguments: ConvertArguments
 
     Raises:
         ValueError: the base cannot be converted, holds NaN, lacks weights, or full-width logits differ from the dense ones.
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists, or a ranking for it that was begun with other settings.
         OSError: nothing can be written to `out`, another run is writing it, or the disk is full.
     """
     arguments = resolve(ConvertArguments, arguments, settings)
     if arguments.importance not in IMPORTANCES:
         raise ValueError(f"The importance {arguments.importance!r} is unknown. Choose one of {', '.join(IMPORTANCES)}.")
-    with new_folder(out) as folder:
-        model, tokenizer, record, (expected, *probe) = _converted(base, arguments)
-        record["weights"] = save_model(model, folder)
-        del model  # two at a time are more than there may be memory for
-        tokenizer.save_pretrained(folder)
-        written = load_model(folder)
-        record["parity"] = prove_parity(expected, _logits(written, *probe), written.dtype)
-        write_json(folder / CONVERSION, record)
+    ranking = Path(out).with_name(f"{Path(out).name}.ranking.safetensors")
+    try:
+        with new_folder(out) as folder:
+            model, tokenizer, record, (expected, *probe) = _converted(base, arguments, ranking)
+            record["weights"] = save_model(model, folder)
+            del model  # two at a time are more than there may be memory for
+            tokenizer.save_pretrained(folder)
+            written = load_model(folder)
+            record["parity"] = prove_parity(expected, _logits(written, *probe), written.dtype)
+            write_json(folder / CONVERSION, record)
+    except ValueError:  # which the same call would meet again
+        ranking.unlink(missing_ok=True)
+        raise
+    ranking.unlink(missing_ok=True)
     return record
 
 
-def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
+def _converted(
+    base, arguments: ConvertArguments, ranking: Path
+) -> tuple[DynaMoEForCausalLM, PreTrainedTokenizerBase, dict, tuple]:
     """The model, its tokenizer, the record of the conversion, and the dense logits, token ids and routes to prove what is written."""
     importance, text = arguments.importance, arguments.text
     dense, tokenizer = load_dense(base, arguments.dtype)
@@ -94,7 +99,12 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     routes: dict[int, tuple] = {}
     expected = _logits(dense, probe, routes)
-    scores = IMPORTANCES[importance](dense, blocks)
+    settings = {
+        "importance": importance,
+        "text": f"{blocks.numel()} tokens in blocks of {blocks.shape[1]} ({digest_of_tensors([blocks])})",
+        "weights": f"{dense.dtype} ({digest_of_tensors(dense.parameters())})".removeprefix("torch."),
+    }
+    scores = IMPORTANCES[importance](dense, blocks, KeptSums(ranking, settings))
     massive = massive_experts(dense, blocks) if arguments.cut else []
     torch.manual_seed(arguments.seed)
     model = DynaMoEForCausalLM.from_dense(dense, **fields)
@@ -276,28 +286,6 @@ def cut_experts(model: DynaMoEForCausalLM, scores: list[torch.Tensor], massive: 
     model.config.cut_widths = cuts
 
 
-@torch.no_grad()
-def massive_experts(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """
-    Which experts of each layer carry massive activations, (N,) bool, of dense layers (): those whose largest |output| is above 99.5% of all
-    experts' and a tenth of the largest (Su et al., 2025, arXiv 2507.23279). Without them a mixture breaks down.
-    """
-    places = list(mlp_places(dense.base_model))
-    largest = [torch.zeros(place.mlp.num_experts if is_mixture(place.mlp) else ()) for place in places]
-
-    def watch(index, down, expert, positions, hidden):
-        if largest[index].ndim:
-            output = hidden @ down.t()
-            largest[index][expert] = max(largest[index][expert], output.abs().max().float().cpu())
-
-    with _watched(places, [layout_at(place) for place in places], watch):
-        for block in tqdm(blocks, desc="Looking for massive activations", leave=False):
-            dense.base_model(block.view(1, -1).to(dense.device), use_cache=False)
-    every = torch.cat([sizes for sizes in largest if sizes.ndim])
-    bound = max(every.quantile(0.995).item(), every.max().item() / 10)
-    return [sizes >= bound for sizes in largest]
-
-
 def prove_parity(expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
     """
     Largest difference of full-width logits from the dense ones, relative to the largest logit.
@@ -336,108 +324,3 @@ def scale_difficulty(model: DynaMoEForCausalLM, blocks: torch.Tensor) -> tuple[l
         profiles = 1 / (1 + factor * (1 / profiles.clamp_min(1e-12) - 1))
     spanned = TRAINING_SHARES if model.config.has_dial else (0.75, 0.75)
     return weights, [min(max(round(sensitivity_for(profiles, shares, share), 4), 1e-4), 0.9999) for share in spanned]
-
-
-def _accumulate(dense, blocks, statistic, gradients=False):
-    """
-    Sum of `statistic(hidden (T, H), gradient or None, down weight) -> (H,)` over calibration tokens, for each layer: (H,), or (N, H) for
-    the N experts of a mixture, where experts that see fewer than `FEW_TOKENS` have 0.
-    """
-    places = list(mlp_places(dense.base_model))
-    layouts = [layout_at(place) for place in places]
-    shapes = [(place.mlp.num_experts,) if is_mixture(place.mlp) else () for place in places]
-    sizes = zip(shapes, layouts, places)
-    scores = [torch.zeros((*shape, layout.width(place.mlp)), dtype=torch.float64) for shape, layout, place in sizes]
-    seen = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
-
-    def watch(index, down, expert, positions, hidden):
-        kept = positions >= SINK_POSITIONS
-
-        def add(hidden, gradient):
-            hidden, gradient = (None if t is None else t.flatten(0, -2)[kept] for t in (hidden, gradient))
-            scores[index][expert] += statistic(hidden.float(), gradient, down).double().cpu()
-            seen[index][expert] += len(hidden)
-
-        if gradients:
-            values = hidden.detach()
-            hidden.register_hook(lambda gradient: add(values, gradient.float()))
-        else:
-            add(hidden.detach(), None)
-
-    with _watched(places, layouts, watch), gradients_of_activations(dense, blocks.shape[1]) if gradients else torch.no_grad():
-        for block in tqdm(blocks, desc="Ranking neurons", leave=False):
-            block = block.view(1, -1).to(dense.device)
-            loss_backward(dense, block) if gradients else dense.base_model(block, use_cache=False)
-    return [score if score.ndim == 1 else score * (rows >= FEW_TOKENS)[:, None] for score, rows in zip(scores, seen)]
-
-
-@contextmanager
-def _watched(places, layouts, watch):
-    """Inside, `watch(layer, down weight, expert or (), positions (T,), hidden)` sees the activations of one sequence in every MLP."""
-
-    def dense_hook(index, linear, args):
-        watch(index, linear.weight, (), torch.arange(args[0].shape[-2], device=args[0].device), args[0])
-
-    def mixture(index, experts, layout, x_TD, index_TK, weight_TK):
-        y_TD, each = torch.zeros_like(x_TD), index_TK.shape[-1]
-        for expert, rows in rows_by_expert(index_TK, experts.num_experts):
-            tensors, tokens = layout.tensors(experts, expert), rows // each
-            hidden = tensors.hidden(x_TD[tokens])
-            watch(index, tensors.down, expert, tokens, hidden)
-            y_TD = y_TD.index_add(0, tokens, (tensors.output(hidden) * weight_TK.flatten()[rows, None]).to(y_TD.dtype))
-        return y_TD
-
-    hooks = []
-    try:
-        for index, (place, layout) in enumerate(zip(places, layouts)):
-            if is_mixture(place.mlp):
-                place.mlp.forward = partial(mixture, index, place.mlp, layout)
-            else:
-                hooks.append(getattr(place.mlp, layout.down).register_forward_pre_hook(partial(dense_hook, index)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for place in filter(lambda place: is_mixture(place.mlp), places):
-            vars(place.mlp).pop("forward", None)
-
-
-def mean_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """Importance of each neuron: mean |h|, the paper's. Blocks (N, S) -> (H,) for each layer, of a mixture (N, H)."""
-    return _accumulate(dense, blocks, lambda hidden, gradient, down: hidden.abs().sum(0))
-
-
-def normalised_activation(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """Importance of each neuron: |h| times the norm of its down column, as a share of the token's total. (H,) for each layer."""
-
-    def statistic(hidden, gradient, down):
-        size = hidden.abs() * down.float().norm(dim=0)
-        return (size / size.sum(-1, keepdim=True).clamp_min(1e-12)).sum(0)
-
-    return _accumulate(dense, blocks, statistic)
-
-
-def taylor(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """Importance of each neuron: mean |h dL/dh|, the first-order change of the LM loss without it. (H,) for each layer."""
-    return _accumulate(dense, blocks, lambda hidden, gradient, down: (hidden * gradient).abs().sum(0), gradients=True)
-
-
-def taylor_share(dense: PreTrainedModel, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """
-    Importance of each neuron: |h dL/dh| as a share of the token's total. (H,) for each layer. As `taylor`, but a few tokens with
-    large gradients do not decide for all.
-    """
-
-    def statistic(hidden, gradient, down):
-        effect = (hidden * gradient).abs()
-        return (effect / effect.sum(-1, keepdim=True).clamp_min(torch.finfo(effect.dtype).tiny)).sum(0)
-
-    return _accumulate(dense, blocks, statistic, gradients=True)
-
-
-IMPORTANCES: dict[str, Callable] = {
-    "activation": mean_activation,
-    "normalised": normalised_activation,
-    "taylor": taylor,
-    "taylor_share": taylor_share,
-}

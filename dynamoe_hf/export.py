@@ -166,7 +166,8 @@ def _narrowed(model, widths) -> dict[str, torch.Tensor]:
     for place, mlp, width in zip(mlp_places(model.base_model), model.nested_mlps, widths):
         prefix = f"{place.name}."
         for name in [name for name in state if name.startswith(prefix)]:
-            state[name] = mlp.layout.narrow(name.removeprefix(prefix), state[name], width)
+            part = name.removeprefix(prefix)
+            state[f"{place.base_name}.{part}"] = mlp.layout.narrow(part, state.pop(name), width)
     return state
 
 
@@ -188,8 +189,8 @@ def _dense(model, widths) -> PreTrainedModel:
     wrong = [name for name, tensor in dense.state_dict().items() if tensor.shape != state[name].shape]
     if wrong:
         raise ValueError(
-            f"A plain {config.model_type} folder cannot hold experts of {widths[-1]} neurons: found weights that its config would make "
-            f"narrower too, such as {wrong[0]}. Export the full width, or serve the folder itself."
+            f"A plain {config.model_type} folder cannot hold experts of {widths[-1]} neurons: found weights that its config gives "
+            f"another shape, such as {wrong[0]}. Export the full width, or serve the folder itself."
         )
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in state}
     dense.load_state_dict(state, assign=True)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import decoder_layers
 from .modeling.difficulty import label_of
 from .modeling.mlp_backends import block_sizes
 from .modeling.routing import LayerRecord
@@ -215,8 +216,11 @@ def gradients_of_activations(model: PreTrainedModel, tokens: int = 0) -> Iterato
 
 def loss_backward(model: PreTrainedModel, batch: torch.Tensor, **options) -> None:
     """Backward of the LM loss summed over all tokens of a batch (B, S). `options` are those of the model's `forward`."""
-    logits = model(batch, use_cache=False, **options).logits[:, :-1].float()
-    F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+    logits = model(batch, use_cache=False, **options).logits.float()
+    targets = F.pad(
+        batch[:, 1:], (0, 1), value=-100
+    )  # not the logits are cut: backward would make a second tensor of their size
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
 
 
 @contextmanager
@@ -245,12 +249,12 @@ def _activation_bytes(model, tokens: int) -> int:
     if not tokens:
         return 0
     experts = getattr(model.config, "num_experts_per_tok", None) or 1  # of a mixture, whose weights have three dimensions
-    weights = [(p, experts if p.ndim == 3 else 1) for p in model.base_model.layers.parameters() if p.ndim >= 2]
+    weights = [(p, experts if p.ndim == 3 else 1) for p in decoder_layers(model.base_model).parameters() if p.ndim >= 2]
     return sum(2 * sum(weight.shape[-2:]) * weight.element_size() * times for weight, times in weights) * tokens
 
 
 def _recompute_layers(model, enable):
     """Activation checkpointing in evaluation mode: it looks at the layer's own `training` flag, which dropout does not read."""
     model._set_gradient_checkpointing(enable, partial(checkpoint, use_reentrant=False))
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model.base_model):
         layer.training = enable

@@ -98,9 +98,10 @@ def _head_sizes(config) -> tuple[int, int]:
 
 
 def _looked_up(model) -> int:
-    """Numbers of the embeddings, of which a token reads one row and none multiplies; 0 where they are the head too."""
-    tied = model.config.base_config.tie_word_embeddings
-    return 0 if tied else sum(p.numel() for p in model.get_input_embeddings().parameters())
+    """Numbers of the embeddings, of tokens and of positions, of which a token reads one row and none multiplies; not those of a tied head."""
+    head = model.get_input_embeddings() if model.config.base_config.tie_word_embeddings else None
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not head]
+    return sum(module.weight.numel() for module in found)
 
 
 def _forward_flops(model, counts, share: float, context: int) -> int:

@@ -2,14 +2,15 @@
 """Which parts of a model a training moves, and what it is held to: parameters, adapters, the frozen teacher, densities."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .arguments import TrainedParts
 from .modeling import DynaMoEForCausalLM
-from .modeling.dense_base import MLP_NAMES, PROJECTIONS
+from .modeling.dense_base import FLAT, MLP_NAMES, PROJECTIONS, decoder_layers
 from .modeling.moe_base import base_routers
 from .modeling.routing import router_names
 
@@ -36,7 +37,7 @@ def divide_layers(model: DynaMoEForCausalLM) -> None:
 
     outer = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     backbone: Any = model.base_model
-    for layer in backbone.layers:
+    for layer in decoder_layers(backbone):
         fully_shard(layer)
     fully_shard(backbone, ignored_params=outer)
 
@@ -83,6 +84,16 @@ def choose_trainable(model: DynaMoEForCausalLM, parts: TrainedParts) -> None:
         parameter.requires_grad_(trained[parts] and id(parameter) not in gates)
 
 
+@contextmanager
+def adapters_off(wrapped: Any) -> Iterator[None]:
+    """Inside, PEFT's adapters are off. The trap: where they are on again PEFT has made all of them, and the routers, trainable."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in wrapped.parameters()]
+    with wrapped.disable_adapter():
+        yield
+    for parameter, trained in wanted:
+        parameter.requires_grad_(trained)
+
+
 def _parameters(modules):
     return [parameter for module in modules for parameter in module.parameters()]
 
@@ -91,7 +102,7 @@ def lora_config(rank: int = 16, alpha: int = 32, **settings):
     """A PEFT `LoraConfig` with adapters on the MLP projections of any supported family, and routers trained in full."""
     from peft import LoraConfig
 
-    projections = rf".*\.({'|'.join(MLP_NAMES)})\.({'|'.join(PROJECTIONS)})"
+    projections = rf".*\.({'|'.join((*MLP_NAMES, FLAT[0]))})\.({'|'.join(PROJECTIONS)})"
     settings = {"target_modules": projections, "modules_to_save": ["router"], "task_type": "CAUSAL_LM", **settings}
     return LoraConfig(r=rank, lora_alpha=alpha, **settings)
 

@@ -25,10 +25,11 @@ from .folder import CONVERSION, carry_records, write_json
 from .integrity import DIGESTS, digests_of, first_not_finite
 from .losses import LossesInChunks, layer_outputs, relative_error, without_hooks
 from .modeling import DynaMoEForCausalLM
+from .modeling.dense_base import decoder_layers, decoder_of
 from .modeling.routing import loss_mask, mean_router_loss
 from .observe import expert_shares, of_tokens
 from .processes import check_division
-from .trainable import choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
+from .trainable import adapters_off, choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
 from .training_arguments import NestedTrainingArguments
 
 
@@ -259,8 +260,8 @@ class DynaMoETrainer(Trainer):
         Through `model`'s own `forward`, because wrappers such as DDP must see the call; it computes no logits.
         """
         kept = []
-        watched = core.base_model.layers if self.args.hidden_loss_coef and self._distils(self.args) else []
-        last = core.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+        watched = decoder_layers(core.base_model) if self.args.hidden_loss_coef and self._distils(self.args) else []
+        last = decoder_of(core.base_model).register_forward_hook(lambda module, args, output: kept.append(output[0]))
         with last, layer_outputs(watched) as states:
             # With a cache, models would not see where packed documents begin.
             inputs = {**inputs, "use_cache": False}
@@ -273,7 +274,7 @@ class DynaMoETrainer(Trainer):
         lora = self.args.train_parts == "lora" and self.args.teacher == "frozen"
         unwrapped = self.accelerator.unwrap_model(model)
         teacher, core = (unwrapped, self.core) if self.teacher is None else (self.teacher, self.teacher)
-        with unwrapped.disable_adapter() if lora else nullcontext(), self.accelerator.autocast():
+        with adapters_off(unwrapped) if lora else nullcontext(), self.accelerator.autocast():
             teacher.eval()
             with core.routing(force_expert=core.config.expert_count - 1):
                 found = self._hidden_states(teacher, core, inputs)

@@ -15,9 +15,10 @@ AutoModelForCausalLM.register(DynaMoEConfig, DynaMoEForCausalLM, exist_ok=True)
 DynaMoEConfig.register_for_auto_class()
 DynaMoEModel.register_for_auto_class("AutoModel")
 DynaMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# What PEFT adapts by default. Its tables are read by the model type, so all bases get what Llama has, or GPT-NeoX under its own names.
+# What PEFT adapts by default. Its tables are read by the model type, so all bases get what Llama has, or GPT-NeoX and GPT-2 under their
+# own names.
 for name, table in vars(constants).items():
     if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
-        table.setdefault("dynamoe", [*table["llama"], *table.get("gpt_neox", ())])
+        table.setdefault("dynamoe", [*table["llama"], *table.get("gpt_neox", ()), *table.get("gpt2", ())])
 
 __all__ = ["DynaMoEConfig", "DynaMoEForCausalLM", "DynaMoEModel"]

@@ -5,7 +5,7 @@ import copy
 from itertools import pairwise
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_expert, check_model_type, check_one_of, check_sensitivity, is_number, is_size, is_whole
@@ -147,10 +147,12 @@ class DynaMoEConfig(PreTrainedConfig):
         """
         check_model_type(config_dict.get("model_type"))
         asked: Any = kwargs.get("num_hidden_layers")
-        found: Any = config_dict.get("base_config", {}).get("num_hidden_layers")
+        base = config_dict.get("base_config", {})
+        name = _layers_name(base)
+        found: Any = base.get(name)
         if is_whole(asked) and is_whole(found) and 0 < asked < found:
             super().from_dict(config_dict)  # tells what is wrong with any field
-            config_dict = _first_layers(config_dict, asked)
+            config_dict = _first_layers(config_dict, name, asked)
         return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> None:
@@ -361,10 +363,20 @@ def _base_config(given):
     return given
 
 
-def _first_layers(fields, layers):
-    """The fields of a config, already checked, with the entries of the first layers alone and without what was calibrated on all."""
-    base = dict(fields["base_config"], num_hidden_layers=layers)
-    cut = {"base_config": base, "num_hidden_layers": layers, "budgets": None, "density_path": None}
+def _layers_name(base_config):
+    """What a base's own config calls the number of its layers: `n_layer` in GPT-2's."""
+    family = base_config.get("model_type")
+    names = CONFIG_MAPPING[family].attribute_map if family in CONFIG_MAPPING else {}
+    return names.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _first_layers(fields, layers_name, layers):
+    """
+    The fields of a config, already checked, with the entries of the first layers alone and without what was calibrated on all.
+    `layers_name`: what the base calls their number.
+    """
+    base = {**fields["base_config"], layers_name: layers}
+    cut = {"base_config": base, layers_name: layers, "budgets": None, "density_path": None}
     lists = ((base, "layer_types"), (base, "mlp_layer_types"), (fields, "error_weights"), (fields, "cut_widths"))
     for owner, name in lists:
         if owner.get(name) is not None:

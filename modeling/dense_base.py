@@ -2,7 +2,9 @@
 """
 All that is known about the dense base: where a family keeps its MLPs, how it lays them out, and how to subclass its model.
 
-To add a family whose MLPs have other names: one entry in `LAYOUTS`. To add one that keeps them elsewhere: `mlp_places`.
+To add a family whose MLPs have other names: one entry in `LAYOUTS`. To add one that keeps them elsewhere: `mlp_places`. Two kinds of
+families do not have MLPs of `nn.Linear` layers: GPT-2 holds its weights as (in, out), in `Conv1D`, and layers like OPT's have their
+projections and no module around them.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 
 EXAMPLES = "for example llama, mistral, qwen3, gemma2 or phi3"
@@ -61,7 +64,7 @@ class Projections(NamedTuple):
 class Layout(NamedTuple):
     """
     Names of the parts of a dense MLP. `gate` is None where there is no gate, or where `up` holds both, gate first; `act` where the
-    activation function is SiLU and has no name.
+    activation function is SiLU and has no name. `transposed`: the base holds its weights in `Conv1D`; a nested MLP has `nn.Linear`.
     """
 
     gate: str | None
@@ -69,6 +72,7 @@ class Layout(NamedTuple):
     down: str
     act: str | None
     fused: bool = False
+    transposed: bool = False
 
     @property
     def projections(self) -> list[str]:
@@ -77,7 +81,7 @@ class Layout(NamedTuple):
 
     def width(self, mlp: nn.Module) -> int:
         """Neurons of `mlp`."""
-        return getattr(mlp, self.down).in_features
+        return weight_sizes(getattr(mlp, self.down))[1]
 
     @property
     def ungated(self) -> bool:
@@ -124,13 +128,15 @@ class Layout(NamedTuple):
         down.weight.copy_(down.weight[:, order])
 
     def narrow(self, name: str, tensor: torch.Tensor, neurons: int) -> torch.Tensor:
-        """The first `neurons` of one tensor of an MLP, named as in its state dict, such as `up_proj.weight`."""
+        """The first `neurons` of one tensor of an MLP, named as in its state dict, such as `up_proj.weight`, as the base holds it."""
         projection, _, kind = name.rpartition(".")
         if projection == self.down:
-            return tensor[:, :neurons].contiguous() if kind == "weight" else tensor
-        if self.fused:
-            return torch.cat([half[:neurons] for half in tensor.chunk(2)])
-        return tensor[:neurons].contiguous()
+            tensor = tensor[:, :neurons] if kind == "weight" else tensor
+        elif self.fused:
+            tensor = torch.cat([half[:neurons] for half in tensor.chunk(2)])
+        else:
+            tensor = tensor[:neurons]
+        return (tensor.t() if self.transposed and kind == "weight" else tensor).contiguous()
 
 
 LAYOUTS = (
@@ -142,21 +148,43 @@ LAYOUTS = (
     Layout(None, "up_proj", "down_proj", "act_fn"),
     Layout(None, "fc1", "fc2", "activation_fn"),
     Layout(None, "dense_h_to_4h", "dense_4h_to_h", "act"),
+    Layout(None, "fc_in", "fc_out", "act"),  # gptj, codegen
 )
 PROJECTIONS = sorted({name for layout in LAYOUTS for name in layout.projections})
 
 
+def weight_sizes(linear: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer or a `Conv1D`."""
+    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+
+
+def weight_of(linear: Any) -> torch.Tensor:
+    """The weight of a linear layer or a `Conv1D`, a view: (out, in)."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """The `nn.Linear` that computes what a `Conv1D` does, its weight copied; other modules as they are."""
+    if not isinstance(module, Conv1D):
+        return module
+    out, into = weight_sizes(module)
+    linear = nn.Linear(into, out, device="meta")
+    linear.weight = nn.Parameter(weight_of(module).detach().contiguous(), module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear
+
+
 def layout_of(mlp: nn.Module, name: str = "mlp") -> Layout:
     """The `Layout` of a dense MLP. Raises `ValueError`, naming the module, for anything that is not one of `LAYOUTS`."""
-    linears = {child for child, module in mlp.named_children() if isinstance(module, nn.Linear)}
+    linears = {child for child, module in mlp.named_children() if isinstance(module, nn.Linear | Conv1D)}
     others = {child for child, module in mlp.named_children() if any(True for _ in module.parameters())} - linears
     modules = {child for child, _ in mlp.named_children()}
     for layout in LAYOUTS:
         activates = modules == linears if layout.act is None else hasattr(mlp, layout.act) and others <= {layout.act}
         if linears == set(layout.projections) and activates:
             up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
-            if up.out_features == down.in_features * (2 if layout.fused else 1):
-                return layout
+            if weight_sizes(up)[0] == weight_sizes(down)[1] * (2 if layout.fused else 1):
+                return layout._replace(transposed=isinstance(up, Conv1D))
     supported = "; ".join(", ".join(layout.projections) for layout in LAYOUTS)
     raise ValueError(
         f"`{name}` cannot be split into nested experts: found {type(mlp).__name__} with "
@@ -166,19 +194,40 @@ def layout_of(mlp: nn.Module, name: str = "mlp") -> Layout:
 
 
 class MLPPlace(NamedTuple):
-    """Where one MLP sits: `getattr(owner, attribute)`, called `name` in the model's state dict."""
+    """
+    Where one MLP sits: `getattr(owner, attribute)`, called `name` in the model's state dict. Where a layer has its projections and no
+    module around them, the nested MLP takes the place of the first, and `others` become identities.
+    """
 
     owner: nn.Module
     attribute: str
     name: str
+    others: tuple[str, ...] = ()
 
     @property
     def mlp(self) -> Any:
-        return getattr(self.owner, self.attribute)
+        """The MLP: dense, of a flat layer its parts in a module of their own, or nested."""
+        found: Any = getattr(self.owner, self.attribute)
+        if not self.others or not isinstance(found, nn.Linear):
+            return found
+        return nn.ModuleDict({name: getattr(self.owner, name) for name in (self.attribute, *self.others)})
+
+    @property
+    def base_name(self) -> str:
+        """What the base calls the module that holds the MLP's parts."""
+        return self.name.removesuffix(f".{self.attribute}") if self.others else self.name
+
+    def put(self, nested: nn.Module) -> None:
+        """Let `nested` take the place of the MLP, whose parts it has adopted."""
+        setattr(self.owner, self.attribute, nested)
+        for name in self.others:
+            setattr(self.owner, name, nn.Identity())
 
 
 # What decoder layers call their MLP. Where it is a mixture, its routed experts are `experts`.
 MLP_NAMES = ("mlp", "feed_forward", "shared_mlp", "block_sparse_moe")
+# What decoder layers without a module for their MLP call its parts, in their order: up, activation function, down.
+FLAT = ("fc1", "activation_fn", "fc2")
 # Families that look like supported ones, and why they are not.
 REFUSED = {
     "llama4_text": "it multiplies a token by the weight of an expert before the expert reads it, and runs every expert on every token"
@@ -187,21 +236,39 @@ REFUSED = {
 
 def outside_mlps(plan: dict[str, str] | None) -> dict[str, str] | None:
     """A plan of tensor parallelism without the MLPs, of which each rank would cut another prefix: they are copied."""
-    return plan and {key: style for key, style in plan.items() if not any(part in MLP_NAMES for part in key.split("."))}
+    own = {*MLP_NAMES, FLAT[0]}
+    return plan and {key: style for key, style in plan.items() if own.isdisjoint(key.split("."))}
+
+
+def decoder_of(backbone: Any) -> Any:
+    """The module of a backbone that runs its layers: `backbone` itself, or (OPT) its `decoder`, which heads call directly."""
+    return backbone._modules.get("decoder", backbone)
+
+
+def decoder_layers(backbone: Any) -> Any:
+    """The decoder layers of a backbone, a `ModuleList`, or `None` where it has none that are known."""
+    modules = decoder_of(backbone)._modules
+    return modules.get("layers", modules.get("h"))
 
 
 def mlp_name(layer: nn.Module) -> str | None:
     """What a decoder layer calls its MLP, or `None` where it is called something else."""
-    return next((name for name in MLP_NAMES if layer._modules.get(name) is not None), None)
+    name = next((name for name in MLP_NAMES if layer._modules.get(name) is not None), None)
+    return FLAT[0] if name is None and layer._modules.keys() >= {*FLAT} else name
 
 
 def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
     """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer: of a mixture its routed experts."""
-    for index, layer in enumerate(backbone.layers):
+    layers = decoder_layers(backbone)
+    path = next(name for name, module in backbone.named_modules() if module is layers)
+    for index, layer in enumerate(layers):
         attribute = mlp_name(layer)
         assert attribute is not None, "`check_places` has looked"
-        name, mlp = f"{backbone.base_model_prefix}.layers.{index}.{attribute}", getattr(layer, attribute)
-        yield MLPPlace(mlp, "experts", f"{name}.experts") if hasattr(mlp, "experts") else MLPPlace(layer, attribute, name)
+        name, mlp = f"{backbone.base_model_prefix}.{path}.{index}.{attribute}", getattr(layer, attribute)
+        if hasattr(mlp, "experts"):
+            yield MLPPlace(mlp, "experts", f"{name}.experts")
+        else:
+            yield MLPPlace(layer, attribute, name, FLAT[1:] if attribute == FLAT[0] else ())
 
 
 @torch.no_grad()
@@ -217,10 +284,13 @@ def fold_multipliers(backbone: Any, config: Any) -> None:
     config.mlp_multipliers = [1.0, 1.0]
 
 
+# What configs call the width of the MLPs.
+WIDTH_NAMES = ("shared_intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size")
+
+
 def set_mlp_width(config: Any, width: int) -> None:
     """Write the width of all MLPs, in neurons, into the config of a dense model."""
-    name = "shared_intermediate_size" if hasattr(config, "shared_intermediate_size") else "intermediate_size"
-    setattr(config, name, width)
+    setattr(config, next((name for name in WIDTH_NAMES if hasattr(config, name)), WIDTH_NAMES[-1]), width)
     if hasattr(config, "block_auto_adjust_ff_dim"):  # lfm2 would round it
         config.block_auto_adjust_ff_dim = False
 
@@ -229,12 +299,20 @@ def check_places(dense: Any) -> None:
     """Raise `ValueError` unless the MLPs of a dense causal language model are where `mlp_places` looks for them."""
     if reason := REFUSED.get(dense.config.model_type):
         raise ValueError(f"The family {dense.config.model_type} is not supported: {reason}. Convert another base, {EXAMPLES}.")
-    layers = getattr(dense.base_model, "layers", None)
-    if dense.base_model is dense or layers is None or not all(map(mlp_name, layers)):
+    config, backbone = getattr(dense.config, "base_config", dense.config), dense.base_model
+    # The trap: the decoder of an encoder-decoder has layers too, in a wrapper that is not its family's backbone.
+    layers = decoder_layers(backbone) if isinstance(backbone, backbone_class_of(config)) else None
+    if layers is None or not all(map(mlp_name, layers)):
         raise ValueError(
             f"{type(dense).__name__} cannot be converted: its MLPs are not at `model.layers.*.mlp`, or named alike. "
             f"Supported are decoder families built like Llama, {EXAMPLES}."
         )
+    for name in ("activation_dropout", "layerdrop"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"`{name}` is not supported: found {getattr(config, name)} in the config, and nested experts are trained without it. "
+                "Set it to 0 in the config of the base; without training it does nothing."
+            )
     if any(None not in (layer._modules.get("shared_mlp"), layer._modules.get("block_sparse_moe")) for layer in layers):
         raise ValueError(
             f"{type(dense).__name__} cannot be converted: found experts (`block_sparse_moe`) beside its MLPs. A layer may hold "
@@ -315,7 +393,9 @@ class _Done:
         self._backbone, self._hidden_states = backbone, hidden_states
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._backbone, name)
+        return self if name == "decoder" else getattr(self._backbone, name)
 
     def __call__(self, *args, **kwargs) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self._hidden_states)
+        outputs = MoeModelOutputWithPast(last_hidden_state=self._hidden_states)
+        outputs.__dict__["cross_attentions"] = None  # heads of GPT-2 hand it on
+        return outputs

@@ -69,6 +69,7 @@ class Decision(NamedTuple):
     profile: torch.Tensor | None = None  # (B, S, E) true similarities, where labels were needed
     label: torch.Tensor | None = None  # (B, S) int64
     thresholds: Thresholds | None = None  # where what is small is left out; `hidden` has it left out already
+    output: torch.Tensor | None = None  # (B, S, D) of `hidden`, where labels needed it and no gradient is wanted
 
 
 class Weights(NamedTuple):
@@ -163,7 +164,8 @@ class Call:
 
 def run_dense(call: Call) -> torch.Tensor:
     """All neurons for every token, as in the base."""
-    return call.weights.output(_all_hidden(call))
+    output = call.decision.output
+    return call.weights.output(_all_hidden(call)) if output is None else output
 
 
 def run_gated(call: Call) -> torch.Tensor:

@@ -3,7 +3,7 @@
 DynaMoE: a dense causal language model whose MLPs are nested experts, chosen token by token.
 
 - A model is a subclass of its base's own class, so attention, RoPE variants, caches, soft-caps and heads are the base's.
-- Each `layer.mlp` becomes a `NestedMLP` that keeps the dense parameter names; only `mlp.router.*` is added.
+- Each `layer.mlp` becomes a `NestedMLP` that keeps the dense parameter names (but GPT-2's, OPT's); only `mlp.router.*` is added.
 - Expert e is the first `widths[e]` neurons of the MLP; the last expert is the dense MLP.
 - Where the MLP is a mixture, each of its routed experts is nested, and the base's own router and shared experts stay as they are.
 - The router predicts how close each expert comes to the full MLP, and the token takes the smallest that is close enough.
@@ -291,7 +291,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         for index, place in enumerate(mlp_places(self)):
             nest = (config, index, self.slot)
             nested = nest_experts(place, *nest) if is_mixture(place.mlp) else NestedMLP(place.mlp, *nest, place.name)
-            setattr(place.owner, place.attribute, nested.train(self.training))
+            place.put(nested.train(self.training))
         for mlp in self.nested_mlps:
             mlp.router.reset()
             mlp.router.to(mlp.main_weight.device, mlp.main_weight.dtype)
@@ -346,7 +346,7 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerati
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, **config) -> "DynaMoEForCausalLM":
         """
-        Turn a dense model in memory into a DynaMoE model, without copying a weight. `dense` is used up: its layers now
+        Turn a dense model in memory into a DynaMoE model, without copying a weight (but GPT-2's). `dense` is used up: its layers now
         hold nested MLPs. Routers are fresh and sensitivity is 1, so the outputs are still those of the dense model.
 
         Args:

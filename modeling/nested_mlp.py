@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dense_base import Projections, layout_of
+from .dense_base import Projections, as_linear, layout_of
 from .difficulty import label_of, left_out, similarity_profile
 from .fast_decode import run_few_tokens
 from .mlp_backends import Decision, Weights, block_sizes, run_experts
@@ -76,20 +76,23 @@ class NestedLayer(nn.Module):
 class NestedMLP(NestedLayer):
     """
     The dense MLP of one layer as E nested experts: (B, S, D) -> (B, S, D). Adopts the dense MLP's modules under their own
-    names, so its checkpoint is the dense one plus `router.*`.
+    names, so its checkpoint is the dense one plus `router.*`. `Conv1D` becomes `nn.Linear`, its weight transposed.
     """
 
     def __init__(self, dense: nn.Module, config, layer: int, slot: RoutingSlot, name: str = "mlp"):
         super().__init__()
         self.layout = layout_of(dense, name)
+        self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
         for child, module in dense.named_children():
-            self.add_module(child, module)
+            if isinstance(module, nn.Dropout):  # gpt2
+                self.dropout = module.p
+            else:
+                self.add_module(child, as_linear(module))
         if self.layout.act is not None and not isinstance(getattr(dense, self.layout.act), nn.Module):
             setattr(self, self.layout.act, getattr(dense, self.layout.act))
-        self.dropout = getattr(dense, "residual_dropout", 0.0)  # starcoder2
         # A compiled graph cannot hold the activation module, but its name.
-        named = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-        self.act_name = "silu" if self.layout.act is None else named
+        named = (getattr(config, name, None) for name in ("hidden_act", "hidden_activation", "activation_function"))
+        self.act_name = "silu" if self.layout.act is None else next(filter(None, named), None)
         self.config, self.layer, self.slot = config, layer, slot
         self.quantized_slices = QuantizedSlices()
         self.packed: PackedMLP | OneDnnMLP | None = None
@@ -115,6 +118,12 @@ class NestedMLP(NestedLayer):
 
     def forward(self, x):
         routing = self.slot.of_layer(self.config)
+        if x.ndim == 2:  # OPT reads all tokens as one row
+            return self.routed(x.view(*(routing.shape or (1, len(x))), -1), routing).flatten(0, 1)
+        return self.routed(x, routing)
+
+    def routed(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """As the routing in force asks for it: (B, S, D) -> (B, S, D)."""
         if (y := run_few_tokens(self, x, routing)) is not None:
             return sum_of_parts(y, self.mesh)
         decision = self.decide(x, routing)
@@ -143,21 +152,22 @@ class NestedMLP(NestedLayer):
             if expert is not None:
                 return Decision(expert, thresholds=thresholds)
         logits = router(x)
-        hidden = profile = label = None
+        hidden = profile = label = output = None
         labelled = routing.needs_labels or routing.route == "label"
         if labelled or thresholds is not None and routing.records is not None:
             read = read_by_parts(x, self.mesh)
             hidden = self.hidden(read) if thresholds is None else self.sparse_hidden(read, thresholds)
         if labelled:
             assert hidden is not None
-            profile = self.profile(hidden.detach())
+            output = None if torch.is_grad_enabled() else self.down_linear(hidden)
+            profile = self.profile(hidden.detach(), output)
             label = label_of(profile.flatten(0, 1), self._of_each_token(sensitivity, x)).view(x.shape[:2])
         expert, gates = (forced, None) if forced is not None else self.choose(logits, label, routing)
-        return Decision(expert, logits, gates, hidden, profile, label, thresholds)
+        return Decision(expert, logits, gates, hidden, profile, label, thresholds, output)
 
     def record(self, x: torch.Tensor, decision: Decision) -> LayerRecord:
         """What this layer did with its tokens, with the router's loss where the labels are known."""
-        expert, logits, gates, hidden, profile, label, thresholds = decision
+        expert, logits, gates, hidden, profile, label, thresholds, _ = decision
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert, device=x.device)
         loss = None if profile is None else self.router.loss(logits, profile, label)
@@ -214,9 +224,10 @@ class NestedMLP(NestedLayer):
         return keep_large(self.hidden(keep_large(x, thresholds.input)), thresholds.hidden)
 
     @torch.no_grad()
-    def profile(self, hidden: torch.Tensor) -> torch.Tensor:
+    def profile(self, hidden: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Similarity of each expert's output to the full one: (B, S, H) -> (B, S, E), float32.
+        Similarity of each expert's output to the full one: (B, S, H) -> (B, S, E), float32. `output`: the full one (B, S, D), if it is
+        known already.
 
         The blocks that each expert adds, summed from the last one down, are what the smaller experts leave out. That takes
         (1 - widths[0] / H) of one extra down product, and gives every similarity exactly.
@@ -230,8 +241,8 @@ class NestedMLP(NestedLayer):
             only[..., low:high] = hidden[..., low:high]
             return self.down_linear(only) - self.down_linear(torch.zeros_like(hidden[:1, :1]))
 
-        output, smaller = self.down_linear(hidden), left_out(self.widths, block)
-        output = sum_of_parts(output, self.mesh).flatten(0, 1)
+        smaller = left_out(self.widths, block)
+        output = sum_of_parts(self.down_linear(hidden) if output is None else output, self.mesh).flatten(0, 1)
         left_out_ETD = torch.stack(smaller).flatten(1, 2) if smaller else output.new_zeros(0, *output.shape)
         left_out_ETD = sum_of_parts(left_out_ETD, self.mesh)
         loss_weight = self.config.error_weights[self.layer] if self.config.error_weights else 1.0

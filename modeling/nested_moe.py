@@ -87,7 +87,7 @@ class NestedExperts(NestedLayer):
 
     def record(self, decision: Decision, shape: torch.Size, index: torch.Tensor) -> LayerRecord:
         """What this layer did with its tokens."""
-        expert, logits, gates, _, profile, label, _ = decision
+        expert, logits, gates, _, profile, label, *_ = decision
         if not isinstance(expert, torch.Tensor):
             expert = torch.full((*shape, index.shape[-1]), expert, device=index.device)
         assert logits is not None, "`decide` asks the router where records are wanted"

@@ -18,6 +18,7 @@ from .routing import Routing
 class DynaMoEModelOutputWithPast(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast`, and the last three of `DynaMoECausalLMOutputWithPast`."""
 
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None  # of families like GPT-2
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
     mlp_shares: tuple[torch.FloatTensor, ...] | None = None
@@ -37,6 +38,7 @@ class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
     mlp_shares (`tuple` of (B, S)): with `output_router_logits=True`, the share of each MLP's weights that a token read.
     """
 
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None  # of families like GPT-2
     lm_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None

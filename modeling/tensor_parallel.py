@@ -17,7 +17,7 @@ from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.utils import logging
 
-from .dense_base import mlp_name, outside_mlps
+from .dense_base import decoder_layers, mlp_name, outside_mlps
 from .engine_layers import ENGINES
 
 
@@ -34,8 +34,9 @@ def plan_with_mlps(model: Any) -> dict[str, str]:
     """The plan of a base, with the whole MLPs in place of their layers. Engines do not know this style: they copy MLPs."""
     plan, backbone = dict(outside_mlps(model._tp_plan) or {}), model.base_model
     if model.config._attn_implementation not in ENGINES:
-        path = "layers.*" if backbone is model else f"{model.base_model_prefix}.layers.*"
-        plan |= {f"{path}.{name}": STYLE for name in map(mlp_name, getattr(backbone, "layers", ())) if name}
+        layers = decoder_layers(backbone) or ()
+        path = next((name for name, module in model.named_modules() if module is layers), None)
+        plan |= {f"{path}.*.{name}": STYLE for name in map(mlp_name, layers) if name}
     return plan
 
 

@@ -57,6 +57,12 @@ FAMILIES = {
     "granitemoehybrid": {"num_local_experts": 0, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"],
                          "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "gpt_neox": {"hidden_act": "gelu"},
+    # GPT-2 has `Conv1D`; layers of OPT, XGLM and BioGPT have no module for their MLP.
+    "gpt2": {"n_inner": 64, "activation_function": "gelu_new"},
+    "gptj": {"n_inner": 64, "rotary_dim": 4},
+    "opt": {"ffn_dim": 64},
+    "xglm": {"ffn_dim": 64},
+    "biogpt": {},
 }  # fmt: skip
 # Mixtures, with the smallest settings likewise. Where `first_k_dense_replace` or the like is 1, the first layer is dense.
 SMALL_MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +15,20 @@ from reference import assert_close
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, publish_model, train_model
-from dynamoe_hf.convert import IMPORTANCES, convert_model, load_dense, prove_parity
+from dynamoe_hf import (
+    DynaMoEForCausalLM,
+    calibrate_budgets,
+    convert,
+    evaluate_model,
+    export_dense,
+    kept_sums,
+    publish_model,
+    train_model,
+)
+from dynamoe_hf.convert import convert_model, load_dense, prove_parity
 from dynamoe_hf.folder import load_model, read_json, write_json
+from dynamoe_hf.importance import IMPORTANCES
+from dynamoe_hf.observe import loss_backward
 
 
 FAST = {"max_tokens": 512, "block_size": 64}
@@ -349,7 +361,7 @@ class TestBadInput:
         self.refused(tmp_path, "not a causal language model|not at `model.layers", tmp_path / "bert")
 
     @pytest.mark.parametrize(
-        ("family", "message"), [("llama4_text", "family llama4_text is not supported"), ("gpt2", "not at `model.layers")]
+        ("family", "message"), [("llama4_text", "family llama4_text is not supported"), ("mpt", "not at `model.layers")]
     )
     def test_families(self, family, message, tmp_path, monkeypatch):
         AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(tmp_path / family)
@@ -409,7 +421,7 @@ class TestBadInput:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert result.returncode, "the limit was not felt"
         assert "too large" in result.stderr or "OSError" in result.stderr, result.stderr[-500:]
-        assert not list(tmp_path.iterdir()), "something half-written was left"
+        assert [path.name for path in tmp_path.iterdir()] == ["out.ranking.safetensors"], "something half-written was left"
 
 
 @pytest.mark.slow
@@ -446,3 +458,76 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     assert converted < loaded + 2 * layer + 100, (
         f"model {size:.0f} MiB: loading peaks at {loaded:.0f}, converting at {converted:.0f}"
     )
+
+
+class TestResume:
+    """What a killed conversion has measured is kept, and used by the same conversion alone."""
+
+    @pytest.fixture
+    def killed(self, dense_folder, tmp_path, monkeypatch):
+        """A conversion that ended in its fourth block; the sums over three are kept."""
+        monkeypatch.setattr(kept_sums, "SECONDS", 0)
+        monkeypatch.setattr(convert, "loss_backward", self.counted(ends_in=4))
+        with pytest.raises(KeyboardInterrupt):
+            convert_model(dense_folder, tmp_path / "out", **FAST)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.ranking.safetensors"]
+        return tmp_path / "out"
+
+    def counted(self, ends_in=None):
+        self.blocks = 0
+
+        def backward(*args):
+            self.blocks += 1
+            if self.blocks == ends_in:
+                raise KeyboardInterrupt
+            loss_backward(*args)
+
+        return backward
+
+    @pytest.mark.parametrize("failed_later", [False, True])
+    def test_goes_on_and_gives_the_same(self, failed_later, killed, converted, dense_folder, monkeypatch):
+        monkeypatch.setattr(convert, "loss_backward", self.counted())
+        if failed_later:
+            with monkeypatch.context() as patch:
+                patch.setattr(convert, "scale_difficulty", Mock(side_effect=OSError("the disk is full")))
+                with pytest.raises(OSError, match="full"):
+                    convert_model(dense_folder, killed, **FAST)
+        record = convert_model(dense_folder, killed, **FAST)
+        assert self.blocks == 8 - 3, "512 tokens are eight blocks, of which three had been measured"
+        assert record == read_json(converted / "conversion.json"), "the digests of the weights are in it"
+        assert [path.name for path in killed.parent.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"importance": "taylor"}, "found importance taylor_share, and now taylor"),
+            ({"max_tokens": 256}, r"found text 512 tokens in blocks of 64 \(\w{12}\), and now 256 tokens"),
+            ({"dtype": "bfloat16"}, r"found weights float32 \(\w{12}\), and now bfloat16"),
+        ],
+    )
+    def test_other_settings_are_refused(self, settings, message, killed, dense_folder):
+        kept = killed.with_name("out.ranking.safetensors")
+        before = kept.read_bytes()
+        with pytest.raises(
+            FileExistsError, match=f"keeps what another conversion has measured: {message}.* or delete it to begin anew"
+        ):
+            convert_model(dense_folder, killed, **{**FAST, **settings})
+        assert kept.read_bytes() == before and not killed.exists()
+
+    def test_a_disk_that_is_full_by_then(self, killed, dense_folder, tmp_path, monkeypatch):
+        kept = killed.with_name("out.ranking.safetensors")
+        before = kept.read_bytes()
+        monkeypatch.setattr(kept_sums.os, "fsync", Mock(side_effect=OSError(28, "No space left on device", "somewhere")))
+        with pytest.raises(OSError, match="out.ranking.safetensors cannot be written: No space left on device"):
+            convert_model(dense_folder, killed, **FAST)
+        assert [path.name for path in tmp_path.iterdir()] == [kept.name] and kept.read_bytes() == before
+
+    def test_other_weights_and_damage_are_refused(self, killed, dense_folder, tmp_path):
+        tiny_dense(num_hidden_layers=3, seed=1).save_pretrained(tmp_path / "other")
+        tiny_tokenizer().save_pretrained(tmp_path / "other")
+        with pytest.raises(FileExistsError, match=r"found weights float32 \(\w{12}\), and now float32"):
+            convert_model(tmp_path / "other", killed, **FAST)
+        kept = killed.with_name("out.ranking.safetensors")
+        kept.write_bytes(kept.read_bytes()[:100])
+        with pytest.raises(FileExistsError, match="found importance None, and now taylor_share"):
+            convert_model(dense_folder, killed, **FAST)

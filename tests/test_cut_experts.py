@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, convert_model, evaluate_model, export_dense, train_model
-from dynamoe_hf.convert import cut_experts, massive_experts
+from dynamoe_hf.convert import cut_experts
 from dynamoe_hf.folder import count_parameters, inspect_folder, load_model
+from dynamoe_hf.importance import massive_experts
 from dynamoe_hf.modeling import mlp_backends
 from dynamoe_hf.modeling.mlp_backends import Costs, Decision
 from dynamoe_hf.modeling.moe_base import is_mixture

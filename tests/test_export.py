@@ -56,7 +56,21 @@ def folder_of(tmp_path_factory, text_file):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "phi3", "starcoder2", "gemma2", "lfm2", "falcon_h1", "granitemoehybrid", "gpt_neox"]
+    "family",
+    [
+        "llama",
+        "phi3",
+        "starcoder2",
+        "gemma2",
+        "lfm2",
+        "falcon_h1",
+        "granitemoehybrid",
+        "gpt_neox",
+        "gpt2",
+        "gptj",
+        "opt",
+        "biogpt",
+    ],
 )
 def test_export_is_an_ordinary_dense_model(family, tmp_path, token_ids):
     tiny_dense(family).save_pretrained(tmp_path / "dense")
@@ -67,7 +81,7 @@ def test_export_is_an_ordinary_dense_model(family, tmp_path, token_ids):
     small, info = AutoModelForCausalLM.from_pretrained(tmp_path / "half", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert small.config.model_type == family
+    assert small.config.model_type == family and type(small) is type(tiny_dense(family))
     model = load_model(tmp_path / "model")
     assert_close("logits", small(token_ids).logits, model(token_ids, force_expert=3).logits)
     assert_close("in memory", dense_prefix(model, 0.5)(token_ids).logits, small(token_ids).logits)

@@ -460,9 +460,9 @@ def broken_bases(dense_folder):
     def cut(name):
         return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
-    def gpt2(folder):
-        sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(folder)
+    def mpt(folder):
+        sizes = {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 4}
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **sizes)).save_pretrained(folder)
 
     def few_words(folder):
         tiny_dense(vocab_size=64).save_pretrained(folder)
@@ -475,7 +475,7 @@ def broken_bases(dense_folder):
         "is not a valid JSON": cut("config.json"),
         "has no tokenizer that can be loaded": cut("tokenizer.json"),
         "found token id 12. and a vocabulary of 64": few_words,
-        "GPT2LMHeadModel cannot be converted: its MLPs are not at": gpt2,
+        "MptForCausalLM cannot be converted: its MLPs are not at": mpt,
     }
 
 

@@ -5,6 +5,7 @@ import reference
 import torch
 from conftest import tiny_dense, tiny_dynamoe
 from reference import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynamoe_hf import DynaMoEForCausalLM
 from dynamoe_hf.label import difficulty_labels, error_weights
@@ -73,6 +74,29 @@ def test_labels_rise_with_sensitivity(inputs):
     assert (labels.diff(dim=0) >= 0).all()
     assert (labels[-1] == 3).all(), "at sensitivity 1 every token takes the full width"
     assert labels.unique().numel() > 2
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shapes of the second factors of all products without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.shapes.append(tuple(args[1].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_measuring_computes_no_product_twice(inputs):
+    """Beside the dense MLP only what each smaller expert leaves out: all blocks but the first, of the down product."""
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(), expert_widths=[0.25, 0.5, 1])
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad(), Products() as products, model.routing(force_expert=2, needs_labels=True, records=[]):
+        output = mlp(inputs)
+    assert sorted(products.shapes) == [(16, 32), (32, 32), (32, 64), (32, 64), (64, 32)]
+    assert torch.equal(output, mlp(inputs))
 
 
 def test_wrapped_projections_give_the_same_profile(inputs):

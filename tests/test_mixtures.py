@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, fit_thresholds, train_model
 from dynamoe_hf.benchmark import bench_decode, bench_prefill, decode_bytes
-from dynamoe_hf.convert import FEW_TOKENS, IMPORTANCES, _logits, convert_model, prove_parity
+from dynamoe_hf.convert import _logits, convert_model, prove_parity
 from dynamoe_hf.export import dense_prefix, one_width
 from dynamoe_hf.folder import active_parameters, count_parameters, inspect_folder, load_model
 from dynamoe_hf.generate import generate_text
+from dynamoe_hf.importance import FEW_TOKENS, IMPORTANCES
 from dynamoe_hf.modeling import mlp_backends
 from dynamoe_hf.modeling.dense_base import mlp_places
 from dynamoe_hf.modeling.engine_layers import prepare_for_engine

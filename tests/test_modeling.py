@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.modeling import DynaMoEModel
+from dynamoe_hf.modeling.dense_base import decoder_layers, mlp_places, weight_of
+from dynamoe_hf.modeling.moe_base import layout_at
 from dynamoe_hf.modeling.routing import Routing
 
 
-BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+BIT_EQUAL = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2", "gptj", "opt", "xglm", "biogpt"}
 
 SPARSE = {
     "sensitivity": 0.4,
@@ -42,6 +44,50 @@ def test_full_width_equals_dense(family, tied, token_ids):
     options = {"attention_mask": padded, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(token_ids, **options), dense.generate(token_ids, **options))
     assert expected[0].std() > 1e-3, "the tiny model is degenerate, so this test would prove nothing"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+        {"enable_bias": False, "layer_norm_elementwise_affine": False},
+    ],
+    ids=["350m", "no biases"],
+)
+def test_opt_in_all_its_forms(settings, token_ids):
+    """With norms behind the layers and embeddings of another size, as OPT-350m has; and without biases, as Galactica."""
+    dense = tiny_dense("opt", **settings)
+    expected = copy.deepcopy(dense)(token_ids).logits
+    model = DynaMoEForCausalLM.from_dense(dense)
+    assert torch.equal(model(token_ids).logits, expected)
+    hidden_states = model.base_model(token_ids).last_hidden_state
+    assert torch.equal(model.logits_of(hidden_states), expected)
+    assert not torch.allclose(model(token_ids, force_expert=0).logits, expected, atol=1e-2), "the MLPs do nothing here"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "xglm"])
+def test_families_without_a_module_of_linear_layers(family, token_ids, tmp_path):
+    """Their narrow experts are prefixes of the dense base's own weights, for each token its own, whatever shape a layer gives its tokens."""
+    dense = tiny_dense(family)
+    places = list(mlp_places(dense.base_model))
+    weights = [(weight_of(getattr(place.mlp, layout_at(place).down)).detach().clone(), layout_at(place)) for place in places]
+    model = tiny_dynamoe(family)
+    for mlp, (down, layout) in zip(model.nested_mlps, weights):
+        assert all(type(getattr(mlp, name)) is torch.nn.Linear for name in layout.projections)
+        assert torch.equal(mlp.down_linear.weight, down) and mlp.down_linear.weight.is_contiguous()
+    calls = []
+    hooks = [mlp.register_forward_hook(lambda mlp, args, output: calls.append((args[0], output))) for mlp in model.nested_mlps]
+    sensitivity = torch.tensor([0.1, 0.8])
+    out = model(token_ids, sensitivity=sensitivity, output_router_logits=True)
+    for mlp, (x, y), expert, hook in zip(model.nested_mlps, calls, out.expert_indices, hooks):
+        hook.remove()
+        assert expert.shape == token_ids.shape and len(expert.unique()) > 1
+        assert_close(family, y.flatten(0, -2), nested_mlp(mlp, x.flatten(0, -2), expert.flatten()))
+    alone = [model(token_ids[i : i + 1], sensitivity=theta).logits for i, theta in enumerate(sensitivity.tolist())]
+    assert_close("each sequence at its own sensitivity", out.logits, torch.cat(alone))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close("loaded", loaded(token_ids, sensitivity=sensitivity).logits, out.logits)
 
 
 def test_sensitivity_is_a_dial(token_ids):
@@ -90,7 +136,7 @@ def test_routers_that_a_checkpoint_lacks_are_fresh(router, token_ids):
 
 
 @pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_neox", "gpt2"])
 def test_adapters_go_where_those_of_a_dense_model_go(kind, family, token_ids):
     """By default on what the base's family has by default, but that IA3 follows Llama; with `all-linear` not on routers."""
     peft = pytest.importorskip("peft")
@@ -100,7 +146,7 @@ def test_adapters_go_where_those_of_a_dense_model_go(kind, family, token_ids):
             continue  # PEFT has no such default
         config = getattr(peft, kind)
         adapted = []
-        like = "llama" if kind == "IA3Config" and family != "gpt_neox" else family
+        like = "llama" if kind == "IA3Config" and family not in ("gpt_neox", "gpt2") else family
         for model in (tiny_dense(like), tiny_dynamoe(family)):
             wrapped = peft.get_peft_model(model, config(task_type="CAUSAL_LM", target_modules=targets, **steps))
             adapted.append(set(wrapped.base_model.targeted_module_names))
@@ -498,7 +544,8 @@ def test_other_bad_settings(token_ids):
     [
         ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "family llama4_text is not supported: it multiplies a token"),
         ("bitnet", {}, r"model\.layers\.0\.mlp.*BitNetMLP.*Supported are"),
-        ("gpt2", {}, "not at `model.layers"),
+        ("mpt", {"d_model": 32}, "not at `model.layers"),
+        ("xglm", {"activation_dropout": 0.1}, "`activation_dropout` is not supported: found 0.1"),
         ("granitemoehybrid", {"num_local_experts": 2}, r"found experts \(`block_sparse_moe`\) beside its MLPs"),
     ],
 )
@@ -564,7 +611,7 @@ def test_a_dense_model_is_not_loaded_as_a_llama(family, tmp_path):
             load()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("widths", [[0.5, 1], [[0.25, 1], [0.5, 1], [0.75, 1]]])
 def test_a_model_loads_with_its_first_layers_alone(family, widths, tmp_path, token_ids):
     """Depth pruning, as of a dense model: lists with an entry for each layer are cut, and what was calibrated on all layers goes."""
@@ -577,7 +624,7 @@ def test_a_model_loads_with_its_first_layers_alone(family, widths, tmp_path, tok
     shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter")
     assert shorter.config.error_weights == [0.1, 0.2] and shorter.config.budgets == {} and shorter.config.density_path == []
     assert shorter.config.thresholds == {"density": [0.5], "input": [[0.1, 0.2]], "hidden": [[0.1, 0.2]]}
-    del whole.model.layers[2]
+    del decoder_layers(whole.base_model)[2]
     with whole.routing(density=0.5), shorter.routing(density=0.5):
         assert torch.equal(whole(token_ids, use_cache=False).logits, shorter(token_ids, use_cache=False).logits)
 

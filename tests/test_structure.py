@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "modeling": ["difficulty", "checks", "sparsity", "dense_base", "moe_base", "nested_mlp_triton", "engine_layers", "routing",
                  "configuration_dynamoe", "mlp_backends", "quantized_slices", "onednn_weights", "packed_weights", "fast_decode", "request_dials", "tensor_parallel", "nested_mlp", "nested_moe", "outputs", "self_draft", "modeling_dynamoe", "__init__"],
-    "dynamoe_hf": ["_version", "arguments", "training_arguments", "modeling", "integrity", "disk", "processes", "folder", "tables", "card", "data", "observe", "label", "convert",
+    "dynamoe_hf": ["_version", "arguments", "training_arguments", "modeling", "integrity", "disk", "processes", "folder", "tables", "card", "data", "observe", "kept_sums", "importance", "label", "convert",
                    "gguf_tokenizer", "gguf_file", "export", "losses", "plan",
                    "threshold_fit", "trainable", "trainer", "router_fit", "self_text", "run", "train", "calibrate", "evaluate", "benchmark", "plots", "report", "publish", "generate",
                    "serve_transformers", "serve", "vllm_plugin", "vllm_metrics", "vllm_dials", "vllm_model", "demo", "flags", "screens", "cli", "__init__"],

@@ -24,6 +24,8 @@ CASES = {
     "fused": ("phi3", {"expert_widths": [0.0, 0.25, 1.0]}),
     "biases": ("starcoder2", {"expert_widths": [0.375, 1.0]}),
     "layers": ("gpt_neox", {"expert_widths": [[0.5, 1.0], [0.125, 1.0]]}),
+    "transposed": ("gpt2", {}),
+    "flat": ("opt", {}),
     "mixture": ("deepseek_v3", {}),
 }
 SCRIPT = """
@@ -78,7 +80,7 @@ for name, (given, asked) in passes.items():
         losses.append(loss.detach())
     assert_same(name, losses)
     gradients = [{key: whole(value.grad) for key, value in model.named_parameters() if value.grad is not None} for model in models]
-    assert gradients[0].keys() == gradients[1].keys() and any("mlp" in key for key in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys() and any("mlp" in key or "fc1" in key for key in gradients[0])
     for key, gradient in gradients[0].items():
         assert_same(f"{name} {key}", [gradient, gradients[1][key]])
 try:
@@ -173,7 +175,7 @@ def test_engines_get_a_plan_without_mlps(engine):
     model = tiny_dynamoe()
     model.config._attn_implementation = engine
     plan = plan_with_mlps(model)
-    assert plan["model.layers.*.self_attn.q_proj"] == "colwise" and not any("mlp" in key for key in plan)
+    assert plan["model.layers.*.self_attn.q_proj"] == "colwise" and not any("mlp" in key or "fc1" in key for key in plan)
 
 
 def test_adapters_on_a_divided_mlp_are_refused():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_dense, tiny_tokenizer
+from conftest import FAMILIES, tiny_config, tiny_dense, tiny_dynamoe, tiny_tokenizer
 from peft import PeftModel, get_peft_model
 from reference import assert_close, causal_losses, gates, relative_error
 from training import LABELS, rows, tiny_model, train
@@ -115,9 +115,8 @@ def loss_and_gradients(family, folder, checkpointing=False, **settings):
     A trainer, on random routes if not told otherwise, its batch, the loss and the gradients. The random state is left where the routes were
     drawn, the model without gradients: a reference can follow at once.
     """
-    model = DynaMoEForCausalLM.from_dense(
-        tiny_dense(family, residual_dropout=0.0) if family == "starcoder2" else tiny_dense(family)
-    )
+    dropouts = {name: 0.0 for name in tiny_config(family).to_dict() if "dropout" in name or "pdrop" in name}
+    model = DynaMoEForCausalLM.from_dense(tiny_dense(family, **dropouts))
     for mlp in model.nested_mlps:
         torch.nn.init.normal_(mlp.router.output.weight)
     settings = {
@@ -163,6 +162,18 @@ def test_losses_in_chunks_equal_those_of_whole_logits(family, logit_rows, tmp_pa
             assert_close(name, gradients[name], parameter.grad, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_the_lora_recipe_sit_on_the_projections_of_the_mlps(family, token_ids):
+    model = get_peft_model(tiny_dynamoe(family), lora_config(4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted = {id(module) for module in model.modules() if hasattr(module, "lora_A")}
+    assert adapted == {id(getattr(mlp, name)) for mlp in model.nested_mlps for name in mlp.layout.projections}
+    expected = model.eval()(token_ids, sensitivity=0.4).logits
+    assert_close(family, model.merge_and_unload()(token_ids, sensitivity=0.4).logits, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_path):
@@ -174,8 +185,11 @@ def test_hidden_loss_is_that_of_the_layers_outputs(family, checkpointing, tmp_pa
     def layer_states(model, **routing):
         """What transformers gives is normed after the last layer, so that one is what the norm reads."""
         last = []
-        norm = {"lfm2": "embedding_norm", "falcon_h1": "final_layernorm", "gpt_neox": "final_layer_norm"}.get(family, "norm")
-        with getattr(model.base_model, norm).register_forward_pre_hook(lambda module, args: last.append(args[0])):
+        norms = {"lfm2": "embedding_norm", "falcon_h1": "final_layernorm", "gpt_neox": "final_layer_norm", "gpt2": "ln_f", "gptj": "ln_f",
+                 "opt": "decoder.final_layer_norm", "xglm": "layer_norm", "biogpt": "layer_norm"}  # fmt: skip
+        with model.base_model.get_submodule(norms.get(family, "norm")).register_forward_pre_hook(
+            lambda module, args: last.append(args[0])
+        ):
             states = model(batch["input_ids"], output_hidden_states=True, **routing).hidden_states
         return (*states[1:-1], *last)
 
@@ -224,13 +238,14 @@ def test_routers_get_the_gradient_of_what_their_gates_let_through(family, checkp
     model, widths = trainer.model, []
 
     def by_hand(mlp, args, output):
-        x, (rows, length) = args[0], args[0].shape[:2]
+        rows, length = batch["input_ids"].shape
+        x = args[0].view(rows, length, -1)  # OPT's layers have made one row of them
         found = mlp.router.gates(mlp.router(x), torch.full((rows,), 0.5), ROUTER_TEMPERATURE)
         factor = torch.cat(
             [found[..., e : e + 1].expand(rows, length, size) for e, size in enumerate(block_sizes(mlp.widths))], -1
         )
         widths.append(factor.mean(-1))
-        return mlp.down_linear(mlp.hidden(x) * factor)
+        return mlp.down_linear(mlp.hidden(x) * factor).view_as(output)
 
     target = trainer.teacher(batch["input_ids"], force_expert=3).logits
     model.gradient_checkpointing_disable()  # it would run layers again after the hooks are gone
@@ -296,6 +311,21 @@ def test_lora(tmp_path, token_ids):
     for sensitivity, expected in wrapped.items():  # masks while wrapped, prefixes after merging
         assert_close("reloaded", again(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
         assert_close("merged", merged(token_ids, sensitivity=sensitivity).logits, expected, atol=1e-4)
+
+
+def test_what_was_frozen_beside_adapters_stays_frozen(tmp_path):
+    """PEFT makes routers trainable where the teacher's pass, without adapters, ends; layers that run again would not be those that ran."""
+    losses = []
+    for checkpointing in (False, True):
+        model = get_peft_model(tiny_model(), lora_config(4))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        settings = {"train_parts": "lora", "router_loss_coef": 0.0, "gradient_checkpointing": checkpointing}
+        trainer = train(model, tmp_path, max_steps=3, lm_loss_coef=0.2, **settings)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_activation_checkpointing_gives_the_same_losses(tmp_path):
