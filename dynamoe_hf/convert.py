@@ -17,6 +17,7 @@ from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CONVERSION, _load, load_config, load_model, load_tokenizer, new_folder, on_gpu, save_model, write_json
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
+from .modeling.configuration_dynamoe import CODE_FIELDS
 from .modeling.dense_base import check_places, dense_class_of, mlp_places
 from .modeling.moe_base import is_mixture, layout_at, rows_by_expert
 from .observe import (
@@ -109,7 +110,8 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
-    vars(model.config.base_config).pop("auto_map", None)  # names code of the base, which the folder does not need
+    for name in CODE_FIELDS:  # the folder needs no code of the base
+        vars(model.config.base_config).pop(name, None)
     return model, tokenizer, record, (expected, probe, routes)
 
 
@@ -131,7 +133,7 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
         dense_class_of(config)
         with torch.device("meta"):
             check_places(AutoModelForCausalLM.from_config(config))  # before weights that are not those of such a model
-        quantised = getattr(config, "quantization_config", None)
+        quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
             raise ValueError(

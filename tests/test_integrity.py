@@ -204,17 +204,24 @@ def test_mutated_folders(count, trained, tmp_path, capsys):
 def test_code_of_a_base_does_not_come_along(dense_folder, tmp_path, capsys):
     """Users of the folder trust its code: a tokenizer's or a config's that is elsewhere must not be named in it."""
     base = shutil.copytree(dense_folder, tmp_path / "base")
-    for name, classes in (
-        ("tokenizer_config.json", {"AutoTokenizer": [None, "else/where--tok.Tok"]}),
-        ("config.json", {"AutoConfig": "else/where--c.C"}),
+    pipelines = {"custom_pipelines": {"text-generation": {"impl": "else/where--p.P", "pt": ["AutoModelForCausalLM"]}}}
+    for name, fields in (
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "else/where--tok.Tok"]}}),
+        ("config.json", {"auto_map": {"AutoConfig": "else/where--c.C"}, **pipelines}),
     ):
-        write_json(base / name, {**read_json(base / name), "auto_map": classes})
+        write_json(base / name, {**read_json(base / name), **fields})
     convert_model(base, tmp_path / "converted", max_tokens=512, block_size=64)
     train_model(tmp_path / "converted", tmp_path / "trained", max_tokens=256, block_size=64)
     export_dense(tmp_path / "trained", tmp_path / "dense")
     for folder in ("converted", "trained", "dense"):
         for path in (tmp_path / folder).glob("*.json"):
             assert "else/where" not in path.read_text(), path
+    config = tmp_path / "trained" / "config.json"
+    fields = read_json(config)
+    write_json(config, {**fields, **pipelines})
+    with pytest.raises(ValueError, match="names code that does not come with the folder.*else/where--p.P"):
+        publish_model(tmp_path / "trained", "user/name", dry_run=True)
+    write_json(config, fields)
     config = tmp_path / "trained" / "tokenizer_config.json"
     write_json(config, {**read_json(config), "auto_map": {"AutoTokenizer": [None, "else/where--tok.Tok"]}})
     with pytest.raises(ValueError, match="names code that does not come with the folder.*else/where--tok.Tok"):
