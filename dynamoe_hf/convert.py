@@ -86,7 +86,7 @@ def _converted(base, arguments: ConvertArguments) -> tuple[DynaMoEForCausalLM, P
     DynaMoEForCausalLM.config_for(dense, **fields)  # what cannot be converted is told before the long work
     block_size = min(arguments.block_size, _longest(dense))
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
-    check_ids(blocks, dense.config)
+    check_ids(blocks, dense.config, tokenizer)
     probe = torch.randint(dense.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     routes: dict[int, tuple] = {}
     expected = _logits(dense, probe, routes)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .arguments import Layout, PublishArguments, resolve
 from .card import Variant, render_card
-from .folder import load_dynamoe_config, load_model, new_folder, read_json
+from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, read_json
 
 
 LAYOUTS = get_args(Layout)
@@ -108,6 +108,7 @@ def _planned(folder, repo, arguments: PublishArguments) -> Plan:
     family = plan_family(folder, repo, arguments.variants, arguments.layout)
     shared = shipped_files(folder)
     _refuse_foreign_code(folder)
+    load_tokenizer(folder)
     load_model(folder, device_map="cpu")  # refuses weights that are damaged, incomplete or not finite
     contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
     plan = Plan(family, shared, contents, {

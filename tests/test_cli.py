@@ -242,6 +242,25 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train F G --learning-rate nan", "`learning_rate` must be a finite number above 0, found nan"),
+        ("adapt F G --learning-rate inf", "`learning_rate` must be a finite number above 0, found inf"),
+        ("train F G --seed -1", "`seed` must be a whole number"),
+        ("train F G --sensitivity-range 0.9 0.1", "`sensitivity_range` must rise"),
+        ("train F G --kd-loss-coef -1", "`kd_loss_coef` must be"),
+    ],
+)
+def test_settings_that_are_refused_are_one_line(words, message, capsys):
+    """The dataclasses look at their numbers when they are made, before the stage begins."""
+    assert cli.main(words.split()) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"dynamoe: {message}") and told.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        cli.main([*words.split(), "--debug"])
+
+
 @pytest.mark.parametrize("wrong", ["0", "-3", "2.5", "many"])
 @pytest.mark.parametrize(
     "option",
