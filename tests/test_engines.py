@@ -168,6 +168,13 @@ def test_what_continuous_batching_does_not_hear_is_refused(settings, message, gr
         tiny_dynamoe().generate_batch([[3, 4], [5, 6]], greedy, **settings)
 
 
+@pytest.mark.parametrize("asked", [{"sensitivity": 0.1}, {"force_expert": 0}, {"density": 0.5}, {"route": "random"}])
+def test_continuous_batching_in_another_thread_is_not_misled(asked, greedy):
+    model = tiny_dynamoe(sensitivity=0.6)
+    with model.routing(**asked), pytest.raises(ValueError, match=r"`model.routing\(...\)` is not heard"):
+        model.generate_batch([[3, 4], [5, 6]], greedy)
+
+
 @pytest.mark.parametrize("asked", [{"sensitivity": 0.1}, {"force_expert": 0}, {"density": 0.5}, {"draft_budget": 0.4}])
 def test_a_dial_in_a_generation_config_is_refused(asked, greedy, token_ids):
     """transformers keeps whatever a `GenerationConfig` is given, and nobody would hear it."""
