@@ -37,12 +37,14 @@ test-triton: install  ## the GPU kernel on a CPU: under Triton's interpreter, an
 
 TRANSFORMERS := transformers-$(shell sed -n 's/^transformers==//p' constraints.txt)
 
-test-upstream: install  ## transformers' own common tests, on our classes and the dense ones, from its source distribution
+test-upstream: install  ## transformers' own common tests, on our classes and the dense ones, from its source distribution, or a checkout in TRANSFORMERS_SOURCE
 	$(PIP) parameterized
+ifndef TRANSFORMERS_SOURCE
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -c constraints.txt -d build transformers
 	tar -xzf build/$(TRANSFORMERS).tar.gz -C build
+endif
 	# Their markers are not ours, so not `--strict-markers`.
-	HF_HUB_OFFLINE=1 TRANSFORMERS_SOURCE=build/$(TRANSFORMERS) $(BIN)/python -m pytest -q -o addopts= -W ignore tests/test_upstream.py
+	HF_HUB_OFFLINE=1 TRANSFORMERS_SOURCE=$(or $(TRANSFORMERS_SOURCE),build/$(TRANSFORMERS)) $(BIN)/python -m pytest -q -o addopts= -W ignore tests/test_upstream.py
 
 test-vllm: install  ## a folder served by vLLM, the CPU build, in an environment of its own
 	$(PYTHON) -m venv .venv-vllm
@@ -63,6 +65,18 @@ test-oldest:  ## the main tests with the oldest versions that setup.cfg promises
 	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q -n 2 tests/test_modeling.py tests/test_convert.py tests/test_trainer.py \
 		tests/test_train.py tests/test_remote_code.py tests/test_mixtures.py tests/test_data.py tests/test_evaluate.py tests/test_generate.py
 
+RELEASE := build/release
+
+release-check:  ## wheel and source distribution: built, checked, installed where nothing is, and used
+	rm -rf $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(RELEASE)/tools/bin/python -m build --outdir $(RELEASE)/dist
+	$(RELEASE)/tools/bin/python -m twine check --strict $(RELEASE)/dist/*
+	$(PYTHON) -m venv $(RELEASE)/bare
+	$(RELEASE)/bare/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(RELEASE)/dist/*.whl
+	cd $(RELEASE) && bare/bin/dynamoe --version && bare/bin/python ../../examples/quickstart.py
+
 test-all: test test-slow test-upstream test-oldest  ## test, test-slow, test-upstream and test-oldest
 
 check: install  ## lint, format and types, as CI does
@@ -82,4 +96,4 @@ docs: install  ## the documentation as a site in site/, every warning an error
 clean:  ## remove what was built
 	rm -rf $(VENV) .venv-vllm .venv-oldest build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-oldest test-gpu test-all check style docs clean
+.PHONY: help install demo test test-slow test-space test-triton test-upstream test-vllm test-oldest test-gpu test-all release-check check style docs clean

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from .arguments import BenchArguments, resolve
 from .calibrate import check_reach
-from .card import WAIT, new_records
+from .card import WAIT, check_records, new_records
 from .convert import prove_parity
 from .data import documents_for, token_blocks
 from .export import dense_prefix
@@ -76,6 +76,7 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"Unknown shapes {', '.join(sorted(unknown))}. Choose from {', '.join(SHAPES)}.")
     check_writable(folder)
+    check_records(folder)
     model, tokenizer = load_model(folder, device_map="cpu", dtype=arguments.dtype), load_tokenizer(folder)
     if shares:
         check_reach(model, shares, "share")

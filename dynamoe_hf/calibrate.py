@@ -87,7 +87,7 @@ def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget", lowest)
     blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)
-    check_ids(blocks, model.config)
+    check_ids(blocks, model.config, tokenizer)
     model.config.density_path, model.config.thresholds = [], None
     logits_LTE = run_routers(model, blocks, expert_shares(model), 0.5, batch_size).logits_LTE
     if logits_LTE.numel() and logits_LTE[..., 0].max() == logits_LTE[..., 0].min():

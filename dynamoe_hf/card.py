@@ -90,6 +90,21 @@ def render_card(
     return ModelCard(content)
 
 
+def check_records(folder: str | Path) -> None:
+    """Raise `ValueError` where no card can be made of a model folder's records, which a stage would find out after its work."""
+    if not Path(folder).is_dir():  # on the Hub
+        return
+    try:
+        render_card(folder, local_files_only=True)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a field that is missing, or of another type, leads to
+        raise ValueError(
+            f"The records of {folder} are damaged: found {type(error).__name__}: {error}. Copy its JSON files again, or delete the one "
+            "that was edited."
+        ) from error
+
+
 def _has_chat_template(folder) -> bool:
     settings = read_json(folder / "tokenizer_config.json") or {}
     return (folder / "chat_template.jinja").is_file() or "chat_template" in settings

@@ -206,8 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = parse(name, argv[1:])
     show = show_json if values.pop("json", False) else stage.show
     inputs = [values.pop(positional) for positional in stage.positionals]
-    if stage.arguments is not None:
-        inputs.append(stage.arguments(**values))
     quieten_imports()
     is_main = int(os.environ.get("RANK", 0)) == 0
     if not is_main:
@@ -215,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0  # the first process does it
         os.environ["TQDM_DISABLE"] = "1"
     try:
+        if stage.arguments is not None:
+            inputs.append(stage.arguments(**values))
         with terminable():
             result = getattr(import_module(f".{stage.module}", __package__), stage.function)(*inputs)
             if is_main:

@@ -17,6 +17,7 @@ from .importance import IMPORTANCES, massive_experts
 from .kept_sums import KeptSums, digest_of_tensors
 from .label import error_weights
 from .modeling import DynaMoEForCausalLM
+from .modeling.configuration_dynamoe import CODE_FIELDS
 from .modeling.dense_base import check_places, dense_class_of, mlp_places
 from .modeling.moe_base import is_mixture
 from .observe import (
@@ -91,7 +92,7 @@ def _converted(
     DynaMoEForCausalLM.config_for(dense, **fields)  # what cannot be converted is told before the long work
     block_size = min(arguments.block_size, _longest(dense))
     blocks = token_blocks(documents_for("calibration", text), tokenizer, block_size, arguments.max_tokens)
-    check_ids(blocks, dense.config)
+    check_ids(blocks, dense.config, tokenizer)
     if arguments.cut and not any(is_mixture(place.mlp) for place in mlp_places(dense.base_model)):
         raise ValueError(
             f"Only experts of a mixture can be cut: found cut={arguments.cut:g}, and no mixture in {base}. Leave it out."
@@ -128,7 +129,8 @@ def _converted(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     model.config.base_config._name_or_path = _name(base)
-    vars(model.config.base_config).pop("auto_map", None)  # names code of the base, which the folder does not need
+    for name in CODE_FIELDS:  # the folder needs no code of the base
+        vars(model.config.base_config).pop(name, None)
     return model, tokenizer, record, (expected, probe, routes)
 
 
@@ -150,7 +152,7 @@ def load_dense(base: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
         dense_class_of(config)
         with torch.device("meta"):
             check_places(AutoModelForCausalLM.from_config(config))  # before weights that are not those of such a model
-        quantised = getattr(config, "quantization_config", None)
+        quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
             raise ValueError(

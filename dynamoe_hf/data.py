@@ -75,10 +75,10 @@ def dataset_documents(dataset: str, split: str = "train", column: str = "text") 
     `id:config`; a JSONL, JSON or Parquet file, or a folder of them; or a folder of `save_to_disk`.
 
     Raises:
-        ValueError: there is no such dataset or column, or a row of it is neither text nor messages.
+        ValueError: there is no such dataset or column, its file is damaged, or a row is neither text nor messages.
     """
     rows, name = _rows(dataset, split)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(_whole(rows, name)):
         if column not in row:
             raise ValueError(f"Dataset {name} has no column {column!r}, found {', '.join(row)}. Name it with --column.")
         document = row[column]
@@ -87,7 +87,24 @@ def dataset_documents(dataset: str, split: str = "train", column: str = "text") 
                 f"Row {index} of dataset {name} has no text in column {column!r}, found {document!r:.60}. Leave such rows out of the "
                 "dataset, or name a column of text, or of messages with `role` and `content`, with --column."
             )
-        yield document
+        if not isinstance(document, str) or document.strip():  # as in text files, what is blank is no document
+            yield document
+
+
+def _whole(rows, name):
+    """The rows, with damage to their file told in one sentence: readers see it when they come to it."""
+    rows, count = iter(rows), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Dataset {name} cannot be read from row {count} on: {error}. Repair its file, or leave the damaged one out."
+            ) from error
+        yield row
+        count += 1
 
 
 def _rows(dataset, split):
@@ -104,16 +121,22 @@ def _rows(dataset, split):
             return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True), path.name
         name, _, config = dataset.partition(":")
         return datasets.load_dataset(name, config or None, split=split, streaming=True), name
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StopIteration) as error:  # an empty file is a StopIteration
         raise ValueError(
-            f"Dataset {dataset} cannot be read: {error}. Give an id of the Hub, a JSONL or Parquet file, a folder of them, or one that "
-            f"`save_to_disk` has written, with a split {split!r}."
+            f"Dataset {dataset} cannot be read: {str(error) or 'it is empty'}. Give an id of the Hub, a JSONL or Parquet file, a folder of "
+            f"them, or one that `save_to_disk` has written, with a split {split!r}."
         ) from error
 
 
 def is_conversation(document) -> bool:
-    """Whether a document is a list of messages, as chat templates take them, and not a text."""
-    return isinstance(document, list) and bool(document) and all(isinstance(m, dict) and "role" in m for m in document)
+    """Whether a document is a list of messages, as chat templates take them, and not a text. A template writes whatever is no text."""
+    return isinstance(document, list) and bool(document) and all(map(_is_message, document))
+
+
+def _is_message(message):
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str | list) or bool(message.get("tool_calls"))
 
 
 def _encoded(document: Document, tokenizer) -> tuple[list[int], list[bool]]:
@@ -224,8 +247,13 @@ def token_blocks(
     return torch.stack(blocks)
 
 
-def check_ids(ids: torch.Tensor, config) -> None:
-    """Raise `ValueError` where token ids lie beyond the vocabulary of the model that has this config."""
+def check_ids(ids: torch.Tensor, config, tokenizer=None) -> None:
+    """
+    Raise `ValueError` where token ids lie beyond the vocabulary of the model that has this config, or the one does that `tokenizer`
+    puts after a text.
+    """
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids = torch.cat([ids.flatten(), torch.tensor([tokenizer.eos_token_id])])
     vocabulary = getattr(getattr(config, "base_config", config), "vocab_size", None)
     if vocabulary is not None and ids.numel() and ids.max() >= vocabulary:
         raise ValueError(

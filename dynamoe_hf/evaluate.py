@@ -12,7 +12,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from .arguments import Baseline, EvaluateArguments, resolve
-from .card import WAIT, new_records
+from .card import WAIT, check_records, new_records
 from .convert import load_dense
 from .data import check_ids, documents_for, text_names, token_blocks
 from .export import one_width
@@ -64,13 +64,13 @@ def evaluate_model(folder: str | Path, arguments: EvaluateArguments | None = Non
         raise ValueError("More than one of budget, sensitivity and force_expert was given. Give one of them.")
     if unknown := set(baselines) - set(BASELINES):
         raise ValueError(f"Unknown baselines {', '.join(unknown)}. Choose from {', '.join(BASELINES)}.")
-    read_json(Path(folder) / RESULTS)  # a damaged file is told before the work whose results it should take
     check_writable(folder)
+    check_records(folder)  # damaged files are told before the work whose results they should take
     tokenizer = load_tokenizer(folder)
     config = load_dynamoe_config(folder)
     routings = _settings(config, *dial)
     blocks = token_blocks(documents_for("held-out", text), tokenizer, block_size, arguments.max_tokens)
-    check_ids(blocks, config)
+    check_ids(blocks, config, tokenizer)
     if len(blocks) < 2:
         raise ValueError(
             f"One block of {block_size} tokens gives no interval. Give more text or tokens, or a smaller --block-size."

@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .arguments import ExportArguments, resolve
-from .convert import SINK_POSITIONS
 from .data import documents_for, token_blocks
 from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, refuse_existing, save_model
 from .gguf_file import check_gguf, write_gguf
+from .importance import SINK_POSITIONS
 from .modeling import DynaMoEForCausalLM
+from .modeling.configuration_dynamoe import CODE_FIELDS
 from .modeling.dense_base import mlp_places, set_mlp_width
 from .modeling.moe_base import is_mixture
 from .modeling.routing import router_names
@@ -177,7 +178,8 @@ def _dense(model, widths) -> PreTrainedModel:
     families give the width of all shared experts as a multiple of that of one.
     """
     config = copy.deepcopy(model.config.base_config)
-    vars(config).pop("auto_map", None)
+    for name in CODE_FIELDS:
+        vars(config).pop(name, None)
     for mlp, width in zip(model.nested_mlps, widths):
         if is_mixture(mlp) and hasattr(config, "moe_intermediate_size"):
             config.moe_intermediate_size = width

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .arguments import InspectArguments, resolve
 from .disk import held, remove_leftovers, staging_of, sync, sync_entry, told_of
-from .integrity import differing, digests_of, first_not_finite
+from .integrity import differing, digests_of, first_not_finite, first_of_no_floats
 from .modeling import DynaMoEConfig, DynaMoEForCausalLM
 from .modeling.moe_base import is_mixture
 from .modeling.routing import router_names
@@ -109,12 +110,17 @@ def _load(folder, **options):
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (SafetensorError, EOFError) as error:
+    except (SafetensorError, EOFError, UnpicklingError) as error:
         raise ValueError(
             f"A weight file of {folder} is damaged ({error}), for example cut off while it was copied. Copy or download it again."
         ) from error
     model, info = loaded
     _refuse_other_weights(options.get("gguf_file", folder), info)
+    if name := first_of_no_floats(Path(folder), {name for name, _ in model.named_parameters()}):
+        raise ValueError(
+            f"The weights of {folder} are no floating-point numbers: found {name}. They may be those of a quantised model without its "
+            "config: get all files of the model again."
+        )
     return model
 
 
@@ -289,7 +295,11 @@ def check_digests(folder: str | Path) -> dict[str, str]:
     before they were kept. Raises `ValueError` where a file is missing or is another one.
     """
     records = [read_json(Path(folder) / name) or {} for name in (TRAINING, CONVERSION)]
-    digests: dict[str, str] = next((record["weights"] for record in records if "weights" in record), {})
+    digests: Any = next((record["weights"] for record in records if "weights" in record), {})
+    if not isinstance(digests, dict):
+        raise ValueError(
+            f"The records of {folder} are damaged: found {digests!r} in `weights`, which must name files and their SHA-256. Copy them again."
+        )
     wrong = differing(Path(folder), digests)
     if digests:  # transformers would load another file instead: one weight file before shards
         wrong += [path.name for path in Path(folder).glob("model*.safetensors*") if path.name not in digests]

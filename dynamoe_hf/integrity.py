@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -27,6 +28,23 @@ def digests_of(folder: Path, patterns: Iterable[str] = WEIGHT_FILES) -> dict[str
 def differing(folder: Path, digests: dict[str, str]) -> list[str]:
     """The files of `folder` that are missing, or are not what `digests` say."""
     return [name for name, digest in digests.items() if not (folder / name).is_file() or digest_of(folder / name) != digest]
+
+
+def first_of_no_floats(folder: Path, names: set[str]) -> str | None:
+    """
+    The first of these tensors in the weight files of a folder that holds no floating-point numbers, with its type: transformers casts
+    whatever it finds. None where the config names a quantiser.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or "quantization_config" in config.read_text(encoding="utf-8"):
+        return None
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in names.intersection(file.keys()):
+                kind = file.get_slice(name).get_dtype()  # such as F32, BF16, F8_E4M3
+                if not kind.startswith(("F", "BF")):
+                    return f"{name} in {kind}"
+    return None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .arguments import Layout, PublishArguments, resolve
 from .card import Variant, render_card
-from .folder import load_dynamoe_config, load_model, new_folder, read_json
+from .folder import load_dynamoe_config, load_model, load_tokenizer, new_folder, read_json
 
 
 LAYOUTS = get_args(Layout)
@@ -108,6 +108,7 @@ def _planned(folder, repo, arguments: PublishArguments) -> Plan:
     family = plan_family(folder, repo, arguments.variants, arguments.layout)
     shared = shipped_files(folder)
     _refuse_foreign_code(folder)
+    load_tokenizer(folder)
     load_model(folder, device_map="cpu")  # refuses weights that are damaged, incomplete or not finite
     contents = [own_files(folder, variant, family, arguments.base_model) for variant in family]
     plan = Plan(family, shared, contents, {
@@ -122,13 +123,16 @@ def _planned(folder, repo, arguments: PublishArguments) -> Plan:
 def _refuse_foreign_code(folder):
     """Users give `trust_remote_code=True` for the files of the folder, so nothing in it may name other code."""
     for path in sorted(folder.glob("*.json")):
-        names = (read_json(path) or {}).get("auto_map", {}) if path.name.endswith("config.json") else {}
+        fields = (read_json(path) or {}) if path.name.endswith("config.json") else {}
+        names = fields.get("auto_map", {})
         named = [str(name) for value in names.values() for name in (value if isinstance(value, list) else [value]) if name]
         own = path.name == "config.json" and all((folder / f"{name.split('.')[0]}.py").is_file() for name in named)
-        if named and not own:
+        pipelines = [str(entry.get("impl")) for entry in (fields.get("custom_pipelines") or {}).values()]
+        if pipelines or named and not own:
             raise ValueError(
-                f"{path} names code that does not come with the folder, and that its users would run: found {', '.join(named)}. "
-                "Remove `auto_map` from it; DynaMoE folders need none but that of config.json."
+                f"{path} names code that does not come with the folder, and that its users would run: found "
+                f"{', '.join(pipelines or named)}. Remove `auto_map` and `custom_pipelines` from it; DynaMoE folders need none but the "
+                "`auto_map` of config.json."
             )
 
 

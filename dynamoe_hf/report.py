@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import ReportArguments, resolve
-from .card import new_records
+from .card import check_records, new_records
 from .data import documents_for
 from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, new_files, read_json
 from .modeling import DynaMoEForCausalLM
@@ -46,6 +46,7 @@ def report_folder(folder: str | Path, arguments: ReportArguments | None = None, 
     evaluations = (read_json(Path(folder) / RESULTS) or {}).get("evaluations")
     if not evaluations:
         raise ValueError(f"{folder} has nothing to draw: no evaluations in {RESULTS}. Run `dynamoe evaluate {folder}` first.")
+    check_records(folder)
     new_figure(1, 1)  # fails before the model is loaded if matplotlib is missing
     passage = _passage(text)
     out = Path(folder) / "report" if arguments.out is None else Path(arguments.out)

@@ -70,8 +70,8 @@ class Run:
 
     def __init__(self, folder: str | Path, out: str | Path, arguments: TrainArguments):
         self.folder, self.work = Path(folder), Path(out).with_name(f"{Path(out).name}.checkpoints")
-        config = load_dynamoe_config(folder)
-        self.arguments, self.tokenizer = _settled(arguments, config), load_tokenizer(folder)
+        self.config = load_dynamoe_config(folder)
+        self.arguments, self.tokenizer = _settled(arguments, self.config), load_tokenizer(folder)
         processes, state = launched_processes(), None
         if is_main_process():
             state = _resumed(self.work, arguments, {**_sources(folder, arguments), "processes": processes})
@@ -85,8 +85,6 @@ class Run:
             self.write()  # before the long work, so that its text is not written again
         self.text = own_text_file(arguments.text, folder, own_text, arguments.self_tokens, arguments.seed, arguments.bf16)
         self.distinct = None if arguments.dataset is not None else self.blocks(arguments.max_tokens)
-        if self.distinct is not None:
-            check_ids(self.distinct, config)
         self.write()
         self.trains, self.stop = False, False  # whether a Trainer runs, and whether it is to end
 
@@ -96,14 +94,16 @@ class Run:
 
     def blocks(self, tokens: int) -> torch.Tensor:
         """At most so many tokens of the text, (N, S)."""
-        return token_blocks(self.documents(), self.tokenizer, self.arguments.block_size, tokens)
+        found = token_blocks(self.documents(), self.tokenizer, self.arguments.block_size, tokens)
+        check_ids(found, self.config, self.tokenizer)
+        return found
 
     def training_blocks(self, first_step: int, steps: int) -> Dataset:
         """What the Trainer reads in `steps` steps from `first_step` on."""
         start = first_step * self.step_blocks
         if self.distinct is not None:
             return RepeatedBlocks(self.distinct, start, steps * self.step_blocks)
-        return StreamedBlocks(self.documents, self.tokenizer, self.arguments, start)
+        return StreamedBlocks(self, start)
 
     def seconds(self) -> float:
         """Time that the run has taken, over all its parts."""
@@ -340,9 +340,11 @@ class RepeatedBlocks(Dataset):
 class StreamedBlocks(IterableDataset):
     """Blocks of a streamed dataset, from one on, of which only one batch is in memory at a time."""
 
-    def __init__(self, documents, tokenizer, arguments, start):
-        self.documents, self.tokenizer, self.arguments, self.start = documents, tokenizer, arguments, start
+    def __init__(self, run: Run, start: int):
+        self.run, self.start = run, start
 
     def __iter__(self):
-        blocks = packed_blocks(self.documents(), self.tokenizer, self.arguments.block_size)
-        return (block.example(self.arguments.documents_apart) for block in islice(blocks, self.start, None))
+        blocks = packed_blocks(self.run.documents(), self.run.tokenizer, self.run.arguments.block_size)
+        for block in islice(blocks, self.start, None):
+            check_ids(torch.tensor(block.ids), self.run.config, self.run.tokenizer)
+            yield block.example(self.run.arguments.documents_apart)

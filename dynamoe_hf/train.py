@@ -14,7 +14,7 @@ from transformers import default_data_collator
 from transformers.trainer_callback import ProgressCallback
 
 from .arguments import Route, resolve
-from .card import render_card
+from .card import check_records, render_card
 from .data import dataset_name, text_names
 from .disk import staging_of
 from .folder import TRAINING, carry_records, new_folder, read_json, save_model, write_json
@@ -130,6 +130,7 @@ def _run_stage(folder, out, arguments: TrainArguments, recipe: Callable[[TrainAr
         _run_phases(Run(folder, out, arguments), recipe)
         return from_main({})
     with new_folder(out) as target:
+        check_records(folder)
         run = Run(folder, out, arguments)
         with run.interruptible():
             model, record = _run_phases(run, recipe)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call may ask of a model, told before any work: places of the dial, an expert, labels that reach the model, adapters."""
 
+import copy
 import math
 import re
 from typing import Any
@@ -24,6 +25,7 @@ def check_density(value: Any) -> None:
 
 
 DIALS = {"sensitivity": check_sensitivity, "density": check_density}
+ASKED_OF_GENERATE = (*DIALS, "force_expert", "route", "draft_budget", "draft_tokens")
 
 
 def check_expert(value: Any, experts: int) -> None:
@@ -53,11 +55,7 @@ def checked_dial(name: str, value: Any, shape: torch.Size | None = None) -> Any:
         if value is not None:
             DIALS[name](value)
         return value
-    if value.ndim > 2 or value.ndim and shape is not None and value.shape not in (shape[:1], shape):
-        tokens = "" if shape is None else f" of {tuple(shape)}"
-        raise ValueError(
-            f"`{name}` must be a number, or one for each sequence or token{tokens}: found shape {tuple(value.shape)}."
-        )
+    _check_shape(name, value, shape)
     if not _can_be_read(value):
         return value if shape is None or value.ndim else value.expand(shape[0])
     for number in value.flatten().tolist():
@@ -78,11 +76,25 @@ def checked_request(settings: dict[str, Any], experts: int, routes: Any) -> dict
     return settings
 
 
-def each_of(value: Any, batch: int) -> Any:
-    """A number as it is, or a tensor with one for each of `batch` sequences, which may be beams or samples of those it was given for."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) == batch or len(value) == 0 or batch % len(value):
+def each_of(name: str, value: Any, shape: torch.Size) -> Any:
+    """
+    A number as it is, or a tensor with one for each sequence of tokens (B, S), which may be beams or samples of those it was given
+    for. Raises `ValueError` for a tensor of another shape.
+    """
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return value
-    return value.repeat_interleave(batch // len(value))
+    if 0 < len(value) < shape[0] and shape[0] % len(value) == 0:
+        value = value.repeat_interleave(shape[0] // len(value), 0)
+    _check_shape(name, value, shape)
+    return value
+
+
+def _check_shape(name, value, shape):
+    if value.ndim > 2 or value.ndim and shape is not None and value.shape not in (shape[:1], shape):
+        tokens = "" if shape is None else f" of {tuple(shape)}"
+        raise ValueError(
+            f"`{name}` must be a number, or one for each sequence or token{tokens}: found shape {tuple(value.shape)}."
+        )
 
 
 def _can_be_read(tensor):
@@ -107,6 +119,38 @@ def check_model_type(found: str | None) -> None:
             f"This is a dense model, found model type {found!r}. Convert it: `dynamoe convert MODEL OUT`, or in memory "
             "`DynaMoEForCausalLM.from_dense(AutoModelForCausalLM.from_pretrained(MODEL))`."
         )
+
+
+def check_generation_config(config: Any) -> None:
+    """Raise `ValueError` where a `GenerationConfig` holds what belongs to a call, which would not be heard."""
+    found = {name: getattr(config, name) for name in ASKED_OF_GENERATE if getattr(config, name, None) is not None}
+    if found:
+        told = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise ValueError(
+            f"A generation config does not carry the dial: found {told} in it. Give it to the call, such as "
+            "`generate(..., sensitivity=0.5)`, or to the model, with `set_sensitivity` or `set_budget`."
+        )
+
+
+def check_can_be_read(model: Any) -> None:
+    """Raise `ValueError` where the weights of a model are not those of its config, so that its folder could not be loaded."""
+    layers, config = len(model.nested_mlps), model.config
+    if layers != config.num_hidden_layers:
+        raise ValueError(
+            f"The folder could not be read: found {layers} layers, and num_hidden_layers={config.num_hidden_layers} in the config. Set "
+            "it, and keep of each list of the config the entries of these layers."
+        )
+    if getattr(model, "_tp_size", None):  # each rank holds parts
+        return
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in type(model)(copy.deepcopy(config)).named_parameters()}
+    for name, tensor in model.named_parameters():
+        plain = type(tensor) is torch.nn.Parameter and tensor.numel()  # not packed by a quantiser, nor held elsewhere
+        if plain and tensor.shape != wanted.get(name, tensor.shape):
+            raise ValueError(
+                f"The folder could not be read: found {name} of shape {tuple(tensor.shape)}, and the config gives "
+                f"{tuple(wanted[name])}. Set the config to the sizes that the weights have."
+            )
 
 
 def check_adapters(model: Any) -> None:

@@ -23,8 +23,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_dynamoe.DynaMoEModel",
     "AutoModelForCausalLM": "modeling_dynamoe.DynaMoEForCausalLM",
 }
+# Fields that name code of elsewhere, which whoever trusts the folder's would run.
+CODE_FIELDS = ("auto_map", "custom_pipelines")
 # Fields that say something else about this model than about its base, so they are never answered from there.
-OWN_FIELDS = ("auto_map", "architectures", "quantization_config")
+OWN_FIELDS = (*CODE_FIELDS, "architectures", "quantization_config", "compression_config")
 
 
 class DynaMoEConfig(PreTrainedConfig):

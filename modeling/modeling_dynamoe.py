@@ -25,7 +25,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .checks import (
+    DIALS,
     check_adapters,
+    check_can_be_read,
     check_expert,
     check_labels_arrive,
     check_model_type,
@@ -86,8 +88,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
         """The class of the base's own model. Raises `ValueError` for what is not a dense causal language model."""
         raise NotImplementedError
 
-    def __new__(cls, config, *args, **kwargs):
-        if cls.base_class is None:
+    def __new__(cls, config=None, *args, **kwargs):
+        if cls.base_class is None and config is not None:  # `DataParallel` makes its replicas without one
             check_model_type(config.model_type)
             cls = nested_class(cls, cls.base_class_of(config.base_config))  # type: ignore[arg-type]  # `cache` of a class
         return super().__new__(cls)
@@ -166,9 +168,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             check_one_of("route", route, ROUTES)
         asked = {"sensitivity": sensitivity, "density": density, "force_expert": force_expert, "route": route}
         requested = self.slot.requested
-        own = {name: each_of(getattr(requested, name), shape[0]) for name in ("sensitivity", "density")}
-        routing = replace(requested, **own)
-        routing = replace(routing, **{name: value for name, value in asked.items() if value is not None})
+        own = {name: each_of(name, getattr(requested, name), shape) for name in DIALS if asked[name] is None}
+        routing = replace(requested, **own, **{name: value for name, value in asked.items() if value is not None})
         self.slot.draw_alike(inputs.device, self.training or routing.draws)
         if train:
             if route is None and routing.route == "router":
@@ -181,7 +182,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             routing.records.clear()
         elif record or train:
             routing = replace(routing, records=[])
-        return replace(routing, shape=shape).with_defaults(self.config)
+        return replace(routing, shape=shape, gradients=torch.is_grad_enabled()).with_defaults(self.config)
 
     def _run_base(self, routing: Routing, inputs: dict) -> Any:
         """The outputs of the base's own `forward`, whose layers read `routing`."""
@@ -247,11 +248,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         """As the base class; refused where weights are packed, which have no place in a folder, and where the folder could not be read."""
         self.config.check()
-        if len(self.nested_mlps) != self.config.num_hidden_layers:
-            raise ValueError(
-                f"The folder could not be read: found {len(self.nested_mlps)} layers, and num_hidden_layers="
-                f"{self.config.num_hidden_layers} in the config. Set it, and keep of each list of the config the entries of these layers."
-            )
+        check_can_be_read(self)
         if any(mlp.packed is not None for mlp in self.nested_mlps):
             raise ValueError(
                 "A packed model cannot be saved: its float weights are gone. Copy the folder that it was loaded from."
@@ -319,6 +316,7 @@ class DynaMoEModel(DynaMoEPreTrainedModel):
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
         if self.slot.current is not None:  # called by `DynaMoEForCausalLM`, which has resolved the routing
             return super().forward(**self._without_base_routers(inputs))
+        self.slot.check_first_run()
         given = input_ids if input_ids is not None else inputs_embeds
         routing = self.resolve_routing(given, sensitivity, density, force_expert, route, bool(output_router_logits))
         outputs = self._run_base(routing, inputs)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMixin
 
-from .checks import check_sensitivity
+from .checks import DIALS, check_generation_config, check_sensitivity
 
 
 class RequestDials(GenerationMixin):
     """`GenerationMixin`, whose `generate_batch` hears the dial."""
+
+    slot: Any  # of `DynaMoEPreTrainedModel`
 
     def generate_batch(
         self, inputs: list[list[int]], *args, sensitivity: float | Sequence[float] | None = None, **kwargs
@@ -29,12 +31,21 @@ class RequestDials(GenerationMixin):
 
         Raises:
             ValueError: a sensitivity outside (0, 1], more or fewer than prompts, or one together with `persistent_manager`; and
-                for `density`, `force_expert` and `route`, which would not be heard.
+                for `density`, `force_expert` and `route`, and a dial in a generation config, which would not be heard; nor would
+                `model.routing(...)`.
         """
         if unheard := sorted({"density", "force_expert", "route"} & kwargs.keys()):
             raise ValueError(
                 f"`generate_batch` hears `sensitivity` alone, found {', '.join(unheard)}. Set the config, or call `generate`."
             )
+        requested = self.slot.requested
+        if requested.route != "router" or any(getattr(requested, name) is not None for name in (*DIALS, "force_expert")):
+            raise ValueError(
+                "`generate_batch` runs in a thread of its own, where `model.routing(...)` is not heard: found it around the call. Give it "
+                "`sensitivity`, set the config, or call `generate`."
+            )
+        for config in (*args[:1], kwargs.get("generation_config"), self.generation_config):
+            check_generation_config(config)
         if sensitivity is None:
             return super().generate_batch(inputs, *args, **kwargs)
         dials = self._checked_dials(sensitivity, len(inputs))

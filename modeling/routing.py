@@ -60,6 +60,7 @@ class Routing:
         records: a list that each pass empties and fills, one `LayerRecord` a layer.
         thresholds: those of each layer at this density; `with_defaults` sets them.
         shape: of the tokens, (B, S), which mixtures read as one row.
+        gradients: whether the pass began with gradients.
     """
 
     sensitivity: float | torch.Tensor | None = None
@@ -72,6 +73,7 @@ class Routing:
     records: list[LayerRecord] | None = None
     thresholds: tuple[Thresholds, ...] | None = None
     shape: torch.Size | None = None
+    gradients: bool = False
 
     @property
     def draws(self) -> bool:
@@ -144,20 +146,32 @@ class RoutingSlot:
         previous, self._local.current = self.current, routing
         return previous
 
-    def of_layer(self, config) -> Routing:
-        """
-        The routing that a layer reads: the current one, or that of a call to the layer alone. Raises `ValueError` where backward runs
-        a layer again without a routing: its pass, and what the pass asked for, are over.
-        """
-        if self.current is not None:
-            return self.current
+    @staticmethod
+    def check_first_run() -> None:
+        """Raise `ValueError` where backward runs layers again without a routing: their pass, and what it asked for, are over."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 "Backward runs a layer again and cannot know which experts its tokens took: found activation checkpointing around "
                 "layers, such as torch's `checkpoint_wrapper` or FSDP's `activation_checkpointing`. Use the model's own: "
                 "`model.gradient_checkpointing_enable()`, or `gradient_checkpointing=True` of a Trainer."
             )
-        return self.requested.with_defaults(config)
+
+    def of_layer(self, config) -> Routing:
+        """
+        The routing that a layer reads: the current one, or that of a call to the layer alone. Raises `ValueError` where what it
+        records would get no gradient, and as `check_first_run`.
+        """
+        routing = self.current
+        if routing is None:
+            self.check_first_run()
+            return self.requested.with_defaults(config)
+        learns = routing.needs_labels or routing.temperature is not None
+        if learns and routing.gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                "Routers would get no gradient: found layers that run without gradients in a pass with them, as in reentrant activation "
+                "checkpointing. Use the model's own: `model.gradient_checkpointing_enable()`, or `gradient_checkpointing=True` of a Trainer."
+            )
+        return routing
 
     def __deepcopy__(self, memo):
         copied = RoutingSlot()

@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .checks import check_generation_config
+
 
 DIAL = ("sensitivity", "density", "force_expert", "route")  # what a call can say of its routing
 LEAST_PROBABILITY = 0.4  # of a drafted token; after a less likely one the draft is checked, since it is probably wrong
@@ -55,9 +57,11 @@ class SelfDraftGenerationMixin(GenerationMixin):
             draft_tokens (`int`, defaults to 4): tokens that are drafted at most before they are checked.
 
         Raises:
-            ValueError: several sequences, sampling or beams, another cache, a budget that is not calibrated, or a draft that reads as
-                much as its check.
+            ValueError: several sequences, sampling or beams, guidance, another cache, a budget that is not calibrated, or a draft that
+                reads as much as its check; a dial in a generation config.
         """
+        for config in (*args[1:2], kwargs.get("generation_config"), self.generation_config):
+            check_generation_config(config)
         if draft_budget is None:
             return GenerationMixin.generate(self, *args, **kwargs)
         self._refuse_fixed_router()
@@ -141,6 +145,7 @@ def _refuse(generation_config, input_ids, inputs):
         "embeddings as inputs": input_ids.shape[1] == 0 or inputs.get("inputs_embeds") is not None,
         "sampling": generation_config.do_sample,
         "beams": generation_config.num_beams > 1,
+        "guidance": generation_config.guidance_scale not in (None, 1),  # its processor takes one token after the other
         "a cache of another kind": generation_config.cache_implementation not in (None, "dynamic"),
         "no cache": generation_config.use_cache is False,
         "scores or states as outputs": any(

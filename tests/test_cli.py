@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 import torch
 
-from dynamoe_hf import arguments, benchmark, cli, convert, evaluate, publish
+from dynamoe_hf import arguments, benchmark, cli, evaluate, importance, publish
 from dynamoe_hf.arguments import field_helps
 from dynamoe_hf.card import render_card
 from dynamoe_hf.modeling.difficulty import SIMILARITIES
@@ -160,7 +160,7 @@ def test_options_are_the_functions_parameters(name, capsys):
 
 
 def test_choices_are_those_of_the_code():
-    assert set(get_args(arguments.Importance)) == set(convert.IMPORTANCES)
+    assert set(get_args(arguments.Importance)) == set(importance.IMPORTANCES)
     assert set(get_args(arguments.Similarity)) == set(SIMILARITIES)
     assert set(get_args(arguments.RouterType)) == set(ROUTERS)
     assert get_args(arguments.Baseline) == evaluate.BASELINES and get_args(arguments.Layout) == publish.LAYOUTS
@@ -240,6 +240,25 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert message in captured.err
     assert captured.err.startswith("dynamoe: ")
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train F G --learning-rate nan", "`learning_rate` must be a finite number above 0, found nan"),
+        ("adapt F G --learning-rate inf", "`learning_rate` must be a finite number above 0, found inf"),
+        ("train F G --seed -1", "`seed` must be a whole number"),
+        ("train F G --sensitivity-range 0.9 0.1", "`sensitivity_range` must rise"),
+        ("train F G --kd-loss-coef -1", "`kd_loss_coef` must be"),
+    ],
+)
+def test_settings_that_are_refused_are_one_line(words, message, capsys):
+    """The dataclasses look at their numbers when they are made, before the stage begins."""
+    assert cli.main(words.split()) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"dynamoe: {message}") and told.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        cli.main([*words.split(), "--debug"])
 
 
 @pytest.mark.parametrize("wrong", ["0", "-3", "2.5", "many"])

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_dynamoe, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dynamoe_hf import adapt_model, convert_model
 from dynamoe_hf.data import (
     dataset_documents,
     documents_for,
@@ -18,6 +19,7 @@ from dynamoe_hf.data import (
     token_blocks,
     topic_documents,
 )
+from dynamoe_hf.folder import load_tokenizer
 
 
 def test_blocks_hold_every_token_once():
@@ -102,6 +104,51 @@ def test_a_row_without_text_is_named(value, tmp_path):
     assert next(documents) == "first"
     with pytest.raises(ValueError, match="Row 1 of dataset"):
         next(documents)
+
+
+@pytest.mark.parametrize("content", ["null", "7", "{}"])
+def test_a_message_without_text_is_named(content, tmp_path):
+    """A chat template would write the word None. Calls of tools have no text and are messages."""
+    question, answer = '{"role": "user", "content": "Why?"}', f'{{"role": "assistant", "content": {content}}}'
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": [{question}, {answer}]}}\n')
+    with pytest.raises(ValueError, match="Row 0 of dataset .* has no text in column 'text'"):
+        list(dataset_documents(str(tmp_path / "rows.jsonl")))
+    called = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": called}))
+    assert len(list(dataset_documents(str(tmp_path / "rows.jsonl")))) == 1
+
+
+def test_blank_rows_are_no_documents(tmp_path):
+    """Else a dataset of empty texts would be one of ends of texts, and something to train on."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "first", " \n", "second")))
+    assert list(dataset_documents(str(tmp_path / "rows.jsonl"))) == ["first", "second"]
+
+
+@pytest.mark.parametrize("rows", ["", '{"text": "first"}\n{"text"'])
+def test_a_damaged_dataset_is_named(rows, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=r"Dataset .*rows\.jsonl cannot be read"):
+        list(dataset_documents(str(tmp_path / "rows.jsonl")))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("beyond", ["text", "end"])
+def test_ids_beyond_the_vocabulary_are_told_before_training(beyond, streamed, dense_folder, tmp_path):
+    """Also the end of a text, which few blocks hold, and where the text is streamed."""
+    convert_model(dense_folder, tmp_path / "model", max_tokens=512, block_size=64)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    tokenizer.add_special_tokens({"eos_token": "<end>"}) if beyond == "end" else tokenizer.add_tokens(["zz"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = ("zz " if beyond == "text" else "") + "a quiet word and " * 50
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+    source = {"dataset": str(tmp_path / "rows.jsonl")} if streamed else {"text": str(tmp_path / "text.txt")}
+    with pytest.raises(ValueError, match="found token id 128 and a vocabulary of 128"):
+        adapt_model(tmp_path / "model", tmp_path / "out", max_tokens=1024, block_size=32, batch_size=2, **source)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("begins", [False, True])

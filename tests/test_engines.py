@@ -1,5 +1,7 @@
 """What outsiders find: PEFT and engines that read the config flat, and engines that replace linear layers."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_dense, tiny_dynamoe
@@ -164,6 +166,31 @@ def test_continuous_batching_hears_the_dial(greedy):
 def test_what_continuous_batching_does_not_hear_is_refused(settings, message, greedy):
     with pytest.raises(ValueError, match=message):
         tiny_dynamoe().generate_batch([[3, 4], [5, 6]], greedy, **settings)
+
+
+@pytest.mark.parametrize("asked", [{"sensitivity": 0.1}, {"force_expert": 0}, {"density": 0.5}, {"route": "random"}])
+def test_continuous_batching_in_another_thread_is_not_misled(asked, greedy):
+    model = tiny_dynamoe(sensitivity=0.6)
+    with model.routing(**asked), pytest.raises(ValueError, match=r"`model.routing\(...\)` is not heard"):
+        model.generate_batch([[3, 4], [5, 6]], greedy)
+
+
+@pytest.mark.parametrize("asked", [{"sensitivity": 0.1}, {"force_expert": 0}, {"density": 0.5}, {"draft_budget": 0.4}])
+def test_a_dial_in_a_generation_config_is_refused(asked, greedy, token_ids):
+    """transformers keeps whatever a `GenerationConfig` is given, and nobody would hear it."""
+    model, config = tiny_dynamoe(sensitivity=0.6), GenerationConfig(**greedy.to_diff_dict(), **asked)
+    message = f"does not carry the dial: found {'='.join(map(str, *asked.items()))}"
+    for call in (partial(model.generate, token_ids), partial(model.generate_batch, token_ids.tolist())):
+        for given in ({"generation_config": config}, {"generation_config": config, "sensitivity": 0.5}):
+            with pytest.raises(ValueError, match=message):
+                call(**given)
+        with pytest.raises(ValueError, match=message):
+            call(config)
+    model.generation_config.update(**asked)
+    for name, value in asked.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=message):
+        model.generate(token_ids, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -201,20 +201,84 @@ def test_mutated_folders(count, trained, tmp_path, capsys):
             sys.stdout.write(f"\n  {kind:28} {outcome:9} {number}")
 
 
+RECORDS = {
+    "results.json": ({"evaluations": 3}, {"evaluations": [{"perplexity": "x"}]}),
+    "calibration.json": ({"budgets": [1]},),
+    "conversion.json": ({"calibration": 7},),
+    "training.json": ({"phases": 7},),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_tell_nothing_are_noticed_before_the_work(name, folder, tmp_path, capsys, monkeypatch):
+    """A training would end with a card that cannot be written."""
+    worked = []
+    for module in ("evaluate", "train", "benchmark", "report"):
+        monkeypatch.setattr(f"dynamoe_hf.{module}.load_tokenizer", worked.append, raising=False)
+    monkeypatch.setattr("dynamoe_hf.run.load_tokenizer", worked.append)
+    stages = [["train", folder, tmp_path / "out"], ["evaluate", folder], ["bench", folder], ["report", folder]]
+    for record in RECORDS[name]:
+        write_json(folder / name, record)
+        for stage in stages:
+            assert cli.main([str(word) for word in stage]) == 1
+            assert f"The records of {folder} are damaged" in capsys.readouterr().err, stage
+    assert not worked
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, folder, dense_folder, tmp_path):
+    """transformers casts them: to ones and zeros, or steps of a quantiser whose scales are gone. Old bases hold masks, which nobody reads."""
+    for source, stage in ((folder, load_model), (dense_folder, lambda base: convert_model(base, tmp_path / "out"))):
+        copy = shutil.copytree(source, tmp_path / "copy")
+        rewrite(copy / WEIGHTS, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].to(dtype)}))
+        for name in ("training.json", "conversion.json"):
+            if record := read_json(copy / name):
+                write_json(copy / name, {key: value for key, value in record.items() if key != "weights"})
+        with pytest.raises(ValueError, match=r"no floating-point numbers: found model\.norm\.weight in"):
+            stage(copy)
+        shutil.rmtree(copy)
+    write_json(folder / "training.json", {**read_json(folder / "training.json"), "weights": ["model.safetensors"]})
+    with pytest.raises(ValueError, match="records of .* are damaged: found .'model.safetensors'. in `weights`"):
+        load_model(folder)
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(folder, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (folder / WEIGHTS).unlink()
+    write_json(
+        folder / "training.json", {key: v for key, v in read_json(folder / "training.json").items() if key != "weights"}
+    )
+    torch.save({"model.norm.weight": Code()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="A weight file of .* is damaged"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_code_of_a_base_does_not_come_along(dense_folder, tmp_path, capsys):
     """Users of the folder trust its code: a tokenizer's or a config's that is elsewhere must not be named in it."""
     base = shutil.copytree(dense_folder, tmp_path / "base")
-    for name, classes in (
-        ("tokenizer_config.json", {"AutoTokenizer": [None, "else/where--tok.Tok"]}),
-        ("config.json", {"AutoConfig": "else/where--c.C"}),
+    pipelines = {"custom_pipelines": {"text-generation": {"impl": "else/where--p.P", "pt": ["AutoModelForCausalLM"]}}}
+    for name, fields in (
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "else/where--tok.Tok"]}}),
+        ("config.json", {"auto_map": {"AutoConfig": "else/where--c.C"}, **pipelines}),
     ):
-        write_json(base / name, {**read_json(base / name), "auto_map": classes})
+        write_json(base / name, {**read_json(base / name), **fields})
     convert_model(base, tmp_path / "converted", max_tokens=512, block_size=64)
     train_model(tmp_path / "converted", tmp_path / "trained", max_tokens=256, block_size=64)
     export_dense(tmp_path / "trained", tmp_path / "dense")
     for folder in ("converted", "trained", "dense"):
         for path in (tmp_path / folder).glob("*.json"):
             assert "else/where" not in path.read_text(), path
+    config = tmp_path / "trained" / "config.json"
+    fields = read_json(config)
+    write_json(config, {**fields, **pipelines})
+    with pytest.raises(ValueError, match="names code that does not come with the folder.*else/where--p.P"):
+        publish_model(tmp_path / "trained", "user/name", dry_run=True)
+    write_json(config, fields)
     config = tmp_path / "trained" / "tokenizer_config.json"
     write_json(config, {**read_json(config), "auto_map": {"AutoTokenizer": [None, "else/where--tok.Tok"]}})
     with pytest.raises(ValueError, match="names code that does not come with the folder.*else/where--tok.Tok"):

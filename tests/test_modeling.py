@@ -529,6 +529,12 @@ def test_other_bad_settings(token_ids):
         DynaMoEConfig(force_expert=4)
     with pytest.raises(ValueError, match="one for each sequence or token of"):
         model(token_ids, sensitivity=torch.ones(3))
+    for shape in ((3,), (0,), (2, 5), (2, 12, 1)):
+        with (
+            pytest.raises(ValueError, match="one for each sequence or token"),
+            model.routing(sensitivity=torch.full(shape, 0.5)),
+        ):
+            model(token_ids)
     with pytest.raises(ValueError, match="`route` is unknown"):
         model(token_ids, route="best")
     with pytest.raises(ValueError, match="`route` is unknown"), model.routing(route="best"):
@@ -652,6 +658,26 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     model.config.num_hidden_layers, model.config.error_weights = 1, [0.1]
     model.save_pretrained(tmp_path / "pruned")
     assert len(DynaMoEForCausalLM.from_pretrained(tmp_path / "pruned").nested_mlps) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    "change", ["intermediate_size", "vocab_size", "num_attention_heads", "expert_widths", "router_dim", "head"]
+)
+def test_weights_that_are_not_those_of_the_config_are_not_saved(family, change, tmp_path):
+    """Whoever sets a size of the config, or replaces a weight, without the other."""
+    model, name = tiny_dynamoe(family), "lm_head.weight" if change == "head" else "layers.0"
+    if change == "head":
+        model.set_output_embeddings(torch.nn.Linear(32, 96, bias=False))
+    elif change == "num_attention_heads" and family == "gpt_neox":
+        pytest.skip("its weights do not depend on it")
+    else:
+        value = {"expert_widths": [0.5, 1.0], "router_dim": 24, "vocab_size": 64, "num_attention_heads": 8}.get(change, 32)
+        setattr(model.config, change, value)
+        name = "embed" if change == "vocab_size" else "head_dim|layers.0" if change == "num_attention_heads" else name
+    with pytest.raises(ValueError, match=f"The folder could not be read: found .*({name}|embed_out)"):
+        model.save_pretrained(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import sys
 import threading
 from dataclasses import FrozenInstanceError
+from itertools import combinations
 
 import pytest
 import torch
@@ -35,34 +37,68 @@ def test_the_rule_of_a_router_is_the_plain_loop(router_type, experts):
         assert one.tolist() == [[expected[1, 2]]]
 
 
-def test_two_threads_do_not_meet():
-    """200 interleaved calls at two sensitivities give, bit for bit, what each gives alone; generation too."""
-    model = tiny_dynamoe()
-    torch.manual_seed(0)
-    ids = torch.randint(3, 128, (100, 1, 12))
-    with torch.no_grad():
-        alone = {s: [model(row, sensitivity=s).logits for row in ids] for s in (0.15, 0.85)}
-    assert not torch.equal(alone[0.15][0], alone[0.85][0])
-    options = {"max_new_tokens": 6, "do_sample": False}
-    written = {s: [model.generate(row, sensitivity=s, **options) for row in ids[:5]] for s in alone}
-    differences, barrier = [], threading.Barrier(2)
+SPARSE = {
+    "thresholds": {"density": [0.5], "input": [[0.3, 0.3]], "hidden": [[0.05, 0.05]]},
+    "density_path": [[0.4, 0.5]],
+}
+ASKED = [{"sensitivity": 0.15}, {"sensitivity": 0.85}, {"sensitivity": torch.tensor([0.1, 0.9])}, {"force_expert": 0},
+         {"force_expert": 2, "density": 0.6}, {"density": 0.5}, {"sensitivity": 0.4, "num_beams": 2}, {}]  # fmt: skip
 
-    def work(sensitivity):
+
+def test_threads_do_not_meet(token_ids):
+    """200 calls of `generate` and 200 of `forward` from 8 threads, at settings of all kinds, give what each gives alone."""
+    model = tiny_dynamoe(sensitivity=0.6, **SPARSE).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+    def call(asked):
+        written = model.generate(token_ids, **options, **asked)
         with torch.no_grad():
-            for row, expected in zip(ids, alone[sensitivity]):
-                barrier.wait()
-                differences.append(not torch.equal(model(row, sensitivity=sensitivity).logits, expected))
-        for row, expected in zip(ids[:5], written[sensitivity]):
-            differences.append(not torch.equal(model.generate(row, sensitivity=sensitivity, **options), expected))
+            logits = model(token_ids, **{name: value for name, value in asked.items() if name != "num_beams"}).logits
+        return torch.cat([logits.flatten(), *map(torch.flatten, written.logits), written.sequences.flatten()])
 
-    threads = [threading.Thread(target=work, args=(s,)) for s in alone]
+    alone = [call(asked) for asked in ASKED]
+    assert not any(torch.equal(one, other) for one, other in combinations(alone, 2))
+    outcomes, barrier = [], threading.Barrier(8)
+
+    def work(thread):
+        for turn in range(25):
+            barrier.wait()
+            index = (thread + turn) % 8
+            outcomes.append(torch.equal(call(ASKED[index]), alone[index]))
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(differences) == 210
-    assert sum(differences) == 0
+    assert len(outcomes) == 200
+    assert all(outcomes)
     assert model.slot.current is None
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_replicas_in_threads(family, monkeypatch, token_ids):
+    """`nn.DataParallel` runs copies that share whatever is no module or tensor: 4 of them, each at its own place of the dial."""
+    copies = sys.modules["torch.nn.parallel.replicate"]  # which sends tensors to GPUs; these stay here
+    monkeypatch.setattr(
+        copies, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [tensors] * len(devices)
+    )
+    model, found, barrier = tiny_dynamoe(family, sensitivity=0.6).eval(), {}, threading.Barrier(4)
+
+    def work(replica, sensitivity):
+        barrier.wait()
+        found[sensitivity] = [replica(token_ids, sensitivity=sensitivity, labels=token_ids).logits for _ in range(5)]
+
+    replicas = copies.replicate(model, [0, 1, 2, 3])
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(replicas, (0.1, 0.4, 0.7, 1.0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for sensitivity, logits in found.items():
+        for each in logits:
+            assert_close("logits", each, model(token_ids, sensitivity=sensitivity).logits)
 
 
 def test_settings_of_one_thread_are_not_those_of_another(token_ids):
@@ -220,8 +256,21 @@ def test_checkpointing_around_layers_is_refused(kind, settings, token_ids):
     model = tiny_dynamoe().train()
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(layer, kind)
-    with pytest.raises(ValueError, match="cannot know which experts its tokens took"):
+    with pytest.raises(ValueError, match="cannot know which experts its tokens took|Routers would get no gradient"):
         model(token_ids, labels=token_ids, **settings).loss.backward()
+    assert model.slot.current is None
+
+
+@pytest.mark.parametrize("kind", list(CheckpointImpl))
+@pytest.mark.parametrize("settings", [{}, {"sensitivity": 0.4, "route": "router"}])
+def test_checkpointing_around_the_backbone_is_refused(kind, settings, token_ids):
+    """Its second run would ask the config alone, and one without gradients gives routers none."""
+    model = tiny_dynamoe(sensitivity=0.6).train()
+    model.model = checkpoint_wrapper(model.model, kind)
+    with pytest.raises(ValueError, match="cannot know which experts its tokens took|Routers would get no gradient"):
+        model(token_ids, labels=token_ids, **settings).loss.backward()
+    with torch.no_grad():
+        model(token_ids, labels=token_ids, **settings)
     assert model.slot.current is None
 
 

@@ -96,6 +96,7 @@ REFUSED = {
     "padding": ({"attention_mask": torch.tensor([[0] + [1] * 9])}, "found padding"),
     "sampling": ({"do_sample": True}, "found sampling"),
     "beams": ({"num_beams": 2}, "beams"),
+    "guidance": ({"guidance_scale": 1.5}, "found guidance"),
     "static": ({"cache_implementation": "static"}, "a cache of another kind"),
     "no cache": ({"use_cache": False}, "no cache"),
     "scores": ({"output_scores": True, "return_dict_in_generate": True}, "scores or states"),
