@@ -323,7 +323,7 @@ class BenchArguments:
     compile: bool = False
     """Also decode with torch.compile on both sides, which takes minutes to compile."""
     int8: bool = False
-    """Also decode with weights packed in int8 (`dynamoe generate --int8`), against the same dense side."""
+    """Also decode with weights packed in int8 (`dynamoe generate --int8`), against the same dense side; with `compile`, both compiled."""
     dtype: str = "auto"
     """Dtype in which both sides are timed, for example bfloat16; auto as in the folder."""
 

@@ -105,7 +105,7 @@ def bench_folder(folder: str | Path, arguments: BenchArguments | None = None, **
         }
         for name, option in (("compiled", "compile"), ("int8", "int8")):  # the last replaces the weights
             if getattr(arguments, option):
-                how: dict[str, Any] = {"shares": shares, option: True}
+                how: dict[str, Any] = {"shares": shares, "compile": arguments.compile, option: True}
                 record[name] = bench_decode(model, texts(1, 64 + new_tokens), thetas, new_tokens, rounds, **how)
     _keep(folder, record)
     return record

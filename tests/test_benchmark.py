@@ -158,6 +158,8 @@ def test_compiled_decoding(folder, monkeypatch):
     )
     assert [row["setting"] for row in rows] == ["a", "full"]
     assert backends == [{"fullgraph": True}] * 4  # each setting beside a dense side of its own
+    bench_decode(load_model(folder), torch.randint(3, 128, (1, 20)), {"a": 0.4}, 4, 1, compile=True, int8=True)
+    assert len(backends) == 6
 
 
 def test_int8_decoding(folder, capsys, monkeypatch):

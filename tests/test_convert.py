@@ -21,6 +21,7 @@ from dynamoe_hf import (
     convert,
     evaluate_model,
     export_dense,
+    importance,
     kept_sums,
     publish_model,
     train_model,
@@ -467,7 +468,7 @@ class TestResume:
     def killed(self, dense_folder, tmp_path, monkeypatch):
         """A conversion that ended in its fourth block; the sums over three are kept."""
         monkeypatch.setattr(kept_sums, "SECONDS", 0)
-        monkeypatch.setattr(convert, "loss_backward", self.counted(ends_in=4))
+        monkeypatch.setattr(importance, "loss_backward", self.counted(ends_in=4))
         with pytest.raises(KeyboardInterrupt):
             convert_model(dense_folder, tmp_path / "out", **FAST)
         assert [path.name for path in tmp_path.iterdir()] == ["out.ranking.safetensors"]
@@ -486,7 +487,7 @@ class TestResume:
 
     @pytest.mark.parametrize("failed_later", [False, True])
     def test_goes_on_and_gives_the_same(self, failed_later, killed, converted, dense_folder, monkeypatch):
-        monkeypatch.setattr(convert, "loss_backward", self.counted())
+        monkeypatch.setattr(importance, "loss_backward", self.counted())
         if failed_later:
             with monkeypatch.context() as patch:
                 patch.setattr(convert, "scale_difficulty", Mock(side_effect=OSError("the disk is full")))

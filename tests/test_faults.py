@@ -336,7 +336,7 @@ def test_a_model_folder_is_tried_before_the_work(trained, text_file, tmp_path, m
     for place in ("calibrate", "evaluate", "benchmark", "report"):
         monkeypatch.setattr(f"dynamoe_hf.{place}.load_model", loaded)
     folder = shutil.copytree(trained, tmp_path / "folder")
-    write_json(folder / "results.json", {"evaluations": [{}]})
+    write_json(folder / "results.json", {"evaluations": [{"text": "topics", "setting": "full width"}]})
     stages = [calibrate_budgets, partial(evaluate_model, text=text_file), bench_folder, report_folder]
     for stage in stages:
         with FileLock(folder / ".lock"), pytest.raises(BlockingIOError, match="Another run is writing"):
