@@ -11,7 +11,7 @@ from test_sparsity import PATH, TABLE
 from dynamoe_hf.modeling import onednn_weights, packed_weights
 from dynamoe_hf.modeling.mlp_backends import Call, Decision, choose_execution
 from dynamoe_hf.modeling.onednn_weights import EXACT_ROWS, OneDnnLinear, block_ends
-from dynamoe_hf.modeling.packed_weights import FEW_TOKENS, PackedLinear, pack_rows, row_sums, unpack_rows
+from dynamoe_hf.modeling.packed_weights import FEW_TOKENS, PackedLinear, Tables, pack_rows, row_sums, unpack_rows
 from dynamoe_hf.modeling.sparsity import Thresholds
 
 
@@ -80,13 +80,29 @@ def test_every_token_reads_its_prefix(kind, family, widths, sparse):
             least_input = in_a_gap(x, 0.2, 0.6)
             kept = x * (x.abs() >= least_input)
             thresholds = Thresholds(least_input, in_a_gap(reference.hidden(kept), 0.2, 1.0))
-        for expert in (torch.arange(tokens).view(1, -1) % len(widths), len(widths) - 1, 0):
+        for number, expert in enumerate((torch.arange(tokens).view(1, -1) % len(widths), len(widths) - 1, 0)):
+            mlp.packed.skips = bool(number)  # of `Tables` alone
             own = torch.full((tokens,), expert) if isinstance(expert, int) else expert[0]
             least = [torch.full((tokens,), value) for value in thresholds or (0.0, 0.0)]
             with torch.no_grad():
                 y = run_mlp(mlp, x, expert, thresholds=thresholds)
                 expected, _ = sparse_mlp(reference, x[0], own, *least)
             assert_close(f"{tokens} tokens", y[0], expected, atol=1e-4 * expected.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_rows_are_skipped_where_that_is_faster(pays, monkeypatch):
+    """Measured once a model; the numbers are the same to rounding."""
+    clock, run = [0.0], Tables.run
+
+    def timed(tables, *args):
+        clock[0] += 1.0 if tables.skips == pays else 2.0
+        return run(tables, *args)
+
+    monkeypatch.setattr(Tables, "run", timed)
+    monkeypatch.setattr(packed_weights.time, "perf_counter", lambda: clock[0])
+    packed = model().pack("int8")
+    assert all(mlp.packed.skips == pays for mlp in packed.nested_mlps)
 
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16", "onednn"])
@@ -179,15 +195,17 @@ DIALS = {"full width": 1.0, "routed": 0.5, "of each sequence": torch.tensor([0.4
 
 
 @pytest.mark.parametrize(
-    ("kind", "dial", "settings", "fullgraph"),
+    ("kind", "dial", "settings", "skips", "fullgraph"),
     [
-        *((kind, dial, {}, True) for kind in ("int8", "bfloat16", "onednn") for dial in DIALS),
-        ("int8", "routed", {}, False),
-        ("int8", "routed", {"expert_widths": [0, 0.25, 1]}, True),
-        ("int8", "routed", {"expert_widths": [0.3, 0.7, 1]}, True),  # without a common chunk
+        *((kind, dial, {}, True, True) for kind in ("int8", "bfloat16", "onednn") for dial in DIALS),
+        ("int8", "routed", {}, False, True),
+        ("int8", "routed", {}, True, False),
+        ("int8", "routed", {"expert_widths": [0, 0.25, 1]}, True, True),
+        ("int8", "routed", {"expert_widths": [0.3, 0.7, 1]}, True, True),  # without a common chunk
     ],
 )
-def test_compiled(kind, dial, settings, fullgraph, token_ids):
+def test_compiled(kind, dial, settings, skips, fullgraph, token_ids, monkeypatch):
+    monkeypatch.setattr(packed_weights, "skipping_pays", lambda tables: skips)
     packed, step, dial = model("gated with biases", **settings).pack(kind), token_ids[:1, :1], DIALS[dial]
     torch._dynamo.reset()
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=fullgraph)
