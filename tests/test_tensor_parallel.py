@@ -134,8 +134,9 @@ def test_two_processes_give_what_one_gives(case, tmp_path):
     for mlp, projection in product(divided, divided[0].layout.projections):
         whole, dim = getattr(mlp, projection).weight, int(projection == mlp.layout.down)
         for width in mlp.widths:  # each has half of every expert
-            halves = [mlp.layout.narrow(f"{projection}.weight", part[names[whole]], width // 2) for part in parts]
-            prefix = mlp.layout.narrow(f"{projection}.weight", whole, width)
+            layout = mlp.layout._replace(transposed=False)  # as the nested MLP holds them, not the base
+            halves = [layout.narrow(f"{projection}.weight", part[names[whole]], width // 2) for part in parts]
+            prefix = layout.narrow(f"{projection}.weight", whole, width)
             assert torch.equal(torch.cat(halves, dim).sort(dim).values, prefix.sort(dim).values)
 
 
