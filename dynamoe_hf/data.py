@@ -98,6 +98,8 @@ def _whole(rows, name):
         try:
             row = next(rows)
         except StopIteration:
+            if count == 0:
+                raise ValueError(f"Dataset {name} cannot be read: it is empty. Give one that has rows.") from None
             return
         except (ValueError, RuntimeError) as error:
             raise ValueError(

