@@ -51,6 +51,23 @@ def run_distributed(world_size):
     return lambda function: lambda *args: torch.multiprocessing.spawn(run, (world_size, port, function, args), world_size)
 """
 
+START_PROCESSES = """
+import torch
+from torch.multiprocessing import spawn as _start_rank_processes
+
+def _get_distributed_backend():
+    return "gloo"
+
+def _get_distributed_device_type():
+    return "cpu"
+
+def _get_rank_device(rank):
+    return torch.device("cpu")
+
+def _set_rank_device(rank):
+    torch.set_num_threads(1)
+"""
+
 
 @cache
 def common_tests():
@@ -149,7 +166,7 @@ def test_common_tests_end_as_with_the_dense_class(family, kind):
 
 
 def parallel_outcomes(mixin, kind):
-    """Errors of the tests of tensor parallelism, by name, and how many ran."""
+    """Errors of the tests of several processes and reasons of those that were skipped, by name, and how many ran."""
     config = tiny_config("llama")
     dense = MODEL_MAPPING[type(config)], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     classes = dense if kind == "dense" else (DynaMoEModel, DynaMoEForCausalLM)
@@ -160,21 +177,40 @@ def parallel_outcomes(mixin, kind):
 
     names = set(unittest.TestLoader().getTestCaseNames(Case)) - {"test_moe_parallel_plans_shard_experts"}
     result = unittest.TestSuite(map(Case, sorted(names))).run(unittest.TestResult())
-    assert not result.skipped
-    return {str(test).split(" (")[0]: told for test, told in result.failures + result.errors}, result.testsRun
+    errors, skipped = (
+        {str(test).split(" (")[0]: told for test, told in found} for found in (result.failures + result.errors, result.skipped)
+    )
+    return errors, skipped, result.testsRun
+
+
+def module_of(name, processes, tmp_path, monkeypatch):
+    """A file of the common tests, in a package with the functions that start processes, which the distribution leaves out."""
+    package = tmp_path / f"upstream_{name}"
+    package.mkdir()
+    (package / f"{name}.py").symlink_to(os.path.abspath(f"{os.environ['TRANSFORMERS_SOURCE']}/tests/{name}.py"))
+    (package / "distributed_testing_utils.py").write_text(processes)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(f"{package.name}.{name}")
+
+
+def test_fsdp_ends_as_with_the_dense_class(tmp_path, monkeypatch):
+    """Sharding, saving, loading and training, in two processes and four, against DDP and one device."""
+    monkeypatch.setenv("RUN_FSDP_TESTS", "1")
+    module = module_of("test_fsdp_mixin", START_PROCESSES, tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "FSDP_DISTRIBUTED_TEST_MODEL_TYPES", None)  # the families that it picks
+    monkeypatch.setattr(module, "_get_available_fsdp_workers", lambda: 4)
+    errors, skipped, ran = parallel_outcomes(module.FSDPTesterMixin, "routed")
+    dense_errors, dense_skipped, dense_ran = parallel_outcomes(module.FSDPTesterMixin, "dense")
+    assert errors == dense_errors == {}
+    assert skipped == dense_skipped and ran == dense_ran and ran - len(skipped) >= 11
 
 
 def test_tensor_parallelism_ends_as_with_the_dense_class(tmp_path, monkeypatch):
     """Forward, backward, generation, and generation of quantised weights, in two processes and in one."""
-    package, name = tmp_path / "upstream_parallel", "test_tensor_parallel_mixin"
-    package.mkdir()
-    (package / f"{name}.py").symlink_to(os.path.abspath(f"{os.environ['TRANSFORMERS_SOURCE']}/tests/{name}.py"))
-    (package / "distributed_testing_utils.py").write_text(RUN_DISTRIBUTED)
-    monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module(f"upstream_parallel.{name}")
+    module = module_of("test_tensor_parallel_mixin", RUN_DISTRIBUTED, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "TP_DISTRIBUTED_TEST_MODEL_TYPES", None)  # the families that it picks
-    failed, ran = parallel_outcomes(module.TensorParallelTesterMixin, "routed")
-    assert parallel_outcomes(module.TensorParallelTesterMixin, "dense") == ({}, ran) and ran > 5
+    failed, skipped, ran = parallel_outcomes(module.TensorParallelTesterMixin, "routed")
+    assert parallel_outcomes(module.TensorParallelTesterMixin, "dense") == ({}, {}, ran) and ran > 5 and not skipped
     # It compares a part's gradient with a half in one piece. Ours are of blocks: test_tensor_parallel.py compares whole gradients.
     different = re.findall(r"^  (\S+): max diff", failed.pop("test_tp_backward"), re.M)
     assert different and all(re.search(r"\.mlp\.(gate|up|down)_proj\.weight$", name) for name in different)
