@@ -25,7 +25,8 @@ def check_density(value: Any) -> None:
 
 
 DIALS = {"sensitivity": check_sensitivity, "density": check_density}
-ASKED_OF_GENERATE = (*DIALS, "force_expert", "route", "draft_budget", "draft_tokens")
+ROUTED_BY = (*DIALS, "force_expert", "route")  # what a call can say of its routing
+ASKED_OF_GENERATE = (*ROUTED_BY, "draft_budget", "draft_tokens")
 
 
 def check_expert(value: Any, experts: int) -> None:

@@ -77,9 +77,8 @@ class ExpertsLayout(NamedTuple):
     def cut(self, experts: Any, widths: list[int]) -> None:
         """Let each expert have no neurons beyond its width: their weights become 0."""
         for number, width in enumerate(widths):
-            for tensor in self.tensors(experts, number).block(width, self.width(experts))[
-                :5
-            ]:  # all but the bias of the output
+            outside = self.tensors(experts, number).block(width, self.width(experts))
+            for tensor in outside[:5]:  # all but the bias of the output
                 if tensor is not None:
                     tensor.zero_()
 

@@ -118,14 +118,13 @@ class Tables(NamedTuple):
 
     def _sums(self, packed, values, least, starts):
         """For each block of rows that begins at `starts` (B, 1): the sum of its rows, times the values (N,) that are not small."""
-        # Not `>=`: what is not a number is kept, to be seen in the output.
-        if least > 0 and not self.skips:
-            values = values.masked_fill(values.abs() < least, 0)
         if least > 0 and self.skips:
+            # Not `>=`: what is not a number is kept, to be seen in the output.
             kept = (values.abs() < least).logical_not().nonzero().flatten()
             values = values[kept]
         else:
             kept = torch.arange(len(values))
+            values = keep_large(values, least) if least > 0 else values
         blocks = starts.shape[0]
         # The trap: of a single value `reshape` gives a view without a stride, which the kernel reads as if it were contiguous.
         weights = values.expand(blocks, -1).reshape(-1).contiguous()
@@ -361,7 +360,7 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
     for mlp in mlps:
         mlp.pack(kind)
     if kind != "onednn":
-        skips = skipping_pays([mlp.packed.tables for mlp in mlps])
+        skips = skipping_pays([mlp.packed for mlp in mlps])
         for mlp in mlps:
             mlp.packed.skips = skips
     pack_linears(model, kind, tuple({type(mlp) for mlp in mlps}))
@@ -370,19 +369,17 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
 
 
 @torch.no_grad()
-def skipping_pays(tables: list[Tables]) -> bool:
+def skipping_pays(packed: list[PackedMLP]) -> bool:
     """
-    Whether this processor reads 70% of the inputs' rows faster than all of them, measured in some milliseconds. Xeons do; EPYCs fetch
-    memory in streams, which gaps do not shorten. The outputs are the same, but for rounding.
+    Whether this processor reads 70% of the inputs' rows faster than all of them, measured in some milliseconds. A Xeon does; an EPYC
+    fetches memory in streams, which gaps do not shorten. The outputs are the same, but for rounding.
     """
     least, seconds = 0.385, {True: math.inf, False: math.inf}  # 70% of normal numbers are larger
-    x = torch.randn(
-        tables[0].inputs.shape[0] // (tables[0].neurons // tables[0].chunk), generator=torch.Generator().manual_seed(0)
-    )
+    x = torch.randn(1, packed[0].hidden_size, generator=torch.Generator().manual_seed(0))
     for skips in [True, False] * 4:
         start = time.perf_counter()
-        for table in tables:  # one after another, so that each comes from memory
-            table._replace(skips=skips).run(x[None], [table.neurons], [[least], [0.0]])
+        for tables in (mlp.tables for mlp in packed):  # one after another, so that each comes from memory
+            tables._replace(skips=skips).run(x, [tables.neurons], [[least], [0.0]])
         seconds[skips] = min(seconds[skips], time.perf_counter() - start)
     return seconds[True] < seconds[False]
 

@@ -16,10 +16,9 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .checks import check_generation_config
+from .checks import ROUTED_BY, check_generation_config
 
 
-DIAL = ("sensitivity", "density", "force_expert", "route")  # what a call can say of its routing
 LEAST_PROBABILITY = 0.4  # of a drafted token; after a less likely one the draft is checked, since it is probably wrong
 
 
@@ -89,7 +88,7 @@ def draft_and_check(
 ):
     """A decoding method for `generate(custom_generate=...)`: (1, S) token ids -> (1, S + new), or a `SelfDraftOutput`."""
     _refuse(generation_config, input_ids, inputs)
-    check = {name: inputs[name] for name in DIAL if inputs.get(name) is not None}
+    check = {name: inputs[name] for name in ROUTED_BY if inputs.get(name) is not None}
     check = check or {"force_expert": model.config.expert_count - 1}
     # Not the cache of `generate`: where a window has passed, layers with windows cannot be cropped.
     cache, ids = DynamicCache(), input_ids
