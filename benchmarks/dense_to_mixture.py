@@ -133,7 +133,8 @@ class Distillation(Trainer):
         self.teacher: Any = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with torch.no_grad(), layer_outputs(self.teacher.model.layers) as targets:
+        # The trap: accelerate casts inside the trained model's `forward` alone.
+        with torch.no_grad(), self.accelerator.autocast(), layer_outputs(self.teacher.model.layers) as targets:
             target = self.teacher(**inputs, use_cache=False).logits
         with layer_outputs(model.model.layers) as states:
             outputs = model(**inputs, use_cache=False)
@@ -142,13 +143,16 @@ class Distillation(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def distil(mixture: Any, dense: Any, blocks: torch.Tensor, out: Path, batch_size: int, learning_rate: float) -> float:
-    """Train the experts and routers of a mixture on token ids (N, S) once, and return the mean loss of the last tenth of the steps."""
+def distil(mixture: Any, dense: Any, blocks: torch.Tensor, out: Path, **settings: Any) -> float:
+    """
+    Train the experts and routers of a mixture on token ids (N, S) once, with these `settings` of `TrainingArguments`, and return the mean
+    loss of the last tenth of the steps.
+    """
     for name, parameter in mixture.named_parameters():
         parameter.requires_grad_(".mlp." in name)
     arguments = TrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, report_to="none", save_strategy="no", seed=0,
+        output_dir=str(out), num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, report_to="none",
+        save_strategy="no", seed=0, use_cpu=not torch.cuda.is_available(), **settings,
     )  # fmt: skip
     trainer = Distillation(mixture, arguments, train_dataset=[{"input_ids": row} for row in blocks], teacher=dense)
     trainer.train()

@@ -174,7 +174,8 @@ def mixture_folder(args, tokenizer, dense, blocks: torch.Tensor) -> Path:
         assert error < 1e-3, f"with all experts the mixture differs from the dense model by {error:.2g}"
         activate(mixture, routers, args.per_token)
         with torch.enable_grad():
-            loss = distil(mixture, dense, blocks, args.work / "distillation", args.batch_size, args.learning_rate)
+            settings = {"per_device_train_batch_size": args.batch_size, "learning_rate": args.learning_rate, "bf16": args.bf16}
+            loss = distil(mixture, dense, blocks, args.work / "distillation", **settings)
         with new_folder(folder) as staging:
             save_model(mixture, staging)
             tokenizer.save_pretrained(staging)
@@ -266,9 +267,10 @@ def smollm2(args) -> dict:
     """Quality against active weights, of every contender."""
     (dense, tokenizer), size = load_dense(args.base, "float32"), args.block_size
     dense.cpu()
-    training = token_blocks(documents_for("training", args.text), tokenizer, size, args.tokens)
+    training = token_blocks(documents_for("training", args.text), tokenizer, size, max(args.tokens, args.mixture_tokens))
     blocks = token_blocks(documents_for("held-out", args.held_out), tokenizer, size, args.eval_tokens)
-    folder, dense_nll = mixture_folder(args, tokenizer, dense, training), block_nll(dense, blocks, description="Dense")
+    folder = mixture_folder(args, tokenizer, dense, training[: args.mixture_tokens // size])
+    dense_nll = block_nll(dense, blocks, description="Dense")
     mixture: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     config = mixture.config
     shared, routed = config.shared_expert_intermediate_size, config.num_experts_per_tok * config.moe_intermediate_size
@@ -329,10 +331,11 @@ def main(argv=None):
     made.add_argument("work", type=Path)
     made.add_argument("--text", nargs="*", help="files to train on; by default Python's topics")
     made.add_argument("--held-out", nargs="*", help="files to evaluate on, likewise")
-    for name, default in (("per-token", 4), ("tokens", 1_000_000), ("cluster-tokens", 8192), ("eval-tokens", 32_768),
+    for name, default in (("per-token", 6), ("mixture-tokens", 300_000), ("tokens", 400_000), ("cluster-tokens", 8192), ("eval-tokens", 32_768),
                           ("block-size", 256), ("batch-size", 4)):  # fmt: skip
         made.add_argument(f"--{name}", type=int, default=default)
     made.add_argument("--learning-rate", type=float, default=3e-4)
+    made.add_argument("--bf16", action="store_true", help="train in mixed precision")
     args = parser.parse_args(argv)
     with torch_threads(args.threads):
         found = layer(args) if args.what == "layer" else smollm2(args)
