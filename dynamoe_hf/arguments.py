@@ -165,10 +165,8 @@ class CalibrateArguments:
 
     budgets: Numbers = (0.4, 0.5, 0.6, 0.75, 0.9)
     """Mean shares of the MLPs' weights that a token reads, in (0, 1)."""
-    lowest_density: float | None = None
-    """Least share of an expert's weights that sparsity may leave; 1 leaves experts dense, so that routing saves alone. By
-    default 0.4, and 1 where the base is a mixture.
-    """
+    lowest_density: float = 0.4
+    """Least share of an expert's weights that sparsity may leave; 1 leaves experts dense, so that routing saves alone."""
     text: Files | None = None
     """Text files that were not trained on. Without them: a split of Python's own documentation topics."""
     max_tokens: Count = 8192

@@ -29,7 +29,6 @@ NEAR = 0.004  # when the search for it stops
 STEP = 1e-4  # between the sensitivities of two budgets, at least
 WIDTHS = (1.0, 0.85, 0.7, 0.55, 0.4)  # mean shares of the width at which mixes are tried
 DENSITIES = (1.0, 0.85, 0.7, 0.55, 0.4)  # inside them
-LOWEST_DENSITY = 0.4  # by default
 MIX_TOKENS = 2048  # on which mixes are compared
 FINE = 61  # places between the mixes that were tried, by interpolation, along each axis
 
@@ -79,11 +78,9 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
 def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     """The record, and the fields of the config."""
     text, batch_size, lowest = arguments.text, arguments.batch_size, arguments.lowest_density
-    if lowest is not None and not FITTED[0] <= lowest <= 1:
+    if not FITTED[0] <= lowest <= 1:
         raise ValueError(f"`lowest_density` must be in [{FITTED[0]:g}, 1], found {lowest:g}. 1 leaves experts dense.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    if lowest is None:
-        lowest = 1.0 if model.is_mixture else LOWEST_DENSITY
     budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget", lowest)
     blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)
@@ -171,7 +168,8 @@ def compare_mixes(model: DynaMoEForCausalLM, blocks: torch.Tensor, logits_LTE: t
             with model.routing(sensitivity=mix["sensitivity"], density=mix["density"], records=records):
                 found = model(batch, use_cache=False).logits[0].float().log_softmax(-1)
             mix["share"] += shares_read(records).mean().item() / len(blocks)
-            mix["kl"] += F.kl_div(found, expected, log_target=True, reduction="batchmean").item() / len(blocks)
+            kl = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+            mix["kl"] += max(0.0, kl) / len(blocks)  # rounding takes a KL of nothing below 0
     return mixes
 
 

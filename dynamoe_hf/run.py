@@ -218,20 +218,19 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
         )
     if arguments.documents_apart and arguments.dataset is None:
         raise ValueError("`documents_apart` is for the documents of a dataset, found none. Give a dataset, or leave it out.")
-    routers_alone, mixture = arguments.train_parts == "routers", _is_mixture(config)
-    if mixture and arguments.train_parts == "lora":
+    if arguments.train_parts == "lora" and _is_mixture(config):
         raise ValueError(
             "Adapters wrap linear layers, and a mixture holds its experts in one tensor: found train_parts='lora' and a base of the "
             f"family {config.base_config.model_type}. Train the layers, the MLPs or the routers."
         )
-    # Without a dial there is nothing that would move the density, and the experts of mixtures stay dense inside.
-    routes_alone = not config.has_dial or arguments.density_range is None and mixture
+    routers_alone = arguments.train_parts == "routers"
     longest = getattr(config, "max_position_embeddings", None)
     return replace(
         arguments,
         harm=checked_harm(config, arguments.harm),
         choice_share=float(choice_share),
-        density_range=[1, 1] if routes_alone else list(arguments.density_range or DENSITY_RANGE),
+        # Without a dial there is nothing that would move the density.
+        density_range=list(arguments.density_range or DENSITY_RANGE) if config.has_dial else [1, 1],
         router_tokens=arguments.max_tokens if routers_alone else min(arguments.router_tokens, arguments.max_tokens),
         block_size=min(arguments.block_size, longest) if longest else arguments.block_size,
     )

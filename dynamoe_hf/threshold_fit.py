@@ -7,14 +7,15 @@ Shapes: T tokens, D hidden size, H neurons, L layers, P quantiles, K densities.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from .modeling import DynaMoEForCausalLM
-from .modeling.nested_mlp import NestedMLP
-from .modeling.sparsity import keep_large
+from .modeling.mlp_backends import Decision
+from .modeling.moe_base import is_mixture, rows_by_expert
+from .modeling.sparsity import Thresholds, keep_large
 from .observe import bisect_rising
 
 
@@ -46,15 +47,7 @@ def fit_thresholds(model: DynaMoEForCausalLM, blocks: torch.Tensor, uniform: boo
 
     Returns:
         What is written: `density` (K,), and `input` and `hidden` (K, L).
-
-    Raises:
-        ValueError: the model is a mixture, whose experts stay dense inside.
     """
-    if model.is_mixture:
-        raise ValueError(
-            "Sparsity inside the experts of a mixture is not supported: found a base of the family "
-            f"{model.config.base_config.model_type}. Calibrate with a lowest density of 1, and train with density_range 1 1."
-        )
     curves = _measure(model, blocks)
     rows: dict[str, list] = {"density": [], "input": [], "hidden": []}
     for density in DENSITIES:
@@ -75,7 +68,7 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     progress = tqdm(total=len(mlps), desc="Measuring thresholds", leave=False)
 
     def measure(mlp, args):
-        curves.append(_costs_of(mlp, args[0]))
+        curves.append(_costs_of(mlp, args, model.config.error_weights))
         progress.update()
 
     hooks = [mlp.register_forward_pre_hook(measure) for mlp in mlps]
@@ -88,20 +81,32 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     return curves
 
 
-def _costs_of(mlp: NestedMLP, x: torch.Tensor) -> tuple[Costs, Costs]:
-    hidden = mlp.hidden(x)
-    output = mlp.down_linear(hidden).float()
-    weights = mlp.config.error_weights
-    weight = weights[mlp.layer] if weights else 1 / output.square().sum(-1).mean().clamp_min(1e-12).item()
+def _costs_of(mlp: Any, args: tuple, error_weights: list[float] | None) -> tuple[Costs, Costs]:
+    """Of an MLP, or of the experts of a mixture, on what it is called with. In a mixture all chosen experts together are one output."""
+    x = args[0]
+    if is_mixture(mlp):
+        x, index, chosen_weight = (tensor[None] for tensor in args)
+        rows = rows_by_expert(index, mlp.num_experts)
+        of_each = [mlp.layout.tensors(mlp, number).hidden(args[0][row // index.shape[-1]]) for number, row in rows]
+        hidden, inputs = torch.cat(of_each), 2
 
-    inputs = 1 if mlp.layout.ungated else 2
+        def without(of_x, of_hidden):
+            return mlp.run(x, index, chosen_weight, Decision(len(mlp.widths) - 1, thresholds=Thresholds(of_x, of_hidden)))
+    else:
+        hidden, inputs = mlp.hidden(x), 1 if mlp.layout.ungated else 2
+
+        def without(of_x, of_hidden):
+            return mlp.down_linear(keep_large(mlp.hidden(keep_large(x, of_x)) if of_x else hidden, of_hidden))
+
+    output = without(0.0, 0.0).float()
+    weight = error_weights[mlp.layer] if error_weights else 1 / output.square().sum(-1).mean().clamp_min(1e-12).item()
 
     def curve(values, run, projections):
         sizes = _quantiles(values)
-        errors = ((run(keep_large(values, size)).float() - output).square().sum(-1).mean().item() for size in sizes[1:])
+        errors = ((run(size).float() - output).square().sum(-1).mean().item() for size in sizes[1:])
         return Costs(sizes, [0.0, *(weight * error for error in errors)], projections / (inputs + 1))
 
-    return curve(x, lambda kept: mlp.down_linear(mlp.hidden(kept)), inputs), curve(hidden, mlp.down_linear, 1)
+    return curve(x, lambda size: without(size, 0.0), inputs), curve(hidden, lambda size: without(0.0, size), 1)
 
 
 def _quantiles(values):

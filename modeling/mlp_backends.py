@@ -70,6 +70,9 @@ class Decision(NamedTuple):
     label: torch.Tensor | None = None  # (B, S) int64
     thresholds: Thresholds | None = None  # where what is small is left out; `hidden` has it left out already
     output: torch.Tensor | None = None  # (B, S, D) of `hidden`, where labels needed it and no gradient is wanted
+    neurons: torch.Tensor | None = (
+        None  # (B, S, K, E) of a mixture's experts: what down reads at each width, where it is recorded
+    )
 
 
 class Weights(NamedTuple):
@@ -102,8 +105,7 @@ class Call:
     tensors: Any  # the `Projections`; `None` where the MLP cannot be cut
 
     def __init__(self, x: torch.Tensor, decision: Decision, weights: Weights):
-        self.decision, self.weights, self.thresholds = decision, weights, decision.thresholds
-        self.given = x
+        self.decision, self.weights, self.thresholds, self.given = decision, weights, decision.thresholds, x
         # What the projections read. Not a `cached_property`, whose lock compilers do not trace.
         self.x = x if self.thresholds is None or weights.packed is not None else keep_large(x, self.thresholds.input)
         self.expert, self.tensors = decision.expert, weights.tensors

@@ -5,7 +5,8 @@ All that is known about mixtures of experts as bases: how transformers holds the
 Shapes: T tokens, D hidden size, N experts of a mixture, K of them for a token, H neurons of each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,13 +44,28 @@ class ExpertsLayout(NamedTuple):
         """Neurons of each expert."""
         return experts.down_proj.shape[1 if self.transposed else 2]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that hold all experts."""
+        return [name + kind for kind in (("", "_bias") if self.biased else ("",)) for name in ("gate_up_proj", "down_proj")]
+
     def tensors(self, experts: Any, number: int) -> Projections:
         """The weights of one expert, as views."""
-        gate_up, down, bias, down_bias = experts.gate_up_proj[number], experts.down_proj[number], None, None
+        return self._projections(experts, *(getattr(experts, name)[number] for name in self.names))
+
+    def tensors_of_all(self, experts: Any) -> Callable[[int], Projections]:
+        """
+        `tensors`, of many experts in one pass. The trap: the gradient of `tensor[number]` is as large as the tensor of all experts, so
+        with gradients that is taken apart once.
+        """
+        if not torch.is_grad_enabled():
+            return partial(self.tensors, experts)
+        parts = [getattr(experts, name).unbind(0) for name in self.names]
+        return lambda number: self._projections(experts, *(part[number] for part in parts))
+
+    def _projections(self, experts, gate_up, down, bias=None, down_bias=None):
         if self.transposed:
             gate_up, down = gate_up.t(), down.t()
-        if self.biased:
-            bias, down_bias = experts.gate_up_proj_bias[number], experts.down_proj_bias[number]
         if self.alternating:
             return AlternatingProjections(None, None, gate_up, bias, down, down_bias, experts._apply_gate)
         (gate, up), (gate_bias, up_bias) = gate_up.chunk(2), (None, None) if bias is None else bias.chunk(2)
@@ -58,7 +74,7 @@ class ExpertsLayout(NamedTuple):
     @torch.no_grad()
     def reorder(self, experts: Any, order_NH: torch.Tensor) -> None:
         """Permute the neurons of each expert in place."""
-        for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias") if self.biased else ("gate_up_proj", "down_proj"):
+        for name in self.names[:3]:  # all but the bias of the output
             for tensor, order in zip(getattr(experts, name), order_NH):
                 index = order if name == "down_proj" else self._rows(order, len(order))
                 dim = self._neurons_at(name) - 1
@@ -133,10 +149,6 @@ def check_mixture(config: Any) -> None:
             "A mixture weighs the error of an expert by the weight that its own router gives it, so it needs a similarity weighted by "
             f'the loss and the profile router: found {config.similarity!r} and {config.router_type!r}. Take "loss_gain" or '
             '"loss_weighted", and "profile".'
-        )
-    if config.thresholds is not None:
-        raise ValueError(
-            "Sparsity inside the experts of a mixture is not supported: found `thresholds` in the config. Take them out."
         )
 
 

@@ -167,7 +167,7 @@ class NestedMLP(NestedLayer):
 
     def record(self, x: torch.Tensor, decision: Decision) -> LayerRecord:
         """What this layer did with its tokens, with the router's loss where the labels are known."""
-        expert, logits, gates, hidden, profile, label, thresholds, _ = decision
+        expert, logits, gates, hidden, profile, label, thresholds, *_ = decision
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert, device=x.device)
         loss = None if profile is None else self.router.loss(logits, profile, label)

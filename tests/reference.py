@@ -23,27 +23,32 @@ def nested_mlp(mlp, x_TD, expert_T):
     return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
 
 
-def nested_mixture(experts, x_TD, index_TK, weight_TK, expert_TK):
+def nested_mixture(experts, x_TD, index_TK, weight_TK, expert_TK, input_T=None, hidden_T=None):
     """
     The routed experts of a mixture, each token and each of its experts alone, by the base's own formula, with the neurons beyond the
-    width of the pair at zero: (T, D).
+    width of the pair at zero, and the numbers of x and of the activations that are smaller than a threshold, one for each token: (T, D).
+    And the share of the weights of its experts that each token reads.
     """
-    outputs = []
-    for x, index, weight, expert in zip(x_TD, index_TK, weight_TK, expert_TK):
-        total = 0
+    outputs, shares, zero = [], [], torch.zeros(len(x_TD))
+    limits = zip(zero if input_T is None else input_T, zero if hidden_T is None else hidden_T)
+    for x, index, weight, expert, (least_x, least_hidden) in zip(x_TD, index_TK, weight_TK, expert_TK, limits):
+        total, read = 0, 0
+        x = torch.where(x.abs() >= least_x, x, 0 * x)
         for number, share, width in zip(index.tolist(), weight, expert.tolist()):
             gate_up, down = experts.gate_up_proj[number], experts.down_proj[number]
             both = x @ (gate_up if experts.is_transposed else gate_up.T)
             if experts.has_bias:
                 both = both + experts.gate_up_proj_bias[number]
             hidden = experts._apply_gate(both)
-            hidden = hidden * (torch.arange(len(hidden)) < experts.widths[width])
+            hidden = hidden * (torch.arange(len(hidden)) < experts.widths[width]) * (hidden.abs() >= least_hidden)
+            read += 2 * experts.widths[width] * int((x != 0).sum()) + len(x) * int((hidden != 0).sum())
             output = hidden @ (down if experts.is_transposed else down.T)
             if experts.has_bias:
                 output = output + experts.down_proj_bias[number]
             total = total + share * output
         outputs.append(total)
-    return torch.stack(outputs)
+        shares.append(read / (3 * len(x) * len(hidden) * len(index)))
+    return torch.stack(outputs), torch.tensor(shares)
 
 
 def in_a_gap(values, low, high):

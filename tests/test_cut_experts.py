@@ -51,7 +51,7 @@ def test_execution_equals_the_masked_loop_with_gradients(family, tokens, monkeyp
     x, weight = x.requires_grad_(), weight.requires_grad_()
     leaves, target = [x, weight, experts.gate_up_proj, experts.down_proj], torch.randn(tokens, x.shape[-1])
     actual = experts.run(x, index, weight, Decision(width))
-    expected = nested_mixture(experts, x[0], index[0], weight[0], width[0])
+    expected, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0])
     assert_close("output", actual, expected, atol=1e-4)
     found, wanted = (torch.autograd.grad((y * target).sum(), leaves) for y in (actual, expected))
     for name, a, e in zip(("x", "weight", "gate_up_proj", "down_proj"), found, wanted):
@@ -68,11 +68,11 @@ def test_what_is_cut_is_not_multiplied_and_not_counted(tokens, monkeypatch):
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         experts.run(x, index, weight, Decision(width))
     assert counter.get_total_flops() == 2 * 3 * 32 * sum(taken)
-    record = experts.record(Decision(width, experts.router(x, index, weight)), torch.Size((1, tokens)), index)
+    record = experts.record(x, index, Decision(width, experts.router(x, index, weight)))
     whole = torch.tensor(experts.cut_widths)[index[0]].sum(1)
     assert_close("share", record.share[0], torch.tensor(taken).view(tokens, 2).sum(1) / whole)
     gates = (torch.arange(4) <= width[..., None]).float().requires_grad_()
-    record = experts.record(Decision(width, experts.router(x, index, weight), gates), torch.Size((1, tokens)), index)
+    record = experts.record(x, index, Decision(width, experts.router(x, index, weight), gates))
     assert_close("width", record.width, record.share)
     (price,) = torch.autograd.grad(record.width.sum(), gates)
     for place in torch.cartesian_prod(torch.arange(tokens), torch.arange(2)).tolist():

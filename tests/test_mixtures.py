@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from reference import assert_close, nested_mixture
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, fit_thresholds, train_model
+from dynamoe_hf import DynaMoEForCausalLM, calibrate_budgets, evaluate_model, export_dense, train_model
 from dynamoe_hf.benchmark import bench_decode, bench_prefill, decode_bytes
 from dynamoe_hf.convert import _logits, convert_model, prove_parity
 from dynamoe_hf.export import dense_prefix, one_width
@@ -22,6 +23,7 @@ from dynamoe_hf.modeling.dense_base import mlp_places
 from dynamoe_hf.modeling.engine_layers import prepare_for_engine
 from dynamoe_hf.modeling.mlp_backends import Costs, Decision
 from dynamoe_hf.modeling.moe_base import base_routers, is_mixture, rows_by_expert, rows_by_width
+from dynamoe_hf.modeling.sparsity import Thresholds, density_at, thresholds_at
 from dynamoe_hf.trainable import choose_trainable, router_parameters
 
 
@@ -85,11 +87,91 @@ def test_execution_equals_the_masked_loop_with_gradients(family, tokens, costs, 
     leaves = [x, weight, *experts.parameters(recurse=False)]
     target = torch.randn(tokens, x.shape[-1])
     actual = experts.run(x, index, weight, Decision(width))
-    expected = nested_mixture(experts, x[0], index[0], weight[0], width[0])
+    expected, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0])
     assert_close("output", actual, expected, atol=1e-4)
     found, wanted = (torch.autograd.grad((y * target).sum(), leaves) for y in (actual, expected))
     for name, a, e in zip(["x", "weight", *dict(experts.named_parameters(recurse=False))], found, wanted):
         assert_close(f"gradient of {name}", a, e, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("of_each", [False, True], ids=["a number", "of each token"])
+@pytest.mark.parametrize("costs", [None, Costs(0, 0)], ids=["few rows", "sorted"])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_sparse_execution_equals_the_plain_loop_with_gradients(family, tokens, costs, of_each, monkeypatch):
+    if costs is not None:
+        monkeypatch.setattr(mlp_backends, "CPU_COSTS", costs)
+    experts = mixtures_of(tiny_dynamoe(family, expert_widths=NULL))[-1]
+    x, index, weight, width = pairs(experts, tokens)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    leaves = [x, weight, *experts.parameters(recurse=False)]
+    target = torch.randn(tokens, x.shape[-1])
+    least = torch.linspace(0.2, 0.9, tokens) if of_each else torch.full((tokens,), 0.5)
+    hidden = 0.1 * least
+    thresholds = Thresholds(*((each[None, :, None] if of_each else each[0].item()) for each in (least, hidden)))
+    actual = experts.run(x, index, weight, Decision(width, thresholds=thresholds))
+    expected, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0], least, hidden)
+    dense, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0])
+    assert not torch.allclose(expected, dense, atol=1e-3), "nothing is left out here"
+    assert_close("output", actual, expected, atol=1e-4)
+    found, wanted = (torch.autograd.grad((y * target).sum(), leaves) for y in (actual, expected))
+    for name, a, e in zip(["x", "weight", *dict(experts.named_parameters(recurse=False))], found, wanted):
+        assert_close(f"gradient of {name}", a, e, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sensitivity", [0.5, torch.tensor([0.35, 0.9])], ids=["a number", "of each sequence"])
+def test_a_mixture_leaves_out_what_the_dial_says(sensitivity, token_ids):
+    """Layer by layer, with and without records, and the share of the weights that is read."""
+    table = {"density": [0.4, 0.7], "input": [[0.8, 1.0], [0.2, 0.4]], "hidden": [[0.2, 0.3], [0.1, 0.12]]}
+    path, calls = [[0.3, 0.4], [0.8, 0.7]], []
+    model = tiny_dynamoe("qwen3_moe", expert_widths=NULL, thresholds=table, density_path=path)
+    for experts in mixtures_of(model):
+        experts.register_forward_hook(lambda experts, args, output: calls.append((experts, args, output)))
+    of_each = thresholds_at(table, torch.as_tensor(density_at(path, sensitivity)).expand(2))
+    with torch.no_grad():
+        plain = model(token_ids, sensitivity=sensitivity).logits
+        calls.clear()
+        with model.routing(records=[]) as routing:
+            logits = model(token_ids, sensitivity=sensitivity).logits
+        assert_close("logits", plain, logits, atol=1e-4)
+        for (experts, args, output), record in zip(calls, routing.records, strict=True):
+            own = [value.expand(*token_ids.shape, 1).flatten() for value in of_each[experts.layer]]
+            expected, shares = nested_mixture(experts, *args, record.expert.flatten(0, 1), *own)
+            assert_close("output", output, expected, atol=1e-4)
+            assert_close("share", record.share.flatten(), shares)
+            assert 0 < shares.mean() < 1
+        assert torch.equal(
+            model(token_ids, sensitivity=1.0).logits, tiny_dynamoe("qwen3_moe", expert_widths=NULL)(token_ids).logits
+        )
+
+
+def test_choosing_routers_of_a_mixture_learn_beside_sparsity(token_ids):
+    table = {"density": [0.4], "input": [[0.5, 0.5]], "hidden": [[0.1, 0.1]]}
+    model = tiny_dynamoe("qwen3_moe", expert_widths=NULL, thresholds=table)
+    with model.routing(records=[], temperature=1.0, sensitivity=0.5, density=0.4) as routing:
+        sparse = model(token_ids).logits
+        shares = torch.stack([record.share for record in routing.records])
+        widths = torch.stack([record.width for record in routing.records])
+    with model.routing(temperature=1.0, sensitivity=0.5):
+        assert not torch.allclose(model(token_ids).logits, sparse, atol=1e-3)
+    assert 0 < shares.mean() < 0.8 * widths.mean()
+    (sparse.float().square().mean() + widths.mean()).backward()
+    for experts in mixtures_of(model):
+        assert all(parameter.grad.any() for parameter in experts.router.parameters())
+
+
+def test_no_expert_has_a_gradient_as_large_as_all(token_ids):
+    """The gradient of `tensor[number]` is as large as the tensor: with 128 experts, 128 times what it need be."""
+    experts = mixtures_of(tiny_dynamoe("qwen3_moe", expert_widths=NULL))[0]
+    x, index, weight, width = pairs(experts, 40)
+    todo, names = [experts.run(x, index, weight, Decision(width)).grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            todo.extend(following for following, _ in node.next_functions)
+    kinds = [node.name() for node in names]
+    assert kinds.count("UnbindBackward0") == 2 and not any("Select" in kind and "Index" not in kind for kind in kinds)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -148,12 +230,12 @@ def test_profile_and_label_equal_the_plain_loop(family, similarity):
     model = tiny_dynamoe(family, similarity=similarity, error_weights=[0.5, 2.0])
     experts = mixtures_of(model)[1]
     x, index, weight, _ = pairs(experts, 6)
-    profile = experts.profile(x, index, weight)
+    profile = experts.observe(x, index, weight, None, True)[0]
     assert profile.shape == (1, 6, 2, 4)
     for token in range(6):
         for place in range(2):
             pair = x[0, token : token + 1], index[0, token, place].view(1, 1), weight[0, token, place].view(1, 1)
-            widths = [nested_mixture(experts, *pair, torch.full((1, 1), width)) for width in range(4)]
+            widths = [nested_mixture(experts, *pair, torch.full((1, 1), width))[0] for width in range(4)]
             errors = [(output - widths[-1]).square().sum() for output in widths]
             if similarity == "loss_gain":
                 shares = experts.shares
@@ -172,7 +254,8 @@ def test_an_expert_that_counts_less_is_cut_further():
     """1 / s - 1 has the factor w^2, in the truth and, exactly, in what the router says."""
     experts = mixtures_of(tiny_dynamoe("qwen3_moe", expert_widths=NULL))[0]
     x, index, weight, _ = pairs(experts, 30)
-    for measure in (experts.profile, lambda *given: experts.router(*given).sigmoid()):
+    profile = partial(experts.observe, thresholds=None, labelled=True)
+    for measure in (lambda *given: profile(*given)[0], lambda *given: experts.router(*given).sigmoid()):
         harm, less = (1 / measure(x, index, w)[..., :3].double() - 1 for w in (weight, weight / 20))
         assert torch.allclose(less, harm / 400, rtol=2e-2, atol=1e-6)
     whole, little = (experts.router.choose(experts.router(x, index, w), 0.5) for w in (weight, weight / 20))
@@ -426,10 +509,11 @@ def test_from_a_dense_folder_to_generated_text(base, converted, text_file, tmp_p
     text = {"text": text_file, "block_size": 64}
     trained = tmp_path / "trained"
     record = train_model(converted, trained, max_tokens=1024, router_tokens=1024, batch_size=4, **text)
-    assert record["settings"]["density_range"] is None or min(record["settings"]["density_range"]) == 1
+    assert record["settings"]["density_range"] == [0.4, 1]
     assert record["router_fit"]["router_agreement"] > 0
     calibration = calibrate_budgets(trained, budgets=[0.6, 0.8], max_tokens=1024, **text)
-    assert calibration["mixes"] == []
+    assert {mix["density"] for mix in calibration["mixes"]} > {0.4, 1.0}
+    assert load_model(trained).config.thresholds is not None
     with pytest.raises(ValueError, match="Adapters wrap linear layers, and a mixture"):
         train_model(converted, tmp_path / "adapted", train_parts="lora", **text)
     card = (trained / "README.md").read_text()
@@ -468,8 +552,6 @@ def test_what_a_mixture_does_not_have(token_ids):
         with pytest.raises(ValueError, match="A mixture weighs the error of an expert"):
             DynaMoEForCausalLM.from_dense(tiny_dense("mixtral"), **settings)
     model = tiny_dynamoe("mixtral")
-    with pytest.raises(ValueError, match="Sparsity inside the experts of a mixture"):
-        fit_thresholds(model, token_ids)
     with pytest.raises(ValueError, match="experts of a mixture can be packed in \"rows\" alone: found 'int8'"):
         model.pack("int8")
     with pytest.raises(ValueError, match='"rows" is for the experts of mixtures'):

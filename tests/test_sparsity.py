@@ -79,9 +79,14 @@ def test_at_sensitivity_1_nothing_is_left_out(token_ids):
         assert not torch.equal(model(token_ids, sensitivity=0.5).logits, dense(token_ids, sensitivity=0.5).logits)
 
 
-def test_labels_and_sparsity_together(token_ids):
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_labels_and_sparsity_together(family, token_ids):
     """Training: labels are those of what sparsity leaves, and the loss reaches experts and routers."""
-    model = sparse_model().train()
+    model = sparse_model(family=family).train()
+    model.config.thresholds = {
+        **TABLE,
+        "hidden": [[0.2, 0.3], [0.1, 0.12]],
+    }  # experts of a mixture are small, and what they give
     out = model(token_ids, labels=token_ids)
     out.loss.backward()
     for name, parameter in model.named_parameters():
@@ -89,8 +94,9 @@ def test_labels_and_sparsity_together(token_ids):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_decoding_equals_one_pass(token_ids):
-    model = sparse_model()
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_decoding_equals_one_pass(family, token_ids):
+    model = sparse_model(family=family)
     with torch.no_grad():
         whole = model(token_ids, sensitivity=0.5).logits
         cache, steps = None, []
@@ -147,7 +153,7 @@ def blocks_of(count=24, length=32):
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+@pytest.mark.parametrize("family", ["llama", "starcoder2", "qwen3_moe"])
 def test_fitted_thresholds_reach_their_densities(family, uniform):
     model, blocks = tiny_dynamoe(family, error_weights=[0.5, 2.0]), blocks_of()
     table = fit_thresholds(model, blocks, uniform)
