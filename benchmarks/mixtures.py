@@ -257,7 +257,8 @@ def nested_folder(args, name: str, mixture: Path, budgets: list[float]) -> Path:
             convert_model(mixture, converted, widths=LADDERS[name], max_tokens=args.cluster_tokens, **text)
         if not folder.exists():
             routers = min(65_536, args.tokens)
-            train_model(converted, folder, max_tokens=args.tokens, router_tokens=routers, batch_size=args.batch_size, **text)
+            settings = {"batch_size": args.batch_size, "bf16": args.bf16, "logit_fraction": 0.5}
+            train_model(converted, folder, max_tokens=args.tokens, router_tokens=routers, **settings, **text)
         calibrate_budgets(folder, budgets=budgets, max_tokens=args.cluster_tokens, **text)
     return folder
 
