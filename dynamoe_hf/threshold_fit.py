@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .modeling import DynaMoEForCausalLM
 from .modeling.nested_mlp import NestedMLP
 from .modeling.sparsity import keep_large
-from .observe import bisect_rising
+from .observe import bisect_rising, mlp_parts
 
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # between them the dial interpolates
@@ -30,7 +30,7 @@ class Costs(NamedTuple):
 
     sizes: list[float]  # (P,) quantiles of the sizes
     costs: list[float]  # (P,) error of the MLP's output without what is smaller, squared, in units of loss
-    weights: float  # share of the layer's weights that the product reads
+    weights: float  # share of the MLP's weights that the product reads, times the MLP's part of all (`mlp_parts`)
 
 
 def fit_thresholds(model: DynaMoEForCausalLM, blocks: torch.Tensor, uniform: bool = False) -> dict:
@@ -72,11 +72,13 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     length = blocks.shape[1]
     batch = blocks[: max(1, THRESHOLD_TOKENS // length)].to(model.device)
     mlps, curves = model.nested_mlps, []
+    called: list[int] = []  # in some mixtures the shared expert before the routed ones
     progress = tqdm(total=len(mlps), desc="Measuring thresholds", leave=False)
 
     def measure(mlp, args):
         curves.append(_costs_of(mlp, args[0]))
         progress.update()
+        called.append(mlp.layer)
 
     hooks = [mlp.register_forward_pre_hook(measure) for mlp in mlps]
     try:
@@ -85,7 +87,9 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return curves
+    pairs = (curves[called.index(mlp.layer)] for mlp in mlps)
+    parts = mlp_parts(model).tolist()
+    return [(x._replace(weights=x.weights * part), h._replace(weights=h.weights * part)) for part, (x, h) in zip(parts, pairs)]
 
 
 def _costs_of(mlp: NestedMLP, x: torch.Tensor) -> tuple[Costs, Costs]:

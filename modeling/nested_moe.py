@@ -100,13 +100,17 @@ class NestedExperts(NestedLayer):
             share = reached.gather(-1, expert[..., None]).sum((-1, -2)) / whole
             if gates is not None:
                 width = (gates * F.pad(reached, (1, 0)).diff()).sum((-1, -2)) / whole
-        return LayerRecord(logits, expert, share, profile, label, loss, width, index)
+        return LayerRecord(logits, expert, share, profile, label, loss, width, index, self.layer)
+
+    @property
+    def reads(self) -> float:
+        """Neurons that a token reads at full width: of K experts, on average without what was cut off for good."""
+        return self.top_k * (self.widths[-1] if self.cut_widths is None else sum(self.cut_widths) / self.num_experts)
 
     @property
     def active(self) -> float:
-        """Part of the experts' weights that a token reads at full width: of K of N experts, without what was cut off for good."""
-        left = 1.0 if self.cut_widths is None else sum(self.cut_widths) / (self.num_experts * self.widths[-1])
-        return left * self.top_k / self.num_experts
+        """Part of the experts' weights that a token reads at full width."""
+        return self.reads / (self.num_experts * self.widths[-1])
 
     def widths_of(self, number: int) -> list[int]:
         """The widths of one expert in neurons, without what was cut off for good."""
