@@ -15,8 +15,8 @@ median of rounds in turn.
 `smollm2`: no mixture of a useful size is small enough for a CPU, so one is made of a dense Llama-style model, BASE (`dense_to_mixture.py`),
 and learns from it. Then quality against active weights of its experts, the shared one included, at 75 and 50%: `top-k`, fewer experts a
 token; `pruned`, the experts whose weighted outputs are smallest on the training text left out, and not replaced; `ours`, nested experts
-trained by our recipe; `ours, null`, the same with a ladder that starts at 0. The shared expert stays whole, so routed ones take the whole
-saving. Ratios are perplexities over the mixture's own on held-out text, with 95% intervals over paired blocks; between two places of
+trained by our recipe, the shared one included; `ours, null`, the same with a ladder that starts at 0. Without training the shared expert
+stays whole, so routed ones take the whole saving. Ratios are perplexities over the mixture's own on held-out text, with 95% intervals over paired blocks; between two places of
 `top-k` or `pruned` the losses are interpolated. What is finished lies in WORK and is not done again.
 """
 
@@ -204,7 +204,7 @@ def gated(mixture: Any, keep: Callable[[int, torch.Tensor], torch.Tensor], taken
 
 def sizes_of_outputs(mixture: Any, blocks: torch.Tensor) -> torch.Tensor:
     """Of each layer and expert the sum over tokens of the size of its weighted output, on token ids (N, S): (L, experts)."""
-    places = list(mlp_places(mixture.model))
+    places = list(mlp_places(mixture.model, shared_in=[]))
     sizes = torch.zeros(len(places), EXPERTS)
 
     def add(layer, experts, args):
@@ -283,13 +283,11 @@ def smollm2(args) -> dict:
         name: {share: between(found, part) for share, part in parts.items()} for name, found in places.items()
     }
     for name in LADDERS:
-        budgets = [round(part, 3) for part in parts.values()]
-        model = load_model(nested_folder(args, name, folder, budgets))
-        for share, budget in zip(SHARES, budgets):
-            seen = routed_nll(model, blocks, description=name, sensitivity=model.config.sensitivity_of(budget))
-            reached = (shared + routed * seen.share) / (shared + routed)
+        model = load_model(nested_folder(args, name, folder, list(SHARES)))
+        for share in SHARES:
+            seen = routed_nll(model, blocks, description=name, sensitivity=model.config.sensitivity_of(share))
             rows.setdefault(name, {})[share] = seen.nll
-            rows[name][f"reached at {share:g}"] = round(reached, 4)
+            rows[name][f"reached at {share:g}"] = round(seen.share, 4)
     table = {
         name: {str(share): ratio_to(nll, own) if isinstance(nll, torch.Tensor) else nll for share, nll in found.items()}
         for name, found in rows.items()

@@ -134,7 +134,7 @@ class ConvertArguments:
     """Settings of `convert_model`."""
 
     widths: Widths = EIGHTHS
-    """Expert widths as rising fractions of the MLP width that end at 1. From Python also one such list for each layer."""
+    """Expert widths as rising fractions of the MLP width that end at 1. From Python also one such list for each MLP."""
     text: Files | None = None
     """Text files for calibration. Without them: a split of Python's own documentation topics."""
     importance: Importance = "taylor_share"

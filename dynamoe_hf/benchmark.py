@@ -427,7 +427,7 @@ def _decode_shares(model, prompt, steps, theta):
     for step in steps:
         with model.routing(records=[]) as routing:
             model(step, past_key_values=cache, use_cache=True, sensitivity=theta)
-        mean.append(shares_read(routing.records).mean().item())
+        mean.append(shares_read(model, routing.records).mean().item())
         taken = shares_taken(expert_shares(model), [record.expert for record in routing.records])
         widest.append(taken.flatten(1).max(1).values.mean().item())
     return statistics.fmean(mean), statistics.fmean(widest)

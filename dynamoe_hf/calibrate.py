@@ -18,7 +18,6 @@ from .card import new_records
 from .data import check_ids, documents_for, text_names, token_blocks
 from .folder import CALIBRATION, changed_config, load_model, load_tokenizer, write_json
 from .modeling import DynaMoEForCausalLM
-from .modeling.configuration_dynamoe import FORMAT_VERSION
 from .observe import RouterRun, bisect_rising, expert_shares, run_routers, shares_read
 from .threshold_fit import DENSITIES as FITTED
 from .threshold_fit import fit_thresholds
@@ -43,7 +42,7 @@ class Place(NamedTuple):
 
 def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None = None, **settings: Any) -> dict:
     """
-    Find the sensitivity and the density that reach each budget, a mean share of the MLPs' weights over tokens and layers.
+    Find the sensitivity and the density that reach each budget, a mean share of the MLPs' weights over tokens and MLPs.
 
     Thresholds are fitted first. Mixes of routing and sparsity are then compared by KL(full width || mix) on some of the text, and
     for each budget the cheapest is taken that keeps the dial monotone. Narrow experts in early layers change what later routers
@@ -69,8 +68,7 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
         )
     with new_records(folder) as staging:
         record, written = _calibrated(folder, arguments)
-        # earlier code would not see the thresholds
-        write_json(staging / "config.json", changed_config(folder, **written, format_version=FORMAT_VERSION))
+        write_json(staging / "config.json", changed_config(folder, **written))
         write_json(staging / CALIBRATION, record)
     return record
 
@@ -111,6 +109,7 @@ def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     }
     written = {"budgets": {budget: entry["sensitivity"] for budget, entry in found.items()}, "sensitivity": path[-1][0]}
     written |= {"thresholds": model.config.thresholds, "density_path": path if model.config.thresholds else []}
+    written["format_version"] = max(2, model.config.format_version)  # earlier code would not see the thresholds
     return record, written
 
 
@@ -167,7 +166,7 @@ def compare_mixes(model: DynaMoEForCausalLM, blocks: torch.Tensor, logits_LTE: t
             records: list = []
             with model.routing(sensitivity=mix["sensitivity"], density=mix["density"], records=records):
                 found = model(batch, use_cache=False).logits[0].float().log_softmax(-1)
-            mix["share"] += shares_read(records).mean().item() / len(blocks)
+            mix["share"] += shares_read(model, records).mean().item() / len(blocks)
             kl = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
             mix["kl"] += max(0.0, kl) / len(blocks)  # rounding takes a KL of nothing below 0
     return mixes

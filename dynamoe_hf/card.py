@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 
 from ._version import __version__
 from .disk import staging_of
-from .folder import BENCHMARK, inspect_folder, new_files, read_json
+from .folder import BENCHMARK, inspect_folder, load_dynamoe_config, new_files, read_json
 from .integrity import digests_of
 from .modeling import modeling_dynamoe
 from .tables import by_text, join_records, render_template, same_sensitivity, text_name
@@ -86,6 +86,7 @@ def render_card(
         budgets=sorted(facts["budgets"], key=float), pictures={path.stem for path in (folder / "report").glob("*.png")},
         code=digests_of(folder, ["*.py"]), changed_code=changed_code(folder), chat=_has_chat_template(folder),
         commands=_commands(facts), checkpoint=checkpoint, package_version=__version__,
+        mlps=load_dynamoe_config(folder).mlp_names,
     )  # fmt: skip
     return ModelCard(content)
 

@@ -203,7 +203,7 @@ def routed_nll(model, blocks, batch_size=4, needs_labels=False, description="Eva
         values.extend(_nll_of(model, batch))
 
     for records in watch(model, blocks, batch_size, description, run, needs_labels=needs_labels, **routing):
-        read.append(shares_read(records).mean((0, 2)))
+        read.append(shares_read(model, records).mean((0, 2)))
         for index, record in enumerate(records):
             use[index] += torch.bincount(record.expert.flatten().cpu(), minlength=experts)
             if needs_labels:

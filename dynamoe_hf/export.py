@@ -25,6 +25,9 @@ from .modeling.routing import router_names
 from .observe import similarity_profiles
 
 
+SHARED_WIDTH = "shared_expert_intermediate_size"  # of configs that give shared experts a width of their own
+
+
 def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments | None = None, **settings: Any) -> dict:
     """
     Write a plain dense model whose MLPs are the first neurons of the folder's: it loads without this package, in any runtime
@@ -36,7 +39,7 @@ def export_dense(folder: str | Path, out: str | Path, arguments: ExportArguments
         arguments, settings: the fields of `ExportArguments`, as one object or by name.
 
     Returns:
-        `mlp_width`, in neurons, or a list of one for each layer, and the number of `parameters`; with `gguf` the `file` too.
+        `mlp_width`, in neurons, or a list of one for each MLP, and the number of `parameters`; with `gguf` the `file` too.
 
     Raises:
         ValueError: `width` or `budget` is out of range; the folder is not a DynaMoE model; or a GGUF file was asked for, and
@@ -148,12 +151,20 @@ def cheapest_widths(costs: Sequence[Sequence[float]], ladders: Sequence[Sequence
 
 
 def _prefix(model, width) -> list[int]:
-    """A share of the MLP width in neurons, for each layer."""
+    """A share of the MLP width in neurons, for each MLP."""
     if not 0 < width <= 1:
         raise ValueError(f"`width` must be a share of the MLP width in (0, 1], found {width}. Give for example 0.5.")
-    # The trap: torch's grouped products, which plain mixtures run by, ask for rows of whole 16 bytes.
-    steps = [(8 if is_mixture(mlp) and width < 1 else 1, mlp.widths[-1]) for mlp in model.nested_mlps]
-    return [min(neurons, max(step, round(width * neurons / step) * step)) for step, neurons in steps]
+    widths, routed, own = [], (1, 1), hasattr(model.config.base_config, SHARED_WIDTH)
+    for place, mlp in zip(mlp_places(model.base_model), model.nested_mlps):
+        step, neurons = 1, mlp.widths[-1]
+        if is_mixture(mlp):
+            # The trap: torch's grouped products, which plain mixtures run by, ask for rows of whole 16 bytes.
+            step = 8 if width < 1 else 1
+            routed = step, neurons
+        elif place.is_shared and not own:  # its width is a multiple of that of the routed ones, which are before it
+            step = routed[0] * neurons // routed[1]
+        widths.append(min(neurons, max(step, round(width * neurons / step) * step)))
+    return widths
 
 
 def _one_or_all(widths):
@@ -175,13 +186,16 @@ def _narrowed(model, widths) -> dict[str, torch.Tensor]:
 def _dense(model, widths) -> PreTrainedModel:
     """
     A dense model of the base's own family, all layers equally wide. Raises `ValueError` where a mixture has no config for it: some
-    families give the width of all shared experts as a multiple of that of one.
+    families give the width of the shared expert as a multiple of that of a routed one, and it may have been left whole.
     """
     config = copy.deepcopy(model.config.base_config)
     for name in CODE_FIELDS:
         vars(config).pop(name, None)
-    for mlp, width in zip(model.nested_mlps, widths):
-        if is_mixture(mlp) and hasattr(config, "moe_intermediate_size"):
+    for place, width in zip(mlp_places(model.base_model), widths):
+        if place.is_shared:
+            if hasattr(config, SHARED_WIDTH):
+                setattr(config, SHARED_WIDTH, width)
+        elif is_mixture(place.mlp) and hasattr(config, "moe_intermediate_size"):
             config.moe_intermediate_size = width
         else:
             set_mlp_width(config, width)

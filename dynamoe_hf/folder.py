@@ -377,6 +377,7 @@ def inspect_folder(folder: str | Path, arguments: InspectArguments | None = None
         "mlp_width": max(ladder[-1] for ladder in ladders),
         "expert_widths": ladders[0] if all(ladder == ladders[0] for ladder in ladders) else ladders,
         "ladder": config.expert_widths,
+        "nested_shared": config.nested_shared,
         "similarity": config.similarity,
         "router": config.router_type,
         "sensitivity": config.sensitivity,

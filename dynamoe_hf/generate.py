@@ -156,4 +156,4 @@ def share_of(model, ids: torch.Tensor) -> float:
     """Mean share of the MLPs' weights that the tokens (1, S) read at the model's own setting of the dial."""
     with model.routing(records=[]) as routing:
         model.base_model(ids, use_cache=False)
-    return shares_read(routing.records).mean().item()
+    return shares_read(model, routing.records).mean().item()

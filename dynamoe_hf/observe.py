@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Watching a model: run blocks of tokens through it and see, layer by layer, which experts the tokens take, what the routers say, how
+Watching a model: run blocks of tokens through it and see, MLP by MLP, which experts the tokens take, what the routers say, how
 difficult the tokens are, and what gradient arrives. All stages watch through here.
 
-Shapes: N blocks of S tokens, T = N * S, L layers, E experts.
+Shapes: N blocks of S tokens, T = N * S, L nested MLPs (`DynaMoEConfig.mlp_names`), E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,9 +55,18 @@ def watch(
         yield records
 
 
+def mlp_parts(model: DynaMoEForCausalLM) -> torch.Tensor:
+    """
+    How much each MLP counts in a mean over them: (L,) float32 of mean 1, by the weights that a token reads at full width. In a mixture
+    these are K experts, a shared expert, or the MLP of a dense layer.
+    """
+    reads = torch.tensor([mlp.reads for mlp in model.nested_mlps], dtype=torch.float64)
+    return (reads / reads.mean()).float()
+
+
 def expert_shares(model: DynaMoEForCausalLM) -> torch.Tensor:
-    """Width of each expert of each layer as a share of the layer's MLP: (L, E) float32."""
-    return torch.tensor([mlp.shares for mlp in model.nested_mlps])
+    """Width of each expert as a share of its MLP, times `mlp_parts`, so that a mean over MLPs is a share of all: (L, E) float32."""
+    return torch.tensor([mlp.shares for mlp in model.nested_mlps]) * mlp_parts(model)[:, None]
 
 
 def of_tokens(values: torch.Tensor) -> torch.Tensor:
@@ -66,18 +75,21 @@ def of_tokens(values: torch.Tensor) -> torch.Tensor:
 
 
 def shares_taken(shares_LE: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Share of the MLP's width that each token takes in each layer: (L, E), L tensors (B, S), of mixtures (B, S, K) -> (L, B, S)."""
+    """What each token takes of `expert_shares` (L, E) in each MLP: L tensors (B, S), of routed experts (B, S, K) -> (L, B, S)."""
     return torch.stack([of_tokens(shares[expert.cpu()]) for shares, expert in zip(shares_LE, experts)])
 
 
-def shares_read(records: list[LayerRecord]) -> torch.Tensor:
-    """Share of the MLP's weights that each token reads in each layer, sparsity included: L records -> (L, B, S)."""
-    return torch.stack([record.share.cpu() for record in records])
+def shares_read(model: DynaMoEForCausalLM, records: list[LayerRecord]) -> torch.Tensor:
+    """
+    Share of each MLP's weights that each token reads, sparsity included, times `mlp_parts`, so that a mean over MLPs is a share of all:
+    L records -> (L, B, S).
+    """
+    return torch.stack([record.share.cpu() for record in records]) * mlp_parts(model)[:, None, None]
 
 
 def in_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
     """
-    What L layers recorded, (B, S, E) or of mixtures (B, S, K, E), one below the other: (L, T * K, E). Dense layers beside mixtures have
+    What L MLPs recorded, (B, S, E) or of routed experts (B, S, K, E), one below the other: (L, T * K, E). Other MLPs beside these have
     each token K times, which leaves all means as they are.
     """
     rows = [tensor.flatten(0, -2).cpu() for tensor in tensors]
@@ -87,7 +99,7 @@ def in_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def similarity_profiles(model: DynaMoEForCausalLM, blocks: torch.Tensor, batch_size: int = 4, **routing) -> torch.Tensor:
     """
-    True similarities of all tokens in all layers: (N, S) -> (L, T, E) float32, in mixtures a row for each of a token's K experts. By
+    True similarities of all tokens in all MLPs: (N, S) -> (L, T, E) float32, in mixtures a row for each of a token's K experts. By
     default every earlier layer runs at full width; `routing` (fields of `Routing`) says otherwise.
     """
     routing = routing or {"force_expert": model.config.expert_count - 1}
@@ -133,13 +145,13 @@ def mixture_consistency(
     """
     (records,) = watch(model, ids, len(ids), "Watching routes", **routing)
     found: dict[int, tuple[Consistency | None, ...]] = {}
-    for layer, (mlp, record) in enumerate(zip(model.nested_mlps, records)):
+    for name, mlp, record in zip(model.config.mlp_names, model.nested_mlps, records):
         if record.index is not None:
             rings = torch.tensor(block_sizes(mlp.widths)) > 0
             experts = F.one_hot(record.index.cpu(), mlp.num_experts).bool()  # (N, S, K, experts)
             reached = record.expert.cpu()[..., None] >= torch.arange(len(rings))[rings]  # (N, S, K, rings)
             taken = (experts[..., None] & reached[..., None, :]).any(2).flatten(2)
-            found[layer] = (consistency(experts.any(2), segment), consistency(taken, segment))
+            found[int(name)] = (consistency(experts.any(2), segment), consistency(taken, segment))
     return found
 
 
@@ -162,7 +174,7 @@ def run_routers(
     """Run the blocks (N, S) at a sensitivity; `density` by default as the dial says."""
     read, width, logits = [], [], []
     for records in watch(model, blocks, batch_size, "Running routers", sensitivity=sensitivity, density=density):
-        read.append(shares_read(records))
+        read.append(shares_read(model, records))
         width.append(shares_taken(shares_LE, [record.expert for record in records]))
         logits.append(in_rows([record.router_logits.float() for record in records]))
     return RouterRun(torch.cat(read, 1).mean((0, 2)), torch.cat(width, 1).mean().item(), torch.cat(logits, 1))

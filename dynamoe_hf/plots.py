@@ -15,6 +15,7 @@ from .tables import BASELINE_LABELS, by_text
 
 
 WIDTH = 9  # inches, of every figure
+SHARED = " (shared)"  # in the names of MLPs (`DynaMoEConfig.mlp_names`)
 TEXT_LINES = 60  # of a text that `draw_tokens` shows; the HTML page has all of it
 INK, FAINT, PAPER = "#1b1f24", "#66707b", "#ffffff"
 EASY, HARD = "#f4f8fe", "#428ce4"  # black text is legible on both
@@ -183,10 +184,10 @@ def _claim(panel):
     return claim + (f", one width for all tokens {static[panel.value]:.2f}{panel.unit}" if static else "")
 
 
-def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
+def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor, names: list[str]):
     """
-    Use of experts by layer as a heat map, at up to four settings on the first text: a matplotlib `Figure`. `shares_LE` has
-    the width of each expert as a share of its layer's MLP, (L, E) float, as `expert_shares` returns it.
+    Use of experts by MLP as a heat map, at up to four settings on the first text: a matplotlib `Figure`. `shares_LE` has
+    the width of each expert as a share of its own MLP, (L, E) float, and `names` what the MLPs are called (`DynaMoEConfig.mlp_names`).
     """
     entries = next(iter(by_text(evaluations).values()))
     routed = _cheapest_first(entry for entry in entries if "sensitivity" in entry)
@@ -199,20 +200,21 @@ def draw_experts(evaluations: list[dict], shares_LE: torch.Tensor):
     figure.subplots_adjust(left=0.055, right=0.945, bottom=0.55 / height, top=1 - 1.2 / height, wspace=0.24)
     crowded = experts * len(entries) > 20
     for axis, entry in zip(axes, entries):
-        _draw_heat_map(axis, torch.tensor(entry["expert_use"]), shares_LE, crowded)
+        _draw_heat_map(axis, torch.tensor(entry["expert_use"]), shares_LE, names, crowded)
         axis.set_title(entry["setting"], loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
     _note(axes[0], "layer", (0, 1), (-6, 6), fontsize=9, ha="right")
     mean_L = (torch.tensor(entries[0]["expert_use"]) * shares_LE).sum(1)
     least, most = int(mean_L.argmin()), int(mean_L.argmax())
-    claim = f"Layer {least} gets by with {mean_L[least]:.0%} of its width, layer {most} takes {mean_L[most]:.0%}"
+    claim = f"Layer {names[least]} gets by with {mean_L[least]:.0%} of its width, layer {names[most]} takes {mean_L[most]:.0%}"
     figure.text(0.02, 1 - 0.32 / height, f"{claim}, at {entries[0]['setting']}", fontsize=12, fontweight="bold", color=INK)
     subtitle = "Share of a layer's tokens that take each expert" + (", in percent" if crowded else "")
+    subtitle += "; s: its shared expert" if any(SHARED in name for name in names) else ""
     figure.text(0.02, 1 - 0.62 / height, subtitle, fontsize=9.5, color=FAINT)
     return figure
 
 
-def _draw_heat_map(axis, use_LE, shares_LE, crowded):
-    """The use of experts of one setting, and the mean width of each layer beside it. Where crowded, labels are left out."""
+def _draw_heat_map(axis, use_LE, shares_LE, names_L, crowded):
+    """The use of experts of one setting, and the mean width of each MLP beside it. Where crowded, labels are left out."""
     layers, experts = shares_LE.shape
     axis.imshow(use_LE.tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for layer, expert in product(range(layers), range(experts)):
@@ -227,7 +229,8 @@ def _draw_heat_map(axis, use_LE, shares_LE, crowded):
     labelled = range((experts - 1) % 2, experts, 2) if crowded else range(experts)  # always the last one
     axis.set_xticks(labelled, [names[expert] for expert in labelled])
     axis.set_xlabel("width of the expert" if same else "expert", fontsize=9, color=FAINT)
-    axis.set_yticks(range(0, layers, 1 if layers <= 12 else 5))
+    rows = range(0, layers, 1 if layers <= 12 else 5)
+    axis.set_yticks(rows, [names_L[row].replace(SHARED, "s") for row in rows])
     axis.tick_params(colors=FAINT, labelsize=9, length=0)
     axis.spines[:].set_visible(False)
 
@@ -248,14 +251,14 @@ def colour_scale(means_T: torch.Tensor) -> ColourScale:
     return ColourScale(low, high, ((means_T - low) / (high - low)).clamp(0, 1).tolist(), summary)
 
 
-def draw_tokens(pieces: list[str], shares_LT: torch.Tensor, dial: str, columns: int = 92):
+def draw_tokens(pieces: list[str], means_T: torch.Tensor, dial: str, columns: int = 92):
     """
-    A text in T pieces, coloured by their mean share of MLP width: a matplotlib `Figure`. `shares_LT` has the shares in each
-    layer, `dial` names the setting in the caption, and a line has `columns` characters.
+    A text in T pieces, coloured by their mean share of MLP width (T,): a matplotlib `Figure`. `dial` names the setting in the caption,
+    and a line has `columns` characters.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
-    scale = colour_scale(shares_LT.mean(0))
+    scale = colour_scale(means_T)
     colours = LinearSegmentedColormap.from_list("difficulty", [EASY, HARD])
     cells = [cell for cell in _wrap(pieces, columns) if cell.line < TEXT_LINES]
     lines = cells[-1].line + 1
@@ -273,7 +276,7 @@ def draw_tokens(pieces: list[str], shares_LT: torch.Tensor, dial: str, columns: 
     strip = figure.add_axes((x + 0.095, 1 - 0.73 / height, 0.2, 0.14 / height))
     strip.imshow([[i / 99 for i in range(100)]], cmap=colours, aspect="auto")
     strip.axis("off")
-    caption = f"hard ≥ {scale.high:.0%}     mean over {len(shares_LT)} layers, {dial}"
+    caption = f"hard ≥ {scale.high:.0%}     mean over all layers, {dial}"
     figure.text(x + 0.305, 1 - 0.66 / height, caption, fontsize=9.5, color=FAINT, va="center")
     return figure
 

@@ -18,7 +18,7 @@ from .data import documents_for
 from .folder import RESULTS, inspect_folder, load_model, load_tokenizer, new_files, read_json
 from .modeling import DynaMoEForCausalLM
 from .modeling.routing import LayerRecord
-from .observe import expert_shares, mixture_consistency, shares_read
+from .observe import mixture_consistency, mlp_parts
 from .plots import PAPER, colour_scale, draw_experts, draw_frontier, draw_tokens, new_figure
 from .tables import by_text, render_template, setting_label, text_name
 
@@ -60,10 +60,12 @@ def _draw(out: Path, folder, passage: str, budget: float | None, evaluations: li
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     sensitivity, dial = _dial(model.config, budget)
     pieces, shares_LT = _whole_characters(*token_difficulty(model, tokenizer, passage, sensitivity))
+    names, widths_LE = model.config.mlp_names, torch.tensor([mlp.shares for mlp in model.nested_mlps])
+    means_T = (shares_LT * mlp_parts(model)[:, None]).mean(0)
     figures = {
         "frontier.png": draw_frontier(evaluations),
-        "experts.png": draw_experts(evaluations, expert_shares(model)),
-        "tokens.png": draw_tokens(pieces, shares_LT, dial),
+        "experts.png": draw_experts(evaluations, widths_LE, names),
+        "tokens.png": draw_tokens(pieces, means_T, dial),
     }
     for name, figure in figures.items():
         with warnings.catch_warnings():
@@ -72,7 +74,8 @@ def _draw(out: Path, folder, passage: str, budget: float | None, evaluations: li
     ids = tokenizer(passage, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     routes = mixture_consistency(model, ids, SEGMENT, sensitivity=sensitivity) if model.is_mixture else {}
     images = {name: base64.b64encode((out / name).read_bytes()).decode() for name in figures}
-    (out / "tokens.html").write_text(tokens_page(pieces, shares_LT, dial), encoding="utf-8")
+    page = tokens_page(pieces, means_T, dict(zip(names, shares_LT)), dial)
+    (out / "tokens.html").write_text(page, encoding="utf-8")
     (out / "index.html").write_text(_index_page(images, evaluations, inspect_folder(folder), routes), encoding="utf-8")
     return [*figures, "tokens.html", "index.html"]
 
@@ -82,7 +85,7 @@ def token_difficulty(
     model: DynaMoEForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, sensitivity: float | None = None
 ) -> tuple[list[str], torch.Tensor]:
     """
-    The tokens of a text, and the share of the MLPs' weights that each takes in each layer: T strings and (L, T) float32.
+    The tokens of a text, and the share of its weights that each takes in each MLP: T strings and (L, T) float32.
 
     The strings joined are `text`, character by character. Where a tokenizer cuts one character into several tokens, the
     first has the character and the others are empty.
@@ -111,7 +114,7 @@ def token_difficulty(
     records: list[LayerRecord] = []
     with model.routing(records=records):
         model(ids, sensitivity=sensitivity, use_cache=False, logits_to_keep=1)
-    return tokens, shares_read(records)[:, 0]
+    return tokens, torch.cat([record.share.cpu() for record in records])
 
 
 def _passage(text):
@@ -139,17 +142,17 @@ def _whole_characters(tokens, shares_LT):
     return [token for token in tokens if token], shares_LT @ (member_TP / member_TP.sum(0))
 
 
-def tokens_page(pieces: list[str], shares_LT: torch.Tensor, dial: str) -> str:
+def tokens_page(pieces: list[str], means_T: torch.Tensor, shares: dict[str, torch.Tensor], dial: str) -> str:
     """
-    A self-contained HTML page that shows a text in T pieces, coloured by their share of MLP width in each layer, (L, T) float,
-    and by its mean, which is all that it shows without scripts. `dial` names the setting.
+    A self-contained HTML page that shows a text in T pieces, coloured by their share of MLP width in each MLP, (T,) float by its name,
+    and by the mean (T,), which is all that it shows without scripts. `dial` names the setting.
     """
-    means_T = shares_LT.mean(0)
-    scale = colour_scale(means_T)
+    scale, shares_LT = colour_scale(means_T), torch.stack([*shares.values()])
     rows = (1000 * torch.cat([means_T[None], shares_LT])).round().int().tolist()
     numbers = (means_T.tolist(), shares_LT.amin(0).tolist(), shares_LT.amax(0).tolist())
     tokens = list(zip(pieces, scale.places, *numbers))
-    return render_template("tokens.html", tokens=tokens, scale=scale, rows=rows, floor=min(map(min, rows[1:])), dial=dial)
+    floor = min(map(min, rows[1:]))
+    return render_template("tokens.html", tokens=tokens, scale=scale, rows=rows, names=list(shares), floor=floor, dial=dial)
 
 
 def _index_page(images, evaluations, facts, routes):

@@ -109,7 +109,7 @@ def show_inspection(facts):
     counts, widths = facts["parameters"], facts["expert_widths"]
     print(f"{facts['folder']}: DynaMoE of {facts['base'] or 'an unknown base'} ({facts['family']})")
     print(f"  layers        {facts['layers']}, hidden size {facts['hidden_size']}, MLP width {facts['mlp_width']}")
-    print(f"  experts       {widths if not isinstance(widths[0], list) else 'a ladder for each layer'} neurons")
+    print(f"  experts       {widths if not isinstance(widths[0], list) else 'a ladder for each MLP'} neurons")
     print(
         f"  parameters    {counts['total'] / 1e6:.1f} M, of which MLPs {counts['mlp'] / 1e6:.1f} M, routers {counts['router'] / 1e6:.2f} M"
     )

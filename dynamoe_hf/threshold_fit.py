@@ -16,7 +16,7 @@ from .modeling import DynaMoEForCausalLM
 from .modeling.mlp_backends import Decision
 from .modeling.moe_base import is_mixture, rows_by_expert
 from .modeling.sparsity import Thresholds, keep_large
-from .observe import bisect_rising
+from .observe import bisect_rising, mlp_parts
 
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # between them the dial interpolates
@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 
     sizes: list[float]  # (P,) quantiles of the sizes
     costs: list[float]  # (P,) error of the MLP's output without what is smaller, squared, in units of loss
-    weights: float  # share of the layer's weights that the product reads
+    weights: float  # share of the MLP's weights that the product reads, times the MLP's part of all (`mlp_parts`)
 
 
 def fit_thresholds(model: DynaMoEForCausalLM, blocks: torch.Tensor, uniform: bool = False) -> dict:
@@ -64,11 +64,11 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     """The costs of both products of each layer: those that read x, and the one that reads h."""
     length = blocks.shape[1]
     batch = blocks[: max(1, THRESHOLD_TOKENS // length)].to(model.device)
-    mlps, curves = model.nested_mlps, []
+    mlps, curves = model.nested_mlps, {}
     progress = tqdm(total=len(mlps), desc="Measuring thresholds", leave=False)
 
     def measure(mlp, args):
-        curves.append(_costs_of(mlp, args, model.config.error_weights))
+        curves[mlp.layer] = _costs_of(mlp, args, model.config.error_weights)
         progress.update()
 
     hooks = [mlp.register_forward_pre_hook(measure) for mlp in mlps]
@@ -78,7 +78,9 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return curves
+    pairs = (curves[mlp.layer] for mlp in mlps)  # some mixtures call the shared expert before the routed ones
+    parts = mlp_parts(model).tolist()
+    return [(x._replace(weights=x.weights * part), h._replace(weights=h.weights * part)) for part, (x, h) in zip(parts, pairs)]
 
 
 def _costs_of(mlp: Any, args: tuple, error_weights: list[float] | None) -> tuple[Costs, Costs]:

@@ -27,7 +27,7 @@ from .losses import LossesInChunks, layer_outputs, relative_error, without_hooks
 from .modeling import DynaMoEForCausalLM
 from .modeling.dense_base import decoder_layers, decoder_of
 from .modeling.routing import loss_mask, mean_router_loss
-from .observe import expert_shares, of_tokens
+from .observe import expert_shares, mlp_parts, of_tokens
 from .processes import check_division
 from .trainable import adapters_off, choose_trainable, density_range_of, divide_layers, frozen_copy, router_parameters
 from .training_arguments import NestedTrainingArguments
@@ -120,7 +120,7 @@ class DynaMoETrainer(Trainer):
                 "torchrun, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
         check_division(self.accelerator.state)
-        self.expert_shares = expert_shares(core).to(self.args.device)
+        self.expert_shares, self.mlp_parts = (shares(core).to(self.args.device) for shares in (expert_shares, mlp_parts))
         self.sensitivity_range = self.args.sensitivity_range or core.config.train_sensitivity
         self.density_range = density_range_of(core.config, self.args.density_range)
         if self.teacher is not None:
@@ -207,7 +207,8 @@ class DynaMoETrainer(Trainer):
         router_loss = mean_router_loss(routing.records, mask, items) if needs_labels else torch.zeros_like(outer_loss)
         width_loss = torch.zeros_like(scale)
         if args.width_loss_coef:
-            width = torch.stack([record.width.to(labels.device) for record in routing.records]).mean(0)
+            widths_LBS = torch.stack([record.width.to(labels.device) for record in routing.records])
+            width = (widths_LBS * self.mlp_parts.to(labels.device)[:, None, None]).mean(0)
             # What a token pays for is what it reads.
             price = (1 / sensitivity - 1) * (1.0 if density is None else density)
             width_loss = (price[:, None] * width * mask).sum() / items
@@ -322,7 +323,8 @@ class DynaMoETrainer(Trainer):
         tokens = (mask.sum() * len(records)).clamp_min(1)
         metrics = {**losses, "mean_width": (used_LE * self.expert_shares.to(mask.device)).sum() / tokens}
         if self.density_range is not None:
-            metrics["mean_share"] = sum((record.share.to(mask.device) * mask).sum() for record in records) / tokens
+            read = torch.stack([(record.share.to(mask.device) * mask).sum() for record in records])
+            metrics["mean_share"] = (read * self.mlp_parts.to(mask.device)).sum() / tokens
         if records[0].label is not None:
             agreement = 0.0
             for mlp, record in zip(self.core.nested_mlps, records):

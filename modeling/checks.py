@@ -135,11 +135,11 @@ def check_generation_config(config: Any) -> None:
 
 def check_can_be_read(model: Any) -> None:
     """Raise `ValueError` where the weights of a model are not those of its config, so that its folder could not be loaded."""
-    layers, config = len(model.nested_mlps), model.config
-    if layers != config.num_hidden_layers:
+    mlps, config = len(model.nested_mlps), model.config
+    if mlps != len(config.mlp_names):
         raise ValueError(
-            f"The folder could not be read: found {layers} layers, and num_hidden_layers={config.num_hidden_layers} in the config. Set "
-            "it, and keep of each list of the config the entries of these layers."
+            f"The folder could not be read: found {mlps} MLPs, and in the config num_hidden_layers={config.num_hidden_layers} and "
+            f"nested_shared={config.nested_shared}. Set these, and keep of each list of the config the entries of the layers that are left."
         )
     if getattr(model, "_tp_size", None):  # each rank holds parts
         return

@@ -15,8 +15,8 @@ from .routing import ROUTERS, ROUTES, TokenRouter
 from .sparsity import check_density_path, check_thresholds
 
 
-# Raised when a folder written today could not be read rightly by yesterday's code. Old versions keep loading.
-FORMAT_VERSION = 2
+# The newest that is read. A folder has the oldest whose code reads it rightly: 2, and 3 where shared experts are nested.
+FORMAT_VERSION = 3
 # Where the Auto classes find the code beside the weights.
 AUTO_MAP = {
     "AutoConfig": "configuration_dynamoe.DynaMoEConfig",
@@ -39,19 +39,22 @@ class DynaMoEConfig(PreTrainedConfig):
             Config of the dense base. Defaults to a Llama config, so that `DynaMoEConfig()` is valid.
         expert_widths (`list[float]` or `list[list[float]]`, defaults to `[0.25, 0.5, 0.75, 1.0]`):
             Width of each expert as a fraction of the MLP width, in a mixture of that of each of its experts: rising, ending at 1,
-            optionally starting at 0 (a null expert). A list of lists gives one ladder for each layer; all have the same number of
+            optionally starting at 0 (a null expert). A list of lists gives one ladder for each MLP; all have the same number of
             experts.
+        nested_shared (`list[int]`, defaults to `[]`):
+            The layers whose mixture has its shared expert nested too, as an MLP of its own. All lists with an entry for each MLP have
+            one for it, behind that of the layer's routed experts (`mlp_names`). Without it a shared expert stays whole.
         cut_widths (`list[list[int]]`, *optional*):
-            For each layer, of each expert of a mixture the neurons that were not cut off for good (`dynamoe convert --cut`): the weights
-            of the others are zeros. `None` for layers of another kind.
+            For each MLP, of each expert of a mixture the neurons that were not cut off for good (`dynamoe convert --cut`): the weights
+            of the others are zeros. `None` for MLPs of another kind.
         similarity (`str`, defaults to `"loss_weighted"`):
             How close expert e comes to the full MLP for one token; s_{E-1} = 1 and O_e is the output of expert e:
             `"projection"` <O_e, O> / <O, O>, `"cosine"`, `"relative_error"` 1 - |O - O_e| / |O|, and
             `"loss_weighted"` 1 / (1 + c_l |O - O_e|^2), where c_l (`error_weights[l]`) is the mean squared gradient of the
-            LM loss at the output of layer l's MLP, so that one threshold means the same harm in every layer.
+            LM loss at the output of MLP l, so that one threshold means the same harm in every MLP.
             `"loss_gain"` 1 / (1 + c_l max_{f > e} (|O - O_e|^2 - |O - O_f|^2) / (w_f - w_e)) also asks what a wider expert
             f costs (w: shares of the width): the label has the least c_l |O - O_e|^2 + lambda w_e, lambda = 1 / theta - 1.
-        error_weights (`list[float]`, *optional*): c_l, one for each layer. Measured by `dynamoe convert`.
+        error_weights (`list[float]`, *optional*): c_l, one for each MLP. Measured by `dynamoe convert`.
         router_type (`str`, defaults to `"profile"`):
             `"profile"`: the router predicts s_0 .. s_{E-2}, so that sensitivity is a dial after training.
             `"argmax"` (the paper's): E logits, the largest wins, sensitivity is fixed by the training.
@@ -62,7 +65,7 @@ class DynaMoEConfig(PreTrainedConfig):
         budgets (`dict[str, float]`, *optional*):
             Mean share of the MLPs' weights that a token reads -> sensitivity that reaches it, written by `dynamoe calibrate`.
         thresholds (`dict[str, list]`, *optional*):
-            Sizes under which what a product reads is left out: `density` (K,), and for each of these densities and each layer
+            Sizes under which what a product reads is left out: `density` (K,), and for each of these densities and each MLP
             `input` (K, L), of |x| that gate and up read, and `hidden` (K, L), of |h| that down reads. Without them experts are
             dense.
         density_path (`list[list[float]]`, *optional*):
@@ -91,6 +94,7 @@ class DynaMoEConfig(PreTrainedConfig):
         self,
         base_config=None,
         expert_widths=None,
+        nested_shared=(),
         cut_widths=None,
         similarity="loss_weighted",
         error_weights=None,
@@ -105,7 +109,7 @@ class DynaMoEConfig(PreTrainedConfig):
         train_sensitivity=(0.2, 0.95),
         router_loss_coef=1.0,
         output_router_logits=False,
-        format_version=FORMAT_VERSION,
+        format_version=2,
         **kwargs,
     ):
         if not is_whole(format_version) or not 1 <= format_version <= FORMAT_VERSION:
@@ -118,6 +122,7 @@ class DynaMoEConfig(PreTrainedConfig):
             kwargs = _without_copies(kwargs, base_config)
         self.__dict__["base_config"] = _base_config(base_config)
         self.expert_widths = [0.25, 0.5, 0.75, 1.0] if expert_widths is None else _as_lists(expert_widths, float)
+        self.nested_shared = _as_lists(nested_shared or [])
         self.cut_widths = _as_lists(cut_widths)
         self.similarity = similarity
         self.error_weights = error_weights
@@ -132,7 +137,7 @@ class DynaMoEConfig(PreTrainedConfig):
         self.train_sensitivity = _as_lists(train_sensitivity)
         self.router_loss_coef = router_loss_coef
         self.output_router_logits = output_router_logits
-        self.format_version = format_version
+        self.format_version = FORMAT_VERSION if self.nested_shared else format_version
         self.__dict__["base_model_tp_plan"] = outside_mlps(self.base_config.base_model_tp_plan)
         # The trap: `super().__init__` hands its implementations down, so a base already in memory would lose its own.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
@@ -159,16 +164,16 @@ class DynaMoEConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise `ValueError`, with the name of the field, if a field is not what it must be, or does not fit the others."""
-        layers = self._checked_layers()
-        self._check_widths(layers)
-        self._check_cuts(layers)
+        mlps = self._checked_mlps()
+        self._check_widths(mlps)
+        self._check_cuts(mlps)
         weights = self.error_weights
         if weights is not None and not (isinstance(weights, (list, tuple)) and all(map(is_size, weights))):
             raise ValueError(
                 f"`error_weights` must be finite numbers, none negative, found {weights!r}. `dynamoe convert` measures them."
             )
-        if weights is not None and len(weights) != layers:
-            raise ValueError(f"`error_weights` must have one entry for each of {layers} layers, found {len(weights)}.")
+        if weights is not None and len(weights) != mlps:
+            raise ValueError(f"`error_weights` must have one entry for each of {mlps} MLPs, found {len(weights)}.")
         check_one_of("similarity", self.similarity, SIMILARITIES)
         check_one_of("router_type", self.router_type, ROUTERS)
         check_one_of("train_route", self.train_route, ROUTES)
@@ -184,7 +189,7 @@ class DynaMoEConfig(PreTrainedConfig):
                 f"`train_sensitivity` must be two numbers that rise within 0 and 1, found {drawn!r}, such as [0.2, 0.95]."
             )
         self._check_budgets()
-        check_thresholds(self.thresholds, layers)
+        check_thresholds(self.thresholds, mlps)
         check_density_path(self.density_path, self.thresholds)
         check_expert(self.force_expert, self.expert_count)
         if not is_size(self.router_loss_coef):
@@ -192,17 +197,22 @@ class DynaMoEConfig(PreTrainedConfig):
         if not isinstance(self.output_router_logits, bool):
             raise ValueError(f"`output_router_logits` must be True or False, found {self.output_router_logits!r}.")
 
-    def _checked_layers(self):
-        """Number of layers of the base."""
+    def _checked_mlps(self):
+        """Number of nested MLPs."""
         layers: Any = getattr(self.base_config, "num_hidden_layers", None)
         if not is_whole(layers) or layers < 1:
             raise ValueError(
                 f"`base_config` must have layers, found num_hidden_layers={layers!r}. Give the config of a dense model."
             )
-        return layers
+        shared: Any = self.nested_shared
+        if not isinstance(shared, list) or not all(map(is_whole, shared)) or shared != sorted({*shared} & {*range(layers)}):
+            raise ValueError(
+                f"`nested_shared` must be rising numbers of layers, from 0 to {layers - 1}, found {shared!r}. `dynamoe convert` writes them."
+            )
+        return len(self.mlp_names)
 
-    def _check_widths(self, layers):
-        ladders: list = self.expert_widths if self._per_layer else [self.expert_widths]
+    def _check_widths(self, mlps):
+        ladders: list = self.expert_widths if self._per_mlp else [self.expert_widths]
         for ladder in ladders:
             numbers = isinstance(ladder, list) and all(map(is_number, ladder))
             if not numbers or not ladder or ladder[0] < 0 or ladder[-1] != 1 or not all(a < b for a, b in pairwise(ladder)):
@@ -212,24 +222,24 @@ class DynaMoEConfig(PreTrainedConfig):
                 )
         if len({len(ladder) for ladder in ladders}) > 1:
             raise ValueError(
-                f"`expert_widths` must hold equally many experts in every layer, found {[len(x) for x in ladders]}. "
-                "Repeat the ladder of one layer with other fractions instead."
+                f"`expert_widths` must hold equally many experts in every MLP, found {[len(x) for x in ladders]}. "
+                "Repeat the ladder of one MLP with other fractions instead."
             )
-        if self._per_layer and len(ladders) != layers:
-            raise ValueError(f"`expert_widths` must have one entry for each of {layers} layers, found {len(ladders)}.")
+        if self._per_mlp and len(ladders) != mlps:
+            raise ValueError(f"`expert_widths` must have one entry for each of {mlps} MLPs, found {len(ladders)}.")
 
-    def _check_cuts(self, layers):
+    def _check_cuts(self, mlps):
         cuts = self.cut_widths
         if cuts is None:
             return
         lists = isinstance(cuts, list) and all(each is None or isinstance(each, list) for each in cuts)
         if not lists or not all(is_whole(width) and width >= 0 for each in cuts for width in each or []):
             raise ValueError(
-                f"`cut_widths` must be lists of whole numbers of at least 0, or None for a layer, found {cuts!r}. `dynamoe convert --cut` "
+                f"`cut_widths` must be lists of whole numbers of at least 0, or None for an MLP, found {cuts!r}. `dynamoe convert --cut` "
                 "writes them."
             )
-        if len(cuts) != layers:
-            raise ValueError(f"`cut_widths` must have one entry for each of {layers} layers, found {len(cuts)}.")
+        if len(cuts) != mlps:
+            raise ValueError(f"`cut_widths` must have one entry for each of {mlps} MLPs, found {len(cuts)}.")
 
     def _check_budgets(self):
         if not isinstance(self.budgets, dict):
@@ -258,9 +268,15 @@ class DynaMoEConfig(PreTrainedConfig):
         super().save_pretrained(*args, **kwargs)
 
     @property
-    def _per_layer(self):
+    def _per_mlp(self):
         widths: Any = self.expert_widths
         return isinstance(widths, list) and bool(widths) and isinstance(widths[0], list)
+
+    @property
+    def mlp_names(self) -> list[str]:
+        """What tables call the nested MLPs, in the order of all lists with an entry for each: their layer, `1`, or `1 (shared)`."""
+        layers, shared = range(self.num_hidden_layers), self.nested_shared
+        return [name for layer in layers for name in [str(layer)] + [f"{layer} (shared)"] * (layer in shared)]
 
     @property
     def has_dial(self) -> bool:
@@ -288,11 +304,11 @@ class DynaMoEConfig(PreTrainedConfig):
     def expert_count(self) -> int:
         """Experts of each layer."""
         widths: list = self.expert_widths
-        return len(widths[0] if self._per_layer else widths)
+        return len(widths[0] if self._per_mlp else widths)
 
     def layer_widths(self, layer, mlp_width):
-        """Widths in neurons of the experts of `layer`, whose MLP has `mlp_width` neurons: `list[int]`, rising."""
-        ladder = self.expert_widths[layer] if self._per_layer else self.expert_widths
+        """Widths in neurons of the experts of MLP `layer` of `mlp_names`, which has `mlp_width` neurons: `list[int]`, rising."""
+        ladder = self.expert_widths[layer] if self._per_mlp else self.expert_widths
         widths = [round(fraction * mlp_width) for fraction in ladder]
         if any(a >= b for a, b in zip(widths, widths[1:])):
             raise ValueError(
@@ -378,15 +394,17 @@ def _first_layers(fields, layers_name, layers):
     `layers_name`: what the base calls their number.
     """
     base = {**fields["base_config"], layers_name: layers}
-    cut = {"base_config": base, layers_name: layers, "budgets": None, "density_path": None}
-    lists = ((base, "layer_types"), (base, "mlp_layer_types"), (fields, "error_weights"), (fields, "cut_widths"))
-    for owner, name in lists:
-        if owner.get(name) is not None:
-            (cut if owner is fields else base)[name] = owner[name][:layers]
-    if isinstance(fields.get("expert_widths", [0])[0], list):
-        cut["expert_widths"] = fields["expert_widths"][:layers]
+    shared = [layer for layer in fields.get("nested_shared") or () if layer < layers]
+    cut, mlps = {"base_config": base, layers_name: layers, "nested_shared": shared}, layers + len(shared)
+    cut |= {"budgets": None, "density_path": None}
+    for name in ("layer_types", "mlp_layer_types"):
+        if base.get(name) is not None:
+            base[name] = base[name][:layers]
+    for name in ("error_weights", "cut_widths", "expert_widths"):
+        if fields.get(name) and (name != "expert_widths" or isinstance(fields[name][0], list)):
+            cut[name] = fields[name][:mlps]
     if fields.get("thresholds") is not None:
-        cut["thresholds"] = {name: [row[:layers] for row in rows] if name != "density" else rows
+        cut["thresholds"] = {name: [row[:mlps] for row in rows] if name != "density" else rows
                              for name, rows in fields["thresholds"].items()}  # fmt: skip
     copies = {name: base[name] for name in ("layer_types", "mlp_layer_types") if name in fields.keys() & base.keys()}
     return {**fields, **copies, **cut}

@@ -193,6 +193,14 @@ def layout_of(mlp: nn.Module, name: str = "mlp") -> Layout:
     )
 
 
+def can_be_split(mlp: nn.Module | None) -> bool:
+    """Whether there is an MLP, and `layout_of` knows it."""
+    try:
+        return mlp is not None and bool(layout_of(mlp))
+    except ValueError:
+        return False
+
+
 class MLPPlace(NamedTuple):
     """
     Where one MLP sits: `getattr(owner, attribute)`, called `name` in the model's state dict. Where a layer has its projections and no
@@ -203,6 +211,11 @@ class MLPPlace(NamedTuple):
     attribute: str
     name: str
     others: tuple[str, ...] = ()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is the shared expert of a mixture."""
+        return self.attribute in SHARED_NAMES
 
     @property
     def mlp(self) -> Any:
@@ -228,6 +241,8 @@ class MLPPlace(NamedTuple):
 MLP_NAMES = ("mlp", "feed_forward", "shared_mlp", "block_sparse_moe")
 # What decoder layers without a module for their MLP call its parts, in their order: up, activation function, down.
 FLAT = ("fc1", "activation_fn", "fc2")
+# What mixtures call the expert that every token reads.
+SHARED_NAMES = ("shared_expert", "shared_experts")
 # Families that look like supported ones, and why they are not.
 REFUSED = {
     "llama4_text": "it multiplies a token by the weight of an expert before the expert reads it, and runs every expert on every token"
@@ -257,9 +272,26 @@ def mlp_name(layer: nn.Module) -> str | None:
     return FLAT[0] if name is None and layer._modules.keys() >= {*FLAT} else name
 
 
-def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
-    """The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer: of a mixture its routed experts."""
-    layers = decoder_layers(backbone)
+def shared_layers(backbone: Any) -> list[int]:
+    """The layers of a dense backbone whose MLP is a mixture with a shared expert that can be split; of a nested one, those where it is."""
+    if (nested := getattr(backbone.config, "nested_shared", None)) is not None:
+        return nested
+    mlps = [getattr(layer, mlp_name(layer) or "", None) for layer in decoder_layers(backbone)]
+    return [index for index, mlp in enumerate(mlps) if can_be_split(getattr(mlp, shared_name(mlp) or "", None))]
+
+
+def shared_name(mlp: Any) -> str | None:
+    """What a mixture calls its shared expert, or `None` where it has none, or is none."""
+    return next((name for name in SHARED_NAMES if hasattr(mlp, "experts") and mlp._modules.get(name) is not None), None)
+
+
+def mlp_places(backbone: Any, shared_in: list[int] | None = None) -> Iterator[MLPPlace]:
+    """
+    The MLPs of a backbone (`LlamaModel` and the like), in the order of its layers, one a layer, of a mixture its routed experts. In the
+    layers `shared_in`, by default `shared_layers`, the shared expert is a place of its own behind them. Raises `ValueError` where one of
+    these has none.
+    """
+    layers, shared_in = decoder_layers(backbone), shared_layers(backbone) if shared_in is None else shared_in
     path = next(name for name, module in backbone.named_modules() if module is layers)
     for index, layer in enumerate(layers):
         attribute = mlp_name(layer)
@@ -269,6 +301,13 @@ def mlp_places(backbone: Any) -> Iterator[MLPPlace]:
             yield MLPPlace(mlp, "experts", f"{name}.experts")
         else:
             yield MLPPlace(layer, attribute, name, FLAT[1:] if attribute == FLAT[0] else ())
+        if index in shared_in:
+            if (shared := shared_name(mlp)) is None:
+                raise ValueError(
+                    f"`nested_shared` must name layers that have a shared expert: found layer {index}, with {type(mlp).__name__}. Take "
+                    "the config from the folder that holds the weights."
+                )
+            yield MLPPlace(mlp, shared, f"{name}.{shared}")
 
 
 @torch.no_grad()

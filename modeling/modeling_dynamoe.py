@@ -5,7 +5,7 @@ DynaMoE: a dense causal language model whose MLPs are nested experts, chosen tok
 - A model is a subclass of its base's own class, so attention, RoPE variants, caches, soft-caps and heads are the base's.
 - Each `layer.mlp` becomes a `NestedMLP` that keeps the dense parameter names (but GPT-2's, OPT's); only `mlp.router.*` is added.
 - Expert e is the first `widths[e]` neurons of the MLP; the last expert is the dense MLP.
-- Where the MLP is a mixture, each of its routed experts is nested, and the base's own router and shared experts stay as they are.
+- Where the MLP is a mixture, each of its routed experts is nested, and its shared expert as an MLP of its own; its router stays.
 - The router predicts how close each expert comes to the full MLP, and the token takes the smallest that is close enough.
 
 A forward pass: resolve the routing once -> the base's `forward`, whose layers read it -> outputs and losses.
@@ -47,6 +47,7 @@ from .dense_base import (
     fold_multipliers,
     mlp_places,
     nested_class,
+    shared_layers,
     take_over,
 )
 from .engine_layers import prepare_for_engine
@@ -101,8 +102,7 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
     def _adopt(self, config, dense):
         """Hold the parts of `dense`, or of a fresh base."""
         config.check()  # fields may have been set since the config was made
-        # Not `super()`: the base's own `__init__` would build a second model.
-        PreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)  # not `super()`: the base's own would build a second model
         if dense is None:
             config.base_config._attn_implementation = config._attn_implementation
             dense = self.base_class(config.base_config)
@@ -112,8 +112,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
 
     @property
     def nested_mlps(self) -> list[Any]:
-        """The nested MLPs, `NestedMLP` or of a mixture `NestedExperts`, in the order of their layers."""
-        return [module for module in self.modules() if isinstance(module, NestedLayer)]
+        """The nested MLPs, `NestedMLP` or of a mixture `NestedExperts`, in the order of `DynaMoEConfig.mlp_names`."""
+        return sorted((module for module in self.modules() if isinstance(module, NestedLayer)), key=lambda mlp: mlp.layer)
 
     @property
     def is_mixture(self) -> bool:
@@ -191,6 +191,8 @@ class DynaMoEPreTrainedModel(PreTrainedModel):
             return super().forward(**self._without_base_routers(inputs), return_dict=True)
         finally:
             self.slot.exchange(previous)
+            if self.config.nested_shared and routing.records:  # some families run the shared expert first
+                routing.records.sort(key=lambda record: record.layer)
 
     def _without_base_routers(self, inputs):
         """The trap: a mixture reads `output_router_logits` from the config too, where it asks for ours."""
@@ -363,9 +365,9 @@ class DynaMoEForCausalLM(DynaMoEPreTrainedModel, RequestDials, SelfDraftGenerati
             raise ValueError("The model is a DynaMoE model already. Convert its dense base, or train it as it is.")
         dense_class_of(dense.config)
         check_places(dense)
-        own = cls.config_class(base_config=dense.config, **config)
+        own = cls.config_class(**{"base_config": dense.config, "nested_shared": shared_layers(dense.base_model), **config})
         own.dtype = dense.config.dtype
-        for index, place in enumerate(mlp_places(dense.base_model)):
+        for index, place in enumerate(mlp_places(dense.base_model, own.nested_shared)):
             own.layer_widths(index, layout_at(place).width(place.mlp))
             if is_mixture(place.mlp):
                 check_mixture(own)

@@ -157,7 +157,7 @@ def checked_cuts(config: Any, layer: int, experts: int, width: int) -> list[int]
     found = config.cut_widths and config.cut_widths[layer]
     if found and (len(found) != experts or max(found) > width):
         raise ValueError(
-            f"`cut_widths` of layer {layer} must be {experts} numbers of at most {width} neurons, found {found}. Take them from the config "
+            f"`cut_widths` of layer {config.mlp_names[layer]} must be {experts} numbers of at most {width} neurons, found {found}. Take them from the config "
             "of the folder that holds the weights."
         )
     return found or None

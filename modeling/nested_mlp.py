@@ -27,7 +27,7 @@ from .tensor_parallel import read_by_parts, sum_of_parts
 class NestedLayer(nn.Module):
     """What the nested experts of an MLP and those of a mixture share. Experts are E `widths`, and `router` predicts how close each is."""
 
-    layer: int
+    layer: int  # among the nested MLPs (`DynaMoEConfig.mlp_names`), of which a layer with a shared expert has two
     slot: RoutingSlot
     widths: list[int]
     router: Any
@@ -116,6 +116,11 @@ class NestedMLP(NestedLayer):
         """A weight, whose device and dtype are the layer's."""
         return self.down_linear.weight
 
+    @property
+    def reads(self) -> float:
+        """Neurons that a token reads at full width, in all processes."""
+        return self.widths[-1] * (1 if self.mesh is None else self.mesh.size())
+
     def forward(self, x):
         routing = self.slot.of_layer(self.config)
         if x.ndim == 2:  # OPT reads all tokens as one row
@@ -178,7 +183,7 @@ class NestedMLP(NestedLayer):
             share = share_read(keep_large(x, thresholds.input), hidden, taken, 1 if self.layout.ungated else 2)
             share = sum_of_parts(share, self.mesh) / (1 if self.mesh is None else self.mesh.size())
         assert logits is not None, "`decide` asks the router where records are wanted"
-        return LayerRecord(logits, expert, share, profile, label, loss, self.width_of(gates))
+        return LayerRecord(logits, expert, share, profile, label, loss, self.width_of(gates), layer=self.layer)
 
     def weights(self, x: torch.Tensor, decision: Decision | None = None) -> Weights:
         """This MLP as `run_experts` takes it, for an input like `x`. At full width for all it is called as modules, not cut."""

@@ -94,11 +94,11 @@ class NestedExperts(NestedLayer):
 
     def record(self, x: torch.Tensor, index: torch.Tensor, decision: Decision) -> LayerRecord:
         """What this layer did with its tokens, x (B, S, D) and index (B, S, K)."""
-        expert, logits, gates, profile, label = decision.expert, *decision[1:3], *decision[4:6]
+        expert, logits, gates, profile = decision.expert, decision.router_logits, decision.gates, decision.profile
         if not isinstance(expert, torch.Tensor):
             expert = torch.full_like(index, expert)
         assert logits is not None, "`decide` asks the router where records are wanted"
-        loss = None if profile is None else self.router.loss(logits, profile, label).mean(-1)
+        loss = None if profile is None else self.router.loss(logits, profile, decision.label).mean(-1)
         # Of what was not cut, so that the full width is 1.
         reached = torch.tensor([self.widths_of(number) for number in range(self.num_experts)], device=index.device)[index]
         whole = reached[..., -1].sum(-1).clamp_min(1)
@@ -111,13 +111,17 @@ class NestedExperts(NestedLayer):
             share = (2 * kept_inputs * taken + read) / (3 * whole)  # gate and up read x, down reads neurons
         if gates is not None:
             width = (gates * F.pad(reached, (1, 0)).diff()).sum((-1, -2)) / whole
-        return LayerRecord(logits, expert, share, profile, label, loss, width, index)
+        return LayerRecord(logits, expert, share, profile, decision.label, loss, width, index, self.layer)
+
+    @property
+    def reads(self) -> float:
+        """Neurons that a token reads at full width: of K experts, on average without what was cut off for good."""
+        return self.top_k * (self.widths[-1] if self.cut_widths is None else sum(self.cut_widths) / self.num_experts)
 
     @property
     def active(self) -> float:
-        """Part of the experts' weights that a token reads at full width: of K of N experts, without what was cut off for good."""
-        left = 1.0 if self.cut_widths is None else sum(self.cut_widths) / (self.num_experts * self.widths[-1])
-        return left * self.top_k / self.num_experts
+        """Part of the experts' weights that a token reads at full width."""
+        return self.reads / (self.num_experts * self.widths[-1])
 
     def widths_of(self, number: int) -> list[int]:
         """The widths of one expert in neurons, without what was cut off for good."""

@@ -30,11 +30,11 @@ class DynaMoECausalLMOutputWithPast(CausalLMOutputWithPast):
     `CausalLMOutputWithPast`, and:
 
     lm_loss (`torch.Tensor` of shape (1,)): the language-model part of `loss`, when `labels` are given.
-    router_loss (`torch.Tensor` of shape (1,)): mean over layers of the router loss, normalised like `lm_loss`.
+    router_loss (`torch.Tensor` of shape (1,)): mean over MLPs of the router loss, normalised like `lm_loss`.
     router_logits (`tuple` of (B, S, E - 1), or (B, S, E) with the argmax router): with `output_router_logits=True`, one
-        for each layer. The sigmoid of a profile router's logits is the predicted similarity of each smaller expert.
-    expert_indices (`tuple` of (B, S) int64): the experts taken, one for each layer, with `output_router_logits=True`. Layers
-        that are mixtures have router logits and widths for each of a token's K experts: (B, S, K, E - 1) and (B, S, K).
+        for each nested MLP (`DynaMoEConfig.mlp_names`). The sigmoid of a profile router's logits is the predicted similarity of each smaller expert.
+    expert_indices (`tuple` of (B, S) int64): the experts taken, one for each nested MLP, with `output_router_logits=True`. Routed
+        experts of mixtures have router logits and widths for each of a token's K experts: (B, S, K, E - 1) and (B, S, K).
     mlp_shares (`tuple` of (B, S)): with `output_router_logits=True`, the share of each MLP's weights that a token read.
     """
 

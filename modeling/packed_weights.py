@@ -349,7 +349,7 @@ def pack_model(model: Any, mlps: list[Any], kind: str) -> Any:
     for mlp in mlps:
         if not mlp.layout.projections:
             raise ValueError(
-                f'The experts of a mixture can be packed in "rows" alone: found {kind!r}, and a mixture in layer {mlp.layer}. '
+                f'The experts of a mixture can be packed in "rows" alone: found {kind!r}, and a mixture in layer {model.config.mlp_names[mlp.layer]}. '
                 'Ask for "rows".'
             )
         if plain_parameters([getattr(mlp, name) for name in mlp.layout.projections], model.device) is None:

@@ -41,6 +41,7 @@ class LayerRecord(NamedTuple):
     router_loss: Any = None  # (B, S)
     width: Any = None  # (B, S) share of the MLP's width, with a gradient, where the routing has a temperature
     index: Any = None  # (B, S, K) the experts of a mixture that its own router sends the token to
+    layer: int = 0  # among the nested MLPs
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Routing:
         needs_labels: measure the true similarities too, which takes every neuron.
         histogram: frequencies of the experts on the random route, (L, E); uniform where it is `None`.
         temperature: of `ProfileRouter.gates`, for routers that learn from what their choices do.
-        records: a list that each pass empties and fills, one `LayerRecord` a layer.
-        thresholds: those of each layer at this density; `with_defaults` sets them.
+        records: a list that each pass empties and fills, one `LayerRecord` a nested MLP, in the order of `DynaMoEConfig.mlp_names`.
+        thresholds: those of each nested MLP at this density; `with_defaults` sets them.
         shape: of the tokens, (B, S), which mixtures read as one row.
         gradients: whether the pass began with gradients.
     """

@@ -85,7 +85,7 @@ class NestedMLPParallel(TensorParallelLayer):
             if type(linear) is not nn.Linear:
                 raise ValueError(
                     f"An MLP that is divided over processes must have plain projections: found {type(linear).__module__}."
-                    f"{type(linear).__name__} in layer {module.layer}. Leave MLPs out of an adapter's `target_modules`, or load the "
+                    f"{type(linear).__name__} in layer {module.config.mlp_names[module.layer]}. Leave MLPs out of an adapter's `target_modules`, or load the "
                     "model without tensor parallelism."
                 )
         whole = [dict(linear._parameters) for linear in linears]

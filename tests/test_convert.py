@@ -408,7 +408,7 @@ class TestBadInput:
         shutil.copytree(converted, tmp_path / "newer")
         config = tmp_path / "newer" / "config.json"
         config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 99'))
-        with pytest.raises(ValueError, match=r"format_version=99.*reads 1 to 2"):
+        with pytest.raises(ValueError, match=r"format_version=99.*reads 1 to 3"):
             load_model(tmp_path / "newer")
 
     def test_full_disk(self, dense_folder, tmp_path):

@@ -131,8 +131,8 @@ def test_an_expert_with_massive_activations_is_found():
     blocks = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dense.model.layers[1].mlp.experts.down_proj[2] *= 50
-    first, second = massive_experts(dense, blocks)
-    assert first.shape == () and not first
+    first, second, shared = massive_experts(dense, blocks)
+    assert first.shape == shared.shape == () and not first and not shared
     assert second.tolist() == [False, False, True, False]
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_cut(dense_folder, text_file, tmp_path):
         convert_model(dense_folder, tmp_path / "out", cut=0.2, text=text_file, max_tokens=512, block_size=64)
     assert not (tmp_path / "out").exists()
     for cuts, told in (
-        ([[48] * 4], "one entry for each of 2 layers, found 1"),
+        ([[48] * 4], "one entry for each of 2 MLPs, found 1"),
         ("none", "lists of whole numbers"),
         ([[48, 0.5, 8, 8], None], "lists of whole numbers"),
         ([[48] * 3, None], "layer 0 must be 4 numbers of at most 48"),

@@ -289,7 +289,8 @@ def test_records_and_dial_of_each_sequence(family, token_ids):
         assert_close("share", share, torch.tensor(mlp.shares)[expert].view(2, 12, -1).mean(-1))
     tokens = model(token_ids, sensitivity=each[:, None].expand(2, 12)).logits
     assert torch.equal(tokens, out.logits)
-    assert len(set(map(float, out.expert_indices[-1].flatten()))) > 1, "no mix of widths, so this would prove nothing"
+    mixed = [len(expert.unique()) > 1 for expert in out.expert_indices]
+    assert any(mixed[1:]), "no mix of widths, so this would prove nothing"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -387,7 +388,7 @@ def test_copies_and_pickles(token_ids):
 def test_importance_ranks_the_neurons_of_each_expert(family, importance):
     dense = tiny_dense(family)
     blocks = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(0))
-    layout, place = "alternating" if family == "gpt_oss" else "", list(mlp_places(dense.model))[-1]
+    layout, place = "alternating" if family == "gpt_oss" else "", list(mlp_places(dense.model, shared_in=[]))[-1]
     with torch.no_grad():
         down = place.mlp.down_proj if family == "gpt_oss" else place.mlp.down_proj.transpose(1, 2)  # (N, H, D)
         down[:, 7], down[:, 9] = 0, down[:, 9] * 30
@@ -400,7 +401,7 @@ def test_importance_ranks_the_neurons_of_each_expert(family, importance):
         else:
             place.mlp.gate_up_proj[:, 7] = 0
     before = {name: parameter.clone() for name, parameter in dense.named_parameters()}
-    scores = IMPORTANCES[importance](dense, blocks)[-1]
+    scores = [score for score in IMPORTANCES[importance](dense, blocks) if score.ndim == 2][-1]
     assert scores.shape == (4, place.mlp.gate_up_proj.shape[2 if layout else 1] // 2)
     seen = scores.any(-1)
     assert seen.any()
@@ -531,9 +532,9 @@ def test_from_a_dense_folder_to_generated_text(base, converted, text_file, tmp_p
     dense, model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), load_model(trained)
     assert type(dense).__name__ == "Glm4MoeForCausalLM"
     assert_close("logits", dense(token_ids).logits, model(token_ids, sensitivity=1.0).logits)
-    with pytest.raises(ValueError, match=r"cannot hold experts of 24 neurons.*shared_experts"):
-        export_dense(trained, tmp_path / "narrow", width=0.5)
-    assert not (tmp_path / "narrow").exists()
+    export_dense(trained, tmp_path / "narrow", width=0.5)
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert_close("logits", narrow(token_ids).logits, model(token_ids, force_expert=2).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
@@ -582,7 +583,7 @@ def test_parity_is_not_decided_by_experts_that_weigh_nearly_the_same(family):
     for routing in ({}, {"sensitivity": torch.ones(2)}):
         prove_parity(expected, _logits(model, probe, routes, **routing), model.dtype)
     with torch.no_grad():
-        mixtures_of(model)[0].down_proj[routes[len(model.nested_mlps) - len(mixtures_of(model))][0][0, 0]].mul_(1.1)
+        mixtures_of(model)[0].down_proj[routes[mixtures_of(model)[0].layer][0][0, 0]].mul_(1.1)
     with pytest.raises(ValueError, match="does not equal its dense base"):
         prove_parity(expected, _logits(model, probe, routes), model.dtype)
 

@@ -641,8 +641,8 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     for name, value, message in (
         ("sensitivity", 2.0, r"sensitivity must be in \(0, 1\], found 2.0"),
-        ("num_hidden_layers", 1, "`error_weights` must have one entry for each of 1 layers"),
-        ("error_weights", [0.1], "`error_weights` must have one entry for each of 2 layers"),
+        ("num_hidden_layers", 1, "`error_weights` must have one entry for each of 1 MLPs"),
+        ("error_weights", [0.1], "`error_weights` must have one entry for each of 2 MLPs"),
         ("train_sensitivity", [0.9, 0.1], "`train_sensitivity` must be two numbers that rise"),
     ):
         model = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole")
@@ -653,7 +653,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
         assert not (tmp_path / "wrong").exists()
     model = DynaMoEForCausalLM.from_pretrained(tmp_path / "whole")
     del model.model.layers[1]
-    with pytest.raises(ValueError, match="found 1 layers, and num_hidden_layers=2 in the config"):
+    with pytest.raises(ValueError, match="found 1 MLPs, and in the config num_hidden_layers=2 and nested_shared=\\[\\]"):
         model.save_pretrained(tmp_path / "wrong")
     model.config.num_hidden_layers, model.config.error_weights = 1, [0.1]
     model.save_pretrained(tmp_path / "pruned")

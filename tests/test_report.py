@@ -182,10 +182,10 @@ def test_report_of_a_mixture_says_what_routing_looks_like(folder, tmp_path):
 
 def test_page_holds_the_exact_numbers():
     shares = torch.tensor([[0.25, 1.0, 0.5], [0.25, 0.5, 1.0]])
-    page = tokens_page(["a", "\n", "<"], shares, "budget 0.5")
+    page = tokens_page(["a", "\n", "<"], shares.mean(0), dict(zip("01", shares)), "budget 0.5")
     assert "const rows = [[250,750,750],[250,1000,500],[250,500,1000]]" in page
     titles = re.findall(r'title="([^"]+)"', page)
-    assert titles[1] == "75.0% of the MLPs' weights, mean over 2 layers (50% to 100%)"
+    assert titles[1] == "75.0% of the MLPs' weights, mean over all layers (50% to 100%)"
     assert shown_text(page) == "a\n<"
     # The colour is the mean: lightest for the easiest token, the same for equal means.
     assert re.findall(r"--share:([\d.]+)", page) == ["0.000", "1.000", "1.000"]
@@ -194,7 +194,7 @@ def test_page_holds_the_exact_numbers():
 def test_hostile_text_is_escaped(folder, tmp_path):
     """A token, a setting, a text's name or a folder's name can look like HTML, and none of them becomes an element."""
     pieces = ["</script>", "<script>alert(1)</script>", '" onfocus="alert(1)', "</div>", "{{ 7 * 7 }}", "&lt;"]
-    page = tokens_page(pieces, torch.rand(2, 6), "<img src=x>")
+    page = tokens_page(pieces, torch.rand(6), {"0": torch.rand(6)}, "<img src=x>")
     assert page.count("<script>") == page.count("</script>") == page.count("</div>") - 2 == 1
     assert "<img" not in page and "&lt;img src=x&gt;" in page
     assert page.count("onfocus=") == page.count("&#34; onfocus=&#34;") == 1
@@ -285,7 +285,7 @@ def test_heat_map_stays_legible(experts):
     agg = pytest.importorskip("matplotlib.backends.backend_agg")
     uses = [[[0.88, *[0.12] * (experts - 1)]] * 30, [[1.0, *[0.0] * (experts - 1)]] * 30] * 2
     entries = [evaluation(share, expert_use=use) for share, use in zip((0.5, 0.6, 0.75, 0.9), uses)]
-    figure = draw_experts(entries, torch.arange(1, experts + 1).div(experts).expand(30, experts))
+    figure = draw_experts(entries, torch.arange(1, experts + 1).div(experts).expand(30, experts), [*map(str, range(30))])
     canvas = agg.FigureCanvasAgg(figure)
     canvas.draw()
     for axis in figure.axes:
@@ -296,7 +296,7 @@ def test_heat_map_stays_legible(experts):
 
 
 def test_long_text_stays_a_picture():
-    figure = draw_tokens(["\n"] * 3000 + ["end"], torch.rand(2, 3001), "budget 0.5")
+    figure = draw_tokens(["\n"] * 3000 + ["end"], torch.rand(3001), "budget 0.5")
     assert figure.get_size_inches()[1] < 15
 
 

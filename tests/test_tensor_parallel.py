@@ -13,6 +13,7 @@ from conftest import tiny_dynamoe
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from dynamoe_hf.modeling.dense_base import mlp_places
 from dynamoe_hf.modeling.tensor_parallel import NestedMLPParallel, plan_with_mlps
 
 
@@ -32,6 +33,7 @@ SCRIPT = """
 import json, os, sys
 import torch
 from dynamoe_hf import DynaMoEForCausalLM
+from dynamoe_hf.observe import mlp_parts
 torch.set_num_threads(1)
 folder, out = sys.argv[1:]
 rank = int(os.environ["RANK"])
@@ -58,6 +60,7 @@ with torch.no_grad():
         assert_same(name, [torch.stack(each.mlp_shares) for each in pair])
         assert all(share.mean() > 0.1 for share in pair[0].mlp_shares) or name == "narrow"
         assert_same("few tokens", [seeded(model)(ids[:, :4], **asked).logits for model in models])
+    assert torch.equal(*map(mlp_parts, models)), "a divided MLP counts for what all processes read"
     texts = [model.generate(ids, max_new_tokens=6, do_sample=False, sensitivity=0.6) for model in models]
     assert torch.equal(*texts)
 labels = {"labels": ids}
@@ -129,7 +132,9 @@ def test_two_processes_give_what_one_gives(case, tmp_path):
     assert (tmp_path / "one" / "config.json").read_text() == (tmp_path / "two" / "config.json").read_text()
     parts = [torch.load(tmp_path / f"two.{rank}") for rank in (0, 1)]
     names = {parameter: name for name, parameter in model.named_parameters()}
-    divided = [mlp for mlp in model.nested_mlps if mlp.layout.projections]
+    shared = [place.mlp for place in mlp_places(model.base_model) if place.is_shared]  # copied, as the routed experts are
+    assert not {names[parameter] for mlp in shared for parameter in mlp.parameters()} & parts[0].keys()
+    divided = [mlp for mlp in model.nested_mlps if mlp.layout.projections and mlp not in shared]
     assert divided
     for mlp, projection in product(divided, divided[0].layout.projections):
         whole, dim = getattr(mlp, projection).weight, int(projection == mlp.layout.down)
