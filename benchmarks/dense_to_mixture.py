@@ -22,6 +22,7 @@ from dynamoe_hf.losses import layer_outputs, relative_error
 
 EXPERTS = 8
 ACTIVE = 10  # neurons that count as active for a token
+MASSIVE = 16  # neurons of the largest single effects, without which a model breaks down (massive activations)
 SPREAD = (
     0.1  # standard deviation of the fitted routers' logits: which experts are chosen, and weights that stay near those of all
 )
@@ -85,7 +86,9 @@ def make_mixture(dense: Any, blocks: torch.Tensor) -> tuple[Any, list[torch.Tens
         effect_TH = hidden_TH.abs() * down_DH.norm(dim=0)
         active_TH = torch.zeros_like(effect_TH).scatter_(1, effect_TH.topk(ACTIVE, dim=1).indices, 1)
         size = expert_size(down_DH.shape[1])
-        order = active_TH.mean(0).argsort(descending=True, stable=True)
+        score_H = active_TH.mean(0)
+        score_H[effect_TH.amax(0).topk(MASSIVE).indices] = torch.inf
+        order = score_H.argsort(descending=True, stable=True)
         shared, rest = order[: -EXPERTS * size], order[-EXPERTS * size :]
         members_NI = rest[balanced_clusters(active_TH[:, rest].t(), EXPERTS)[0]]
         fill_block(new.mlp, old.mlp, shared, members_NI)
