@@ -28,7 +28,7 @@ SAMPLE = 1 << 20  # numbers of which quantiles are taken
 class Costs(NamedTuple):
     """Of one product of one layer: what leaving out the smallest of its inputs costs, and the sizes that they have."""
 
-    sizes: list[float]  # (P,) quantiles of the sizes
+    sizes: list[float]  # (P,) thresholds under which those shares of the inputs are left out
     costs: list[float]  # (P,) error of the MLP's output without what is smaller, squared, in units of loss
     weights: float  # share of the layer's weights that the product reads
 
@@ -97,8 +97,9 @@ def _costs_of(mlp: NestedMLP, x: torch.Tensor) -> tuple[Costs, Costs]:
     inputs = 1 if mlp.layout.ungated else 2
 
     def curve(values, run, projections):
-        sizes = _quantiles(values)
-        errors = ((run(keep_large(values, size)).float() - output).square().sum(-1).mean().item() for size in sizes[1:])
+        ramp = mlp.config.threshold_ramp  # what is read begins at its foot
+        sizes = [size / (1 - ramp) for size in _quantiles(values)]
+        errors = ((run(keep_large(values, size, ramp)).float() - output).square().sum(-1).mean().item() for size in sizes[1:])
         return Costs(sizes, [0.0, *(weight * error for error in errors)], projections / (inputs + 1))
 
     return curve(x, lambda kept: mlp.down_linear(mlp.hidden(kept)), inputs), curve(hidden, mlp.down_linear, 1)

@@ -29,6 +29,7 @@ from dynamoe_hf import (
 from dynamoe_hf.convert import convert_model, load_dense, prove_parity
 from dynamoe_hf.folder import load_model, read_json, write_json
 from dynamoe_hf.importance import IMPORTANCES
+from dynamoe_hf.modeling.configuration_dynamoe import FORMAT_VERSION
 from dynamoe_hf.observe import loss_backward
 
 
@@ -407,8 +408,8 @@ class TestBadInput:
     def test_newer_format(self, converted, tmp_path):
         shutil.copytree(converted, tmp_path / "newer")
         config = tmp_path / "newer" / "config.json"
-        config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 99'))
-        with pytest.raises(ValueError, match=r"format_version=99.*reads 1 to 2"):
+        config.write_text(config.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'))
+        with pytest.raises(ValueError, match=rf"format_version=99.*reads 1 to {FORMAT_VERSION}"):
             load_model(tmp_path / "newer")
 
     def test_full_disk(self, dense_folder, tmp_path):
