@@ -61,7 +61,7 @@ def single_mlps(rounds, name="Llama-3.2-1B"):
 
     def routed(mlps, expert, sparse, x=x):
         for mlp in mlps:
-            hidden = thresholds_at(model.config.thresholds, DENSITY)[0] if sparse else None
+            hidden = thresholds_at(model.config.thresholds, DENSITY, 0.0)[0] if sparse else None
             thresholds = None if hidden is None else hidden._replace(input=sizes)
             run_experts(x, Decision(expert, thresholds=thresholds), mlp.weights(x, Decision(expert, thresholds=thresholds)))
 
@@ -82,7 +82,7 @@ def batches(rounds, name="Llama-3.2-1B"):
     """Tokens at a time: each reads rows of its own, or the weights are unpacked for one product of all; time over float32's."""
     hidden_size, mlp_width = SHAPES[name]
     model = random_model(hidden_size, mlp_width, 4, num_attention_heads=8)
-    packed, thresholds = copy.deepcopy(model).pack("int8").nested_mlps, thresholds_at(model.config.thresholds, DENSITY)
+    packed, thresholds = copy.deepcopy(model).pack("int8").nested_mlps, thresholds_at(model.config.thresholds, DENSITY, 0.0)
     assert thresholds is not None
     rows = {}
     for tokens in ROWS:
@@ -94,8 +94,8 @@ def batches(rounds, name="Llama-3.2-1B"):
 
         def packed_tables(together, x=x):
             for mlp, both in zip(packed, thresholds):
-                tables, least = mlp.packed.tables, [[float(value)] * len(x[0]) for value in both]
-                (tables.run_together if together else tables.run)(x[0], [mlp.widths[WIDTH]] * len(x[0]), least)
+                tables, least = mlp.packed.tables, [[float(value)] * len(x[0]) for value in both[:2]]
+                (tables.run_together if together else tables.run)(x[0], [mlp.widths[WIDTH]] * len(x[0]), least, both.ramp)
 
         own, together = partial(packed_tables, False), partial(packed_tables, True)
         runs = {"float32": [dense], "rows of its own": [own], "together": [together]}

@@ -70,8 +70,8 @@ def in_axes(layer: Layer, share: float, axes: torch.Tensor, back: torch.Tensor, 
     least_x, least_h = smallest(((layer.x - mean) @ axes).abs(), 1 - share), smallest(layer.hidden.abs(), 1 - share)
 
     def forward(x):
-        hidden = layer.mlp.hidden(keep_large((x - mean) @ axes, least_x) @ back + mean)
-        return layer.mlp.down_linear(keep_large(hidden, least_h))
+        hidden = layer.mlp.hidden(keep_large((x - mean) @ axes, least_x, 0.0) @ back + mean)
+        return layer.mlp.down_linear(keep_large(hidden, least_h, 0.0))
 
     return forward
 
@@ -105,17 +105,17 @@ def gate_first(layer: Layer, share: float) -> Forward:
     least = smallest(act(gate(layer.x)).abs(), 1 - max(0.0, (share - 1 / 3) * 1.5))
 
     def forward(x):
-        return mlp.down_linear(keep_large(act(gate(x)), least) * mlp.up_linear(x))
+        return mlp.down_linear(keep_large(act(gate(x)), least, 0.0) * mlp.up_linear(x))
 
     return forward
 
 
 def by_cost(layer: Layer, share: float, thresholds, soft: bool = False, spare: int = 0) -> Forward:
     """The thresholds of the product; soft ones also take the threshold off what is kept; the first `spare` positions are read whole."""
-    mlp, (least_x, least_h) = layer.mlp, thresholds[layer.mlp.layer]
+    mlp, (least_x, least_h, ramp) = layer.mlp, thresholds[layer.mlp.layer]
 
     def cut(values, least):
-        kept = keep_large(values, least)
+        kept = keep_large(values, least, ramp)
         kept = kept - kept.sign() * least if soft else kept
         return torch.cat([values[:, :spare], kept[:, spare:]], 1) if spare else kept
 
@@ -159,7 +159,7 @@ def main():
     for hook in hooks:
         hook.remove()
     layers = [Layer(mlp, x.flatten(0, 1), mlp.hidden(x).flatten(0, 1)) for mlp, x in zip(model.nested_mlps, inputs)]
-    fitted = fit_thresholds(model, calibration)
+    fitted, ramp = fit_thresholds(model, calibration), model.config.threshold_ramp
     model.config.thresholds = None
     variants: dict[str, Callable[[Layer, float], Forward]] = {
         "size, one quantile": by_score,
@@ -170,10 +170,10 @@ def main():
         "rotated, one rotation for all": lambda layer, share: rotated(layer, share, layers),
         "axes of the output": output_axes,
         "gate first (CATS)": gate_first,
-        "size, quantiles by cost": lambda layer, share: by_cost(layer, share, thresholds_at(fitted, share)),
-        "as before, soft": lambda layer, share: by_cost(layer, share, thresholds_at(fitted, share), soft=True),
+        "size, quantiles by cost": lambda layer, share: by_cost(layer, share, thresholds_at(fitted, share, ramp)),
+        "as before, soft": lambda layer, share: by_cost(layer, share, thresholds_at(fitted, share, ramp), soft=True),
         "by cost, first positions read whole": lambda layer, share: by_cost(
-            layer, share, thresholds_at(fitted, share), spare=SINKS
+            layer, share, thresholds_at(fitted, share, ramp), spare=SINKS
         ),
     }
     full = {name: block_nll(model, blocks, 2, name) for name, blocks in texts.items()}

@@ -49,8 +49,8 @@ def calibrate_budgets(folder: str | Path, arguments: CalibrateArguments | None =
     read, so no threshold can be read off one pass: the model is run at each place, and the next one is solved for on that run.
 
     Args:
-        folder: trained model folder; its config gets `budgets`, `thresholds`, `density_path`, and the largest budget as default
-            sensitivity.
+        folder: trained model folder; its config gets `budgets`, `thresholds`, `threshold_ramp`, `density_path`, and the largest
+            budget as default sensitivity.
         arguments, settings: the fields of `CalibrateArguments`, as one object or by name.
 
     Returns:
@@ -79,11 +79,18 @@ def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     if not FITTED[0] <= lowest <= 1:
         raise ValueError(f"`lowest_density` must be in [{FITTED[0]:g}, 1], found {lowest:g}. 1 leaves experts dense.")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if lowest == 1 and arguments.threshold_ramp:
+        raise ValueError(
+            f"`threshold_ramp` needs sparsity inside experts, found {arguments.threshold_ramp:g} and a lowest density of 1, which leaves "
+            "experts dense. Leave it out, or give a lower `lowest_density`."
+        )
     budgets = sorted({float(budget) for budget in arguments.budgets}, reverse=True)
     check_reach(model, budgets, "budget", lowest)
     blocks = token_blocks(documents_for("calibration", text), tokenizer, arguments.block_size, arguments.max_tokens)
     check_ids(blocks, model.config, tokenizer)
     model.config.density_path, model.config.thresholds = [], None
+    if arguments.threshold_ramp is not None:
+        model.config.threshold_ramp = arguments.threshold_ramp
     logits_LTE = run_routers(model, blocks, expert_shares(model), 0.5, batch_size).logits_LTE
     if logits_LTE.numel() and logits_LTE[..., 0].max() == logits_LTE[..., 0].min():
         raise ValueError(
@@ -109,7 +116,9 @@ def _calibrated(folder, arguments: CalibrateArguments) -> tuple[dict, dict]:
     }
     written = {"budgets": {budget: entry["sensitivity"] for budget, entry in found.items()}, "sensitivity": path[-1][0]}
     written |= {"thresholds": model.config.thresholds, "density_path": path if model.config.thresholds else []}
-    written["format_version"] = max(2, model.config.format_version)  # earlier code would not see the thresholds
+    written["threshold_ramp"] = ramp = model.config.threshold_ramp
+    # Code of format 1 would not see the thresholds, and code of format 2 not the ramp. No more, for the code beside the weights stays.
+    written["format_version"] = max(model.config.format_version, 3 if ramp else 2)
     return record, written
 
 

@@ -112,7 +112,9 @@ class Run:
     def load_model(self):
         """The model that the current phase, or the training after its fit, starts from, with the random state of then."""
         if self.state.model is None:
-            return load_model(self.folder)
+            model = load_model(self.folder)
+            model.config.threshold_ramp = self.arguments.threshold_ramp
+            return model
         folder = self.work / self.state.model
         if wrong := differing(folder, read_json(folder / DIGESTS) or {DIGESTS: ""}):
             raise ValueError(
@@ -229,6 +231,7 @@ def _settled(arguments: TrainArguments, config) -> TrainArguments:
         arguments,
         harm=checked_harm(config, arguments.harm),
         choice_share=float(choice_share),
+        threshold_ramp=config.threshold_ramp if arguments.threshold_ramp is None else arguments.threshold_ramp,
         # Without a dial there is nothing that would move the density.
         density_range=list(arguments.density_range or DENSITY_RANGE) if config.has_dial else [1, 1],
         router_tokens=arguments.max_tokens if routers_alone else min(arguments.router_tokens, arguments.max_tokens),

@@ -29,7 +29,7 @@ SAMPLE = 1 << 20  # numbers of which quantiles are taken
 class Costs(NamedTuple):
     """Of one product of one layer: what leaving out the smallest of its inputs costs, and the sizes that they have."""
 
-    sizes: list[float]  # (P,) quantiles of the sizes
+    sizes: list[float]  # (P,) thresholds under which those shares of the inputs are left out
     costs: list[float]  # (P,) error of the MLP's output without what is smaller, squared, in units of loss
     weights: float  # share of the MLP's weights that the product reads, times the MLP's part of all (`mlp_parts`)
 
@@ -68,7 +68,7 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     progress = tqdm(total=len(mlps), desc="Measuring thresholds", leave=False)
 
     def measure(mlp, args):
-        curves[mlp.layer] = _costs_of(mlp, args, model.config.error_weights)
+        curves[mlp.layer] = _costs_of(mlp, args, model.config.error_weights, model.config.threshold_ramp)
         progress.update()
 
     hooks = [mlp.register_forward_pre_hook(measure) for mlp in mlps]
@@ -83,7 +83,7 @@ def _measure(model, blocks) -> list[tuple[Costs, Costs]]:
     return [(x._replace(weights=x.weights * part), h._replace(weights=h.weights * part)) for part, (x, h) in zip(parts, pairs)]
 
 
-def _costs_of(mlp: Any, args: tuple, error_weights: list[float] | None) -> tuple[Costs, Costs]:
+def _costs_of(mlp: Any, args: tuple, error_weights: list[float] | None, ramp: float) -> tuple[Costs, Costs]:
     """Of an MLP, or of the experts of a mixture, on what it is called with. In a mixture all chosen experts together are one output."""
     x = args[0]
     if is_mixture(mlp):
@@ -93,18 +93,19 @@ def _costs_of(mlp: Any, args: tuple, error_weights: list[float] | None) -> tuple
         hidden, inputs = torch.cat(of_each), 2
 
         def without(of_x, of_hidden):
-            return mlp.run(x, index, chosen_weight, Decision(len(mlp.widths) - 1, thresholds=Thresholds(of_x, of_hidden)))
+            thresholds = Thresholds(of_x, of_hidden, ramp)
+            return mlp.run(x, index, chosen_weight, Decision(len(mlp.widths) - 1, thresholds=thresholds))
     else:
         hidden, inputs = mlp.hidden(x), 1 if mlp.layout.ungated else 2
 
         def without(of_x, of_hidden):
-            return mlp.down_linear(keep_large(mlp.hidden(keep_large(x, of_x)) if of_x else hidden, of_hidden))
+            return mlp.down_linear(keep_large(mlp.hidden(keep_large(x, of_x, ramp)) if of_x else hidden, of_hidden, ramp))
 
     output = without(0.0, 0.0).float()
     weight = error_weights[mlp.layer] if error_weights else 1 / output.square().sum(-1).mean().clamp_min(1e-12).item()
 
     def curve(values, run, projections):
-        sizes = _quantiles(values)
+        sizes = [size / (1 - ramp) for size in _quantiles(values)]  # what is read begins at the foot of the ramp
         errors = ((run(size).float() - output).square().sum(-1).mean().item() for size in sizes[1:])
         return Costs(sizes, [0.0, *(weight * error for error in errors)], projections / (inputs + 1))
 

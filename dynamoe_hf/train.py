@@ -234,7 +234,7 @@ def _trainer_arguments(arguments: TrainArguments, phase: Phase, folder: Path) ->
 
 def _record(run: Run, chooses: bool) -> dict:
     """What `training.json` says."""
-    names = ("route", "teacher", "sensitivity_range", "density_range", "block_size", "batch_size", "gradient_accumulation_steps",
+    names = ("route", "teacher", "sensitivity_range", "density_range", "threshold_ramp", "block_size", "batch_size", "gradient_accumulation_steps",
              "learning_rate", "router_learning_rate", "lm_loss_coef", "kd_loss_coef", "hidden_loss_coef",
              "router_loss_coef", "logit_fraction", "router_tokens", "harm", "choice_share", "width_loss_coef", "lora_rank",
              "bf16", "seed")  # fmt: skip

@@ -11,6 +11,7 @@ from .arguments import (
     Count,
     Files,
     Harm,
+    Ramp,
     Range,
     Rate,
     Route,
@@ -170,6 +171,10 @@ class TrainArguments(NestedTrainingArguments, StageArguments):
     choice_share: Annotated[float, "part"] | None = None
     """Share of max_tokens, at the end, on which routers alone learn by choosing: from KL(full width || chosen experts)
     and the price of width. By default 0.2 where routers have a profile and are fitted, else 0.
+    """
+    threshold_ramp: Ramp | None = None
+    """r in [0, 1), as in `calibrate`: what thresholds leave out falls to zero in a straight line, and experts are trained through it.
+    Without it: what the folder has, 0 if never set.
     """
     self_tokens: Count = 131_072
     """Tokens that the model writes itself, at full width, where `self` is among the files of text."""

@@ -50,7 +50,7 @@ class ShareMeter(nn.Module):
         """Count a pass, x (B, S, D), an index or (B, S). Where what is small is left out, `OneDnnMLP` counts what down reads."""
         share = self.shares[expert].expand(x.shape[:2])
         if thresholds is not None:
-            share = (x.abs() > thresholds.input).sum(-1) * share * self.of_input
+            share = (thresholds.kept_input(x) != 0).sum(-1) * share * self.of_input
         self.share.add_(share.sum())
         if self.counts_tokens:
             self.tokens.add_(x.shape[0] * x.shape[1])

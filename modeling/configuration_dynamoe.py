@@ -12,10 +12,10 @@ from .checks import check_expert, check_model_type, check_one_of, check_sensitiv
 from .dense_base import outside_mlps
 from .difficulty import SIMILARITIES
 from .routing import ROUTERS, ROUTES, TokenRouter
-from .sparsity import check_density_path, check_thresholds
+from .sparsity import check_density_path, check_ramp, check_thresholds
 
 
-# The newest that is read. A folder has the oldest whose code reads it rightly: 2, and 3 where shared experts are nested.
+# The newest that is read. A folder has the oldest whose code reads it rightly: 2, and 3 where shared experts are nested, or with a ramp.
 FORMAT_VERSION = 3
 # Where the Auto classes find the code beside the weights.
 AUTO_MAP = {
@@ -42,8 +42,7 @@ class DynaMoEConfig(PreTrainedConfig):
             optionally starting at 0 (a null expert). A list of lists gives one ladder for each MLP; all have the same number of
             experts.
         nested_shared (`list[int]`, defaults to `[]`):
-            The layers whose mixture has its shared expert nested too, as an MLP of its own. All lists with an entry for each MLP have
-            one for it, behind that of the layer's routed experts (`mlp_names`). Without it a shared expert stays whole.
+            The layers whose shared expert is nested too, an MLP of its own behind the layer's routed experts in all lists (`mlp_names`).
         cut_widths (`list[list[int]]`, *optional*):
             For each MLP, of each expert of a mixture the neurons that were not cut off for good (`dynamoe convert --cut`): the weights
             of the others are zeros. `None` for MLPs of another kind.
@@ -66,11 +65,12 @@ class DynaMoEConfig(PreTrainedConfig):
             Mean share of the MLPs' weights that a token reads -> sensitivity that reaches it, written by `dynamoe calibrate`.
         thresholds (`dict[str, list]`, *optional*):
             Sizes under which what a product reads is left out: `density` (K,), and for each of these densities and each MLP
-            `input` (K, L), of |x| that gate and up read, and `hidden` (K, L), of |h| that down reads. Without them experts are
-            dense.
+            `input` (K, L), of |x| that gate and up read, and `hidden` (K, L), of |h| that down reads.
+        threshold_ramp (`float`, defaults to 0.0):
+            r in [0, 1): what is smaller than a threshold t falls to zero in a straight line between t and (1 - r) t. With 0, a step, engines
+            differ by what stands within rounding of it. `dynamoe calibrate --threshold-ramp` fits the thresholds that go with it.
         density_path (`list[list[float]]`, *optional*):
-            Rising pairs of sensitivity and density: how much is left out inside the experts at each place of the dial. Between
-            them, and up to the dense model at (1, 1), the dial interpolates. Written by `dynamoe calibrate`.
+            Rising pairs of sensitivity and density, between which, and up to (1, 1), the dial interpolates what is left out inside experts.
         force_expert (`int`, *optional*): One expert for every token, whatever the routers say.
         train_route (`str`, defaults to `"label"`): Expert of each token while training: `"label"`, `"router"` or `"random"`.
         train_sensitivity (`list[float]`, defaults to `[0.2, 0.95]`):
@@ -103,6 +103,7 @@ class DynaMoEConfig(PreTrainedConfig):
         sensitivity=1.0,
         budgets=None,
         thresholds=None,
+        threshold_ramp=0.0,
         density_path=None,
         force_expert=None,
         train_route="label",
@@ -131,13 +132,14 @@ class DynaMoEConfig(PreTrainedConfig):
         self.sensitivity = sensitivity
         self.budgets = _with_text_keys(budgets)
         self.thresholds = thresholds
+        self.threshold_ramp = threshold_ramp
         self.density_path = _as_lists(density_path or [])
         self.force_expert = force_expert
         self.train_route = train_route
         self.train_sensitivity = _as_lists(train_sensitivity)
         self.router_loss_coef = router_loss_coef
         self.output_router_logits = output_router_logits
-        self.format_version = FORMAT_VERSION if self.nested_shared else format_version
+        self.format_version = format_version
         self.__dict__["base_model_tp_plan"] = outside_mlps(self.base_config.base_model_tp_plan)
         # The trap: `super().__init__` hands its implementations down, so a base already in memory would lose its own.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
@@ -190,6 +192,7 @@ class DynaMoEConfig(PreTrainedConfig):
             )
         self._check_budgets()
         check_thresholds(self.thresholds, mlps)
+        check_ramp(self.threshold_ramp)
         check_density_path(self.density_path, self.thresholds)
         check_expert(self.force_expert, self.expert_count)
         if not is_size(self.router_loss_coef):
@@ -265,6 +268,7 @@ class DynaMoEConfig(PreTrainedConfig):
     def save_pretrained(self, *args, **kwargs):
         """As the base class, with the checks of loading: what is written can be read."""
         self.check()
+        self.format_version = FORMAT_VERSION if self.nested_shared or self.threshold_ramp else 2
         super().save_pretrained(*args, **kwargs)
 
     @property

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from .routing import Routing, TokenRouter, has_hooks, plain_parameters
-from .sparsity import keep_large
 
 
 FEW = 16  # tokens up to which a mask row by row is cheaper than sorting
@@ -51,7 +50,7 @@ def run_few_tokens(mlp, x: torch.Tensor, routing: Routing) -> torch.Tensor | Non
     if thresholds is None:
         hidden = prefix.hidden(x)
     else:
-        hidden = keep_large(prefix.hidden(keep_large(x, thresholds.input)), thresholds.hidden)
+        hidden = thresholds.kept_hidden(prefix.hidden(thresholds.kept_input(x)))
     if min(widths) < widest:
         for row, width in zip(hidden.view(tokens, widest), widths):
             row[width:] = 0

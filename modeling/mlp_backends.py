@@ -71,7 +71,7 @@ class Decision(NamedTuple):
     thresholds: Thresholds | None = None  # where what is small is left out; `hidden` has it left out already
     output: torch.Tensor | None = None  # (B, S, D) of `hidden`, where labels needed it and no gradient is wanted
     neurons: torch.Tensor | None = (
-        None  # (B, S, K, E) of a mixture's experts: what down reads at each width, where it is recorded
+        None  # (B, S, K, E) of a mixture: those that down reads at each width, where they are recorded
     )
 
 
@@ -107,7 +107,7 @@ class Call:
     def __init__(self, x: torch.Tensor, decision: Decision, weights: Weights):
         self.decision, self.weights, self.thresholds, self.given = decision, weights, decision.thresholds, x
         # What the projections read. Not a `cached_property`, whose lock compilers do not trace.
-        self.x = x if self.thresholds is None or weights.packed is not None else keep_large(x, self.thresholds.input)
+        self.x = x if self.thresholds is None or weights.packed is not None else self.thresholds.kept_input(x)
         self.expert, self.tensors = decision.expert, weights.tensors
 
     def kept(self, hidden: torch.Tensor, order_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Call:
         threshold = self.thresholds.hidden
         if order_T is not None and isinstance(threshold, torch.Tensor):
             threshold = threshold.expand(*self.x.shape[:2], 1).flatten(0, 1).index_select(0, order_T)
-        return keep_large(hidden, threshold)
+        return keep_large(hidden, threshold, self.thresholds.ramp)
 
     @property
     def routed(self) -> bool:
@@ -223,10 +223,11 @@ def run_packed(call: Call) -> torch.Tensor:
 
 def run_triton(call: Call) -> torch.Tensor:
     """Each token through its own prefix on a GPU, without waiting for the device. What is left out of it is read, as zeros."""
-    weights, threshold = call.weights, 0.0 if call.thresholds is None else call.thresholds.hidden
+    weights, (_, threshold, ramp) = call.weights, call.thresholds or Thresholds(0.0, 0.0)
     if isinstance(threshold, torch.Tensor):
         threshold = threshold.expand(*call.x.shape[:2], 1).flatten()
-    return triton_mlp(call.x_TD, call.expert_T, call.tensors, weights.activation, weights.widths, threshold).view_as(call.x)
+    y_TD = triton_mlp(call.x_TD, call.expert_T, call.tensors, weights.activation, weights.widths, threshold, ramp)
+    return y_TD.view_as(call.x)
 
 
 def run_sliced(call: Call) -> torch.Tensor:
@@ -242,8 +243,8 @@ def run_sliced(call: Call) -> torch.Tensor:
 def run_operator(call: Call) -> torch.Tensor:
     """Several tokens in a compiled graph: one node, inside of which `run_experts` chooses by the routes."""
     *tensors, _ = call.tensors
-    threshold = 0.0 if call.thresholds is None else call.thresholds.hidden
-    return routed_mlp_op(call.x, call.expert, *tensors, call.weights.activation, call.weights.widths, threshold)
+    _, threshold, ramp = call.thresholds or Thresholds(0.0, 0.0)
+    return routed_mlp_op(call.x, call.expert, *tensors, call.weights.activation, call.weights.widths, threshold, ramp)
 
 
 # --- when each is chosen ---------------------------------------------------------------------------------------------------
@@ -428,19 +429,20 @@ def routed_mlp_op(
     activation: str,
     widths: list[int],
     threshold: float = 0.0,
+    ramp: float = 0.0,
 ) -> torch.Tensor:
     """
-    `run_experts` of plain tensors as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D). `threshold` is that of the
-    activations; what x leaves out is zero already.
+    `run_experts` of plain tensors as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D). `threshold` and `ramp` are those of
+    the activations; what x leaves out is zero already.
     """
     tensors = Projections(gate, gate_bias, up, up_bias, down, down_bias, activation_of(activation))
-    thresholds = Thresholds(0.0, threshold) if threshold else None
+    thresholds = Thresholds(0.0, threshold, ramp) if threshold else None
     y = run_experts(x, Decision(expert, thresholds=thresholds), Weights.of_tensors(tensors, widths))
     return y.to(x.dtype)  # autocast gives products a lower dtype, which the graph does not know
 
 
 @routed_mlp_op.register_fake
-def _(x, expert, gate, gate_bias, up, up_bias, down, down_bias, activation, widths, threshold=0.0):
+def _(x, *inputs):
     return torch.empty_like(x)
 
 

@@ -20,7 +20,7 @@ from .onednn_weights import OneDnnMLP
 from .packed_weights import PackedMLP, pack_mlp
 from .quantized_slices import QuantizedSlices
 from .routing import LayerRecord, Routing, RoutingSlot, default_router_dim, has_hooks, plain_parameters
-from .sparsity import Thresholds, keep_large, share_read
+from .sparsity import Thresholds, share_read
 from .tensor_parallel import read_by_parts, sum_of_parts
 
 
@@ -180,7 +180,7 @@ class NestedMLP(NestedLayer):
         share = taken / self.widths[-1]
         if thresholds is not None:
             assert hidden is not None, "`decide` computes all neurons where records of what is read are wanted"
-            share = share_read(keep_large(x, thresholds.input), hidden, taken, 1 if self.layout.ungated else 2)
+            share = share_read(thresholds.kept_input(x), hidden, taken, 1 if self.layout.ungated else 2)
             share = sum_of_parts(share, self.mesh) / (1 if self.mesh is None else self.mesh.size())
         assert logits is not None, "`decide` asks the router where records are wanted"
         return LayerRecord(logits, expert, share, profile, label, loss, self.width_of(gates), layer=self.layer)
@@ -226,7 +226,7 @@ class NestedMLP(NestedLayer):
 
     def sparse_hidden(self, x: torch.Tensor, thresholds: Thresholds) -> torch.Tensor:
         """As `hidden`, with what is smaller than the thresholds left out, of x and of the activations."""
-        return keep_large(self.hidden(keep_large(x, thresholds.input)), thresholds.hidden)
+        return thresholds.kept_hidden(self.hidden(thresholds.kept_input(x)))
 
     @torch.no_grad()
     def profile(self, hidden: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:

@@ -112,11 +112,15 @@ def _load(source, offset, live, row, column, BULK: constexpr, TRANSPOSED: conste
 
 
 @jit
-def _kept(hidden, used, least_ptr, least, place, live):
-    """Activations of used neurons that are larger than their token's threshold, or than the one of all. What is not a number stays."""
+def _kept(hidden, used, least_ptr, least, place, live, RAMP: constexpr):
+    """`keep_large` of the activations of used neurons, by the threshold of their token, or the one of all; 0 of the others."""
     if least_ptr is not None:
         least = tl.load(least_ptr + place, live, 0.0)[:, None]
-    return tl.where(used & ~(tl.abs(hidden) <= least), hidden, 0.0)
+    size, small = tl.abs(hidden), tl.zeros_like(hidden)
+    if RAMP > 0:
+        falling = tl.maximum(size - (1 - RAMP) * least, 0.0) / RAMP
+        small = tl.where(hidden < 0, -falling, falling)
+    return tl.where(used, tl.where(size <= least, small, hidden), 0.0)
 
 
 @jit
@@ -124,10 +128,11 @@ def _hidden_kernel(
     x_ptr, grad_ptr, expert_ptr, gate_ptr, gate_bias_ptr, up_ptr, up_bias_ptr, down_ptr,
     hidden_ptr, gate_grad_ptr, up_grad_ptr, least_ptr, least, T, D, H,
     gate_stride_h, gate_stride_d, up_stride_h, up_stride_d, down_stride_d, down_stride_h, widths,
-    ACT: constexpr, BLOCK_T: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr, BULK: constexpr,
+    ACT: constexpr, RAMP: constexpr, BLOCK_T: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr, BULK: constexpr,
 ):  # fmt: skip
     """
-    hidden = act(x gate') * (x up'), (T, H), kept where it is larger than `least`; with `grad`, the gradients of both products too.
+    hidden = act(x gate') * (x up'), (T, H), kept where it is larger than `least`, with a ramp below; with `grad`, the gradients of
+    both products too.
 
     Tiles beyond their widest token are left unwritten; in the others every neuron is written, unused ones as zeros.
     With BULK, x, grad and the weights are descriptors of their tiles.
@@ -179,7 +184,7 @@ def _hidden_kernel(
         hidden, slope = _activate(up, ACT)
         if grad_ptr is not None:
             tl.store(up_grad_ptr + here, tl.where(used, grad * slope, 0.0).to(dtype), written)
-    tl.store(hidden_ptr + here, _kept(hidden, used, least_ptr, least, place, live).to(dtype), written)
+    tl.store(hidden_ptr + here, _kept(hidden, used, least_ptr, least, place, live, RAMP).to(dtype), written)
 
 
 @jit
@@ -389,9 +394,10 @@ def _sorted(expert_T):
     return torch.sort(expert_T.to(torch.int16), descending=True, stable=True)
 
 
-def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk, least=0.0, least_T=None):
+def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk, thresholds=(0.0, None, 0.0)):
     """Launch `_hidden_kernel`: hidden (T, H), and with `grad_TD` the gradients of gate and up products, or `None`."""
     gate, gate_bias, up, up_bias, down = weights
+    least, least_T, ramp = thresholds
     (T, D), H, tile = x_TD.shape, len(up), plan.hidden
     backward, gated = grad_TD is not None, gate is not None
     hidden_TH = x_TD.new_empty(T, H)
@@ -403,7 +409,7 @@ def _hidden(x_TD, grad_TD, expert_T, weights, act, widths, plan, bulk, least=0.0
         _source(up, *weight), up_bias, _source(down if backward else None, tile.inner, tile.columns, bulk),
         hidden_TH, gate_grad_TH, up_grad_TH, least_T, least, T, D, H,
         *(gate.stride() if gated else (0, 0)), *up.stride(), *down.stride(), tuple(widths),
-        ACT=ACTIVATIONS[act], BLOCK_T=plan.tokens, BLOCK_H=tile.columns, BLOCK_D=tile.inner,
+        ACT=ACTIVATIONS[act], RAMP=ramp, BLOCK_T=plan.tokens, BLOCK_H=tile.columns, BLOCK_D=tile.inner,
         **_options(tile, (1 + backward) * plan.tokens + (1 + gated + backward) * tile.columns, x_TD, bulk),
     )  # fmt: skip
     return hidden_TH, gate_grad_TH, up_grad_TH
@@ -440,7 +446,7 @@ def _weight_grad(a_TH, b_TD, like, bias, expert_T, widths, plan, bulk, transpose
     return weight_grad, bias_grad
 
 
-def _forward(x_TD, expert_T, weights, act, widths, least, least_T):
+def _forward(x_TD, expert_T, weights, act, widths, least, least_T, ramp):
     *weights, down, down_bias = weights
     x_TD, expert_T, plan, order_T = x_TD.contiguous(), expert_T.contiguous(), _plan(x_TD), None
     bulk = plan is PREFILL_LARGE and _bulk(x_TD, weights[0], weights[2], down)
@@ -449,7 +455,7 @@ def _forward(x_TD, expert_T, weights, act, widths, least, least_T):
             expert_T, order_T = _sorted(expert_T)
             x_TD = x_TD.index_select(0, order_T)
             least_T = None if least_T is None else least_T.index_select(0, order_T)
-        hidden_TH, _, _ = _hidden(x_TD, None, expert_T, (*weights, down), act, widths, plan, bulk, least, least_T)
+        hidden_TH, _, _ = _hidden(x_TD, None, expert_T, (*weights, down), act, widths, plan, bulk, (least, least_T, ramp))
         return _output((hidden_TH, down), (None, None), down_bias, expert_T, order_T, widths, plan, bulk, True)
 
 
@@ -457,10 +463,10 @@ def _forward(x_TD, expert_T, weights, act, widths, least, least_T):
 def triton_mlp_op(
     x_TD: torch.Tensor, expert_T: torch.Tensor, gate: torch.Tensor | None, gate_bias: torch.Tensor | None, up: torch.Tensor,
     up_bias: torch.Tensor | None, down: torch.Tensor, down_bias: torch.Tensor | None, act: str, widths: list[int],
-    least: float = 0.0, least_T: torch.Tensor | None = None,
+    least: float = 0.0, least_T: torch.Tensor | None = None, ramp: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Each token through its own prefix: (T, D), (T,) int -> (T, D)."""
-    return _forward(x_TD, expert_T, (gate, gate_bias, up, up_bias, down, down_bias), act, widths, least, least_T)
+    return _forward(x_TD, expert_T, (gate, gate_bias, up, up_bias, down, down_bias), act, widths, least, least_T, ramp)
 
 
 @triton_mlp_op.register_fake
@@ -536,7 +542,7 @@ def triton_choose(x_TR, weight, bias, threshold):
 
 
 def _save(ctx, inputs, output):
-    x_TD, expert_T, *weights, _, ctx.act, ctx.widths, _, _ = inputs
+    x_TD, expert_T, *weights, _, ctx.act, ctx.widths, _, _, _ = inputs
     ctx.save_for_backward(x_TD, expert_T, *weights)
 
 
@@ -546,7 +552,7 @@ def _backward(ctx, grad_TD):
     grads = iter(triton_mlp_backward_op(grad_TD, x_TD, expert_T, *weights, ctx.act, ctx.widths, of_x, of_weights))
     of_input = next(grads) if of_x else None
     of_each = [next(grads) if of_weights and weight is not None else None for weight in weights]
-    return of_input, None, *of_each, grad_TD.sum(0) if ctx.needs_input_grad[7] else None, *[None] * 4
+    return of_input, None, *of_each, grad_TD.sum(0) if ctx.needs_input_grad[7] else None, *[None] * 5
 
 
 triton_mlp_op.register_autograd(_backward, setup_context=_save)
@@ -571,7 +577,7 @@ def _capability(device):
     return torch.cuda.get_device_capability(device)
 
 
-def triton_mlp(x_TD, expert_T, weights, act, widths, threshold=0.0):
+def triton_mlp(x_TD, expert_T, weights, act, widths, threshold=0.0, ramp=0.0):
     """
     Each token through its own prefix, without waiting for the device: (T, D), (T,) int -> (T, D).
 
@@ -580,6 +586,7 @@ def triton_mlp(x_TD, expert_T, weights, act, widths, threshold=0.0):
         act: name of the activation, one of `ACTIVATIONS`.
         widths: neurons of each expert.
         threshold: activations that are not larger are zero, a number or (T,); above 0 there is no gradient.
+        ramp: with one, activations below the threshold fall to zero as in `keep_large`.
     """
     tensors = x_TD, *weights[:6]
     if torch.is_autocast_enabled(x_TD.device.type):  # autocast knows no custom kernels
@@ -588,7 +595,6 @@ def triton_mlp(x_TD, expert_T, weights, act, widths, threshold=0.0):
     x_TD, *weights = tensors
     least, least_T = (0.0, threshold.contiguous()) if isinstance(threshold, torch.Tensor) else (threshold, None)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return triton_mlp_op(x_TD, expert_T, *weights, act, widths, least, least_T)
-    return _forward(
-        x_TD, expert_T, weights, act, widths, least, least_T
-    )  # without the operator's overhead, which a few tokens would feel
+        return triton_mlp_op(x_TD, expert_T, *weights, act, widths, least, least_T, ramp)
+    # Without the operator's overhead, which a few tokens would feel.
+    return _forward(x_TD, expert_T, weights, act, widths, least, least_T, ramp)

@@ -106,7 +106,7 @@ class NestedExperts(NestedLayer):
         share, width = taken / whole, None
         if decision.thresholds is not None:
             assert decision.neurons is not None, "`decide` counts what is read where records of it are wanted"
-            kept_inputs = (keep_large(x, decision.thresholds.input) != 0).float().mean(-1)
+            kept_inputs = (decision.thresholds.kept_input(x) != 0).float().mean(-1)
             read = decision.neurons.gather(-1, expert[..., None]).sum((-1, -2))
             share = (2 * kept_inputs * taken + read) / (3 * whole)  # gate and up read x, down reads neurons
         if gates is not None:
@@ -209,11 +209,11 @@ def sparse_rows(x: torch.Tensor, thresholds: Thresholds | None) -> tuple[torch.T
     """
     if thresholds is None:
         return x.flatten(0, 1), lambda token, hidden: hidden
-    least: Any = thresholds.hidden
+    x_TD, least, ramp = thresholds.kept_input(x).flatten(0, 1), thresholds.hidden, thresholds.ramp
     if not isinstance(least, torch.Tensor):
-        return keep_large(x, thresholds.input).flatten(0, 1), lambda token, hidden: keep_large(hidden, least)
+        return x_TD, lambda token, hidden: keep_large(hidden, least, ramp)
     least = least.expand(*x.shape[:2], 1).flatten(0, 1)
-    return keep_large(x, thresholds.input).flatten(0, 1), lambda token, hidden: keep_large(hidden, least[token[: len(hidden)]])
+    return x_TD, lambda token, hidden: keep_large(hidden, least[token[: len(hidden)]], ramp)
 
 
 def nest_experts(place: MLPPlace, config: Any, layer: int, slot: RoutingSlot) -> NestedExperts:

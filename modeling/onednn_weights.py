@@ -69,29 +69,31 @@ class Blocks(NamedTuple):
         Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D). The neurons that down reads
         of all tokens, where something is left out, are added to `neurons`, (1,) float64.
         """
-        least: Any = None
         if thresholds is not None:
-            x, least = keep_large(x, thresholds.input), thresholds.hidden
-            if isinstance(least, torch.Tensor):
-                least = least.expand(*x.shape[:2], 1).flatten(0, 1)
+            x = thresholds.kept_input(x)
+            if isinstance(thresholds.hidden, torch.Tensor):
+                thresholds = thresholds._replace(hidden=thresholds.hidden.expand(*x.shape[:2], 1).flatten(0, 1))
         x_TD = x.reshape(-1, x.shape[-1])
         if isinstance(expert, torch.Tensor) and len(x_TD) > 1:
             counts = torch.bincount(expert.flatten(), minlength=len(widths)).tolist()
             if max(counts) < len(x_TD):
-                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], least, neurons).view_as(x)
+                return self._staircase(x_TD, expert.flatten(), [*zip(widths, counts)], thresholds, neurons).view_as(x)
             expert = counts.index(len(x_TD))
-        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], least, neurons).view_as(x)
+        return self._blocks(x_TD, [(widths[int(expert)], len(x_TD))], thresholds, neurons).view_as(x)
 
-    def _staircase(self, x_TD, expert_T, counts, least, neurons):
+    def _staircase(self, x_TD, expert_T, counts, thresholds, neurons):
         """Tokens of several experts: sorted, widest first."""
         order_T = torch.argsort(expert_T, descending=True, stable=True)
-        if isinstance(least, torch.Tensor):
-            least = least.index_select(0, order_T)
-        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], least, neurons)
+        if thresholds is not None and isinstance(thresholds.hidden, torch.Tensor):
+            thresholds = thresholds._replace(hidden=thresholds.hidden.index_select(0, order_T))
+        y_TD = self._blocks(x_TD.index_select(0, order_T), counts[::-1], thresholds, neurons)
         return y_TD.index_select(0, order_T.argsort())
 
-    def _blocks(self, x_TD, counts, least, neurons):
-        """Sorted tokens through the blocks that they need. `counts`: (width, tokens) of each expert, the widest first."""
+    def _blocks(self, x_TD, counts, thresholds, neurons):
+        """
+        Sorted tokens through the blocks that they need. `counts`: (width, tokens) of each expert, the widest first. `thresholds`: numbers,
+        or one for each token, (T, 1).
+        """
         y_TD: Any = None
         tokens, low = len(x_TD), 0
         for block, end in enumerate(self.ends):
@@ -101,13 +103,17 @@ class Blocks(NamedTuple):
             if rows == 0:
                 break
             taken = rounded(rows, tokens)
-            hidden = self._hidden(x_TD[:taken], block, least[:taken] if isinstance(least, torch.Tensor) else least)
+            hidden = self._hidden(x_TD[:taken], block)
+            if thresholds is not None:
+                least = thresholds.hidden
+                least = least[:taken] if isinstance(least, torch.Tensor) else least
+                hidden = keep_large(hidden, least, thresholds.ramp)
             first = 0
             for width, count in counts:  # those that stop within this block, or before it
                 if count and width < end:
                     hidden[first : first + count, max(0, width - low) :] = 0
                 first += count
-            if neurons is not None and least is not None:
+            if neurons is not None and thresholds is not None:
                 neurons += torch.count_nonzero(hidden)
             if taken == tokens:
                 y_TD = self._added(y_TD, hidden, block)
@@ -116,15 +122,13 @@ class Blocks(NamedTuple):
             low = end
         return y_TD
 
-    def _hidden(self, x_TD, block, least):
+    def _hidden(self, x_TD, block):
         """Activations of one block: (T, D) -> (T, C)."""
         both = product(x_TD, self.inputs[block], self.input_biases[block])
         if self.gated:
             gate, up = both.chunk(2, -1)
-            hidden = self.act(gate) * up
-        else:
-            hidden = self.act(both)
-        return hidden if least is None else keep_large(hidden, least)
+            return self.act(gate) * up
+        return self.act(both)
 
     def _added(self, y_TD, hidden, block):
         if y_TD is None:
@@ -198,10 +202,11 @@ class OneDnnMLP(nn.Module):
             return self.blocks.run(x, expert, widths, thresholds, self.neurons)
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
-        of_each = [None if thresholds is None else torch.as_tensor(value) for value in thresholds or (0, 0)]
+        of_each = [None if thresholds is None else torch.as_tensor(value) for value in (thresholds or (0, 0))[:2]]
+        ramp = 0.0 if thresholds is None else thresholds.ramp
         *tensors, _, gated = self.blocks
         counted = None if thresholds is None else self.neurons
-        y, neurons = onednn_mlp_op(x, expert, *of_each, *tensors, self.activation, gated, widths, counted is not None)
+        y, neurons = onednn_mlp_op(x, expert, *of_each, ramp, *tensors, self.activation, gated, widths, counted is not None)
         if counted is not None:
             counted.add_(neurons)
         return y
@@ -218,6 +223,7 @@ def onednn_mlp_op(
     expert: torch.Tensor,
     least_input: torch.Tensor | None,
     least_hidden: torch.Tensor | None,
+    ramp: float,
     ends: list[int],
     inputs: list[torch.Tensor],
     outputs: list[torch.Tensor],
@@ -231,7 +237,7 @@ def onednn_mlp_op(
     """`OneDnnMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D), and the neurons that down reads, (1,) float64."""
     neurons = torch.zeros(1, dtype=torch.float64)
     blocks = Blocks(ends, inputs, outputs, input_biases, down_bias, activation_of(activation), gated)
-    thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
+    thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden, ramp)
     return blocks.run(x, expert, widths, thresholds, neurons if counted else None), neurons
 
 

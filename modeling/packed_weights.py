@@ -72,23 +72,23 @@ class Tables(NamedTuple):
         """H."""
         return self.outputs.shape[0] // self.parts
 
-    def run(self, x: torch.Tensor, widths: list[int], thresholds: list[list[float]]) -> torch.Tensor:
+    def run(self, x: torch.Tensor, widths: list[int], thresholds: list[list[float]], ramp: float) -> torch.Tensor:
         """Few tokens, each through its own prefix, without what is under its own thresholds: (T, D) -> (T, D)."""
-        rows = [self._token(*each) for each in zip(x.float(), widths, *thresholds)]
+        rows = [self._token(*each, ramp) for each in zip(x.float(), widths, thresholds[0], thresholds[1])]
         return _stacked(rows).to(x.dtype)
 
-    def run_together(self, x: torch.Tensor, widths: list[int], thresholds: list[list[float]]) -> torch.Tensor:
+    def run_together(self, x: torch.Tensor, widths: list[int], thresholds: list[list[float]], ramp: float) -> torch.Tensor:
         """As `run`, with one product of the widest prefix for all: each piece of the weights is unpacked once, in cache."""
         widest, inputs, outputs = max(widths), self.inputs, self.outputs
         least_input, least_hidden = (torch.tensor(least)[:, None] for least in thresholds)
-        kept, hidden = keep_large(x.float(), least_input), [x.new_zeros(len(x), 0, dtype=torch.float32)]
+        kept, hidden = keep_large(x.float(), least_input, ramp), [x.new_zeros(len(x), 0, dtype=torch.float32)]
         size = x.shape[1]
         for low in range(0, widest, self.chunk):
             start = low // self.chunk * size
             both = (kept @ unpack_rows(inputs[start : start + size]).float()).view(len(x), -1, self.chunk)
             hidden.append(self._activated(both[:, 0], both[:, -1], slice(low, low + self.chunk)))
         prefix = torch.arange(widest) < torch.tensor(widths)[:, None]
-        hidden_TH = keep_large(torch.cat(hidden, 1)[:, :widest] * prefix, least_hidden)
+        hidden_TH = keep_large(torch.cat(hidden, 1)[:, :widest] * prefix, least_hidden, ramp)
         neurons = self.neurons
         starts = range(0, len(outputs), neurons)
         y = torch.cat([hidden_TH @ unpack_rows(outputs[start : start + widest]).float() for start in starts], 1)
@@ -102,29 +102,30 @@ class Tables(NamedTuple):
             first, up = first + self.gate_bias[neurons], up + self.up_bias[neurons]
         return self.act(first) * up
 
-    def _token(self, x, width, least_input, least_hidden):
+    def _token(self, x, width, least_input, least_hidden, ramp):
         parts = torch.arange(self.parts)[:, None] * self.neurons
-        y = self._sums(self.outputs, self._hidden(x, width, least_input), least_hidden, parts).flatten()
+        hidden = self._hidden(keep_large(x, least_input, ramp) if least_input else x, width, least_input > 0)
+        hidden = keep_large(hidden, least_hidden, ramp) if least_hidden else hidden
+        y = self._sums(self.outputs, hidden, least_hidden > 0, parts).flatten()
         return y if self.down_bias is None else y + self.down_bias
 
-    def _hidden(self, x, width, least):
+    def _hidden(self, x, width, sparse):
         """Activations of the first `width` neurons: (D,) -> (width,)."""
         count = (width + self.chunk - 1) // self.chunk
-        both = self._sums(self.inputs, x, least, torch.arange(count)[:, None] * len(x)).view(count, 1 + self.gated, self.chunk)
+        starts = torch.arange(count)[:, None] * len(x)
+        both = self._sums(self.inputs, x, sparse, starts).view(count, 1 + self.gated, self.chunk)
         first, up = both[:, 0].flatten(), both[:, -1].flatten()
         if self.chunk == self.neurons:  # else the chunks end where the prefix does
             first, up = first[:width], up[:width]
         return self._activated(first, up, slice(width))
 
-    def _sums(self, packed, values, least, starts):
-        """For each block of rows that begins at `starts` (B, 1): the sum of its rows, times the values (N,) that are not small."""
-        if least > 0 and self.skips:
-            # Not `>=`: what is not a number is kept, to be seen in the output.
-            kept = (values.abs() < least).logical_not().nonzero().flatten()
+    def _sums(self, packed, values, sparse, starts):
+        """For each block of rows that begins at `starts` (B, 1): the sum of its rows, times the values (N,). `sparse`: many are zero."""
+        if sparse and self.skips:
+            kept = values.nonzero().flatten()
             values = values[kept]
         else:
             kept = torch.arange(len(values))
-            values = keep_large(values, least) if least > 0 else values
         blocks = starts.shape[0]
         # The trap: of a single value `reshape` gives a view without a stride, which the kernel reads as if it were contiguous.
         weights = values.expand(blocks, -1).reshape(-1).contiguous()
@@ -188,22 +189,22 @@ class PackedMLP(nn.Module):
         self, x: torch.Tensor, expert: int | torch.Tensor, widths: list[int], thresholds: Thresholds | None
     ) -> torch.Tensor:
         """Each token through its expert, without what is small: (B, S, D), an index or (B, S) -> (B, S, D)."""
-        tokens = x.shape[0] * x.shape[1]
+        tokens, ramp = x.shape[0] * x.shape[1], 0.0 if thresholds is None else thresholds.ramp
         if not torch.compiler.is_compiling():
             taken = expert.flatten().tolist() if isinstance(expert, torch.Tensor) else [expert] * tokens
             least = _least(thresholds, x.shape[:2])
             run = self.tables.run if tokens <= FEW_TOKENS else self.tables.run_together
-            return run(x.flatten(0, 1), [widths[index] for index in taken], least).view_as(x)
+            return run(x.flatten(0, 1), [widths[index] for index in taken], least, ramp).view_as(x)
         if tokens == 1 and not _of_each(thresholds) and (reads_numbers() or not isinstance(expert, torch.Tensor)):
             # As part of the graph, which is quicker to call than an operator written in Python.
-            return self.tables.run(x[0], [_width(widths, expert)], _least(thresholds, (1, 1)))[None]
+            return self.tables.run(x[0], [_width(widths, expert)], _least(thresholds, (1, 1)), ramp)[None]
         if not isinstance(expert, torch.Tensor):
             expert = torch.full(x.shape[:2], expert)
         of_each = [
-            None if thresholds is None else torch.as_tensor(value, dtype=torch.float32) for value in thresholds or (0, 0)
+            None if thresholds is None else torch.as_tensor(value, dtype=torch.float32) for value in (thresholds or (0, 0))[:2]
         ]
         *tables, _, gated, chunk, parts, skips = self.tables
-        return packed_mlp_op(x, expert, *of_each, *tables, self.activation, gated, chunk, parts, skips, widths)
+        return packed_mlp_op(x, expert, *of_each, ramp, *tables, self.activation, gated, chunk, parts, skips, widths)
 
 
 def _width(widths, expert):
@@ -226,8 +227,8 @@ def _least(thresholds, shape):
     if thresholds is None:
         return [[0.0] * (shape[0] * shape[1])] * 2
     if not _of_each(thresholds):
-        return [[value] * (shape[0] * shape[1]) for value in thresholds]
-    return [value.expand(*shape, 1).flatten().tolist() for value in thresholds]
+        return [[value] * (shape[0] * shape[1]) for value in thresholds[:2]]
+    return [value.expand(*shape, 1).flatten().tolist() for value in thresholds[:2]]
 
 
 @torch.library.custom_op("dynamoe::packed_mlp", mutates_args=())
@@ -236,6 +237,7 @@ def packed_mlp_op(
     expert: torch.Tensor,
     least_input: torch.Tensor | None,
     least_hidden: torch.Tensor | None,
+    ramp: float,
     inputs: torch.Tensor,
     outputs: torch.Tensor,
     gate_bias: torch.Tensor | None,
@@ -250,10 +252,10 @@ def packed_mlp_op(
 ) -> torch.Tensor:
     """`PackedMLP.run` as one node of a compiled graph: (B, S, D), (B, S) -> (B, S, D)."""
     tables = Tables(inputs, outputs, gate_bias, up_bias, down_bias, activation_of(activation), gated, chunk, parts, skips)
-    thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden)
+    thresholds = None if least_input is None or least_hidden is None else Thresholds(least_input, least_hidden, ramp)
     taken = [widths[index] for index in expert.flatten().tolist()]
     run = tables.run if len(taken) <= FEW_TOKENS else tables.run_together
-    return run(x.flatten(0, 1), taken, _least(thresholds, x.shape[:2])).view(x.shape)
+    return run(x.flatten(0, 1), taken, _least(thresholds, x.shape[:2]), ramp).view(x.shape)
 
 
 @packed_mlp_op.register_fake
@@ -379,7 +381,7 @@ def skipping_pays(packed: list[PackedMLP]) -> bool:
     for skips in [True, False] * 4:
         start = time.perf_counter()
         for tables in (mlp.tables for mlp in packed):  # one after another, so that each comes from memory
-            tables._replace(skips=skips).run(x, [tables.neurons], [[least], [0.0]])
+            tables._replace(skips=skips).run(x, [tables.neurons], [[least], [0.0]], 0.0)
         seconds[skips] = min(seconds[skips], time.perf_counter() - start)
     return seconds[True] < seconds[False]
 

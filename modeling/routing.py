@@ -100,7 +100,7 @@ class Routing:
             density = density_at(
                 config.density_path, config.sensitivity if routing.sensitivity is None else routing.sensitivity
             )
-        return replace(routing, thresholds=thresholds_at(config.thresholds, density))
+        return replace(routing, thresholds=thresholds_at(config.thresholds, density, config.threshold_ramp))
 
 
 class RoutingSlot:

@@ -59,7 +59,15 @@ def in_a_gap(values, low, high):
     return ((sizes[gap] + sizes[gap + 1]) / 2).item()
 
 
-def sparse_mlp(mlp, x_TD, expert_T, input_T, hidden_T, gates_TE=None):
+def kept(value, threshold, ramp):
+    """A number, or what the straight line from (1 - ramp) times the threshold, where it is 0, up to the threshold makes of it."""
+    size, foot = abs(value.detach()), (1 - ramp) * threshold
+    if size >= threshold:
+        return value
+    return value * 0 if size <= foot else value.sign() * (abs(value) - foot) / ramp
+
+
+def sparse_mlp(mlp, x_TD, expert_T, input_T, hidden_T, gates_TE=None, ramp=0.0):
     """
     As `nested_mlp`, without the numbers that are smaller than a threshold, one for each token: of x, and of the activations.
     With gates (T, E) the experts do not count. And the share of the MLP's weights that each token reads.
@@ -67,9 +75,9 @@ def sparse_mlp(mlp, x_TD, expert_T, input_T, hidden_T, gates_TE=None):
     outputs, shares = [], []
     inputs = 1 if mlp.layout.ungated else 2
     for index, x in enumerate(x_TD):
-        x = torch.stack([value if abs(value) >= input_T[index] else value * 0 for value in x])
+        x = torch.stack([kept(value, input_T[index], ramp) for value in x])
         hidden = mlp.hidden(x)
-        hidden = torch.stack([value if abs(value) >= hidden_T[index] else value * 0 for value in hidden])
+        hidden = torch.stack([kept(value, hidden_T[index], ramp) for value in hidden])
         width = mlp.widths[int(expert_T[index])]
         factor = torch.zeros_like(hidden)
         factor[:width] = 1

@@ -85,6 +85,37 @@ def test_the_dial_of_budgets(folder):
     assert all(mix["kl"] >= 0 and 0 < mix["share"] <= 1 for mix in record["mixes"])
 
 
+def test_a_ramp_is_written_and_kept(folder):
+    """With thresholds fitted for it: budgets are reached, and the same weights are read as with a step."""
+    settings = {"budgets": (0.5, 0.75), **FAST}
+    calibrate_budgets(folder, **settings)
+    step = load_model(folder).config
+    assert step.threshold_ramp == 0 and step.format_version == 2
+    record = calibrate_budgets(folder, threshold_ramp=0.2, **settings)
+    config = load_model(folder).config
+    assert config.threshold_ramp == 0.2 and config.density_path
+    assert config.format_version == 3, "earlier code would read the folder without its ramp"
+    for budget, entry in zip((0.5, 0.75), evaluate_model(folder, budget=(0.5, 0.75), **FAST)):
+        assert entry["mean_share"] == pytest.approx(record["budgets"][f"{budget:g}"]["mean_share"], abs=0.02)
+        assert entry["mean_share"] == pytest.approx(budget, abs=0.02)
+    for low, high in zip(step.thresholds["input"], config.thresholds["input"]):
+        assert sum(high) > sum(low), "what is read begins below the threshold"
+    calibrate_budgets(folder, **settings)
+    assert load_model(folder).config.threshold_ramp == 0.2, "kept, where nothing else is said"
+    calibrate_budgets(folder, threshold_ramp=0, **settings)
+    assert load_model(folder).config.thresholds == step.thresholds
+
+
+@pytest.mark.parametrize("ramp", [1.0, -0.1, float("nan"), True])
+def test_ramps_that_are_none(ramp, folder):
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"`threshold_ramp` must be in \[0, 1\), found"):
+        calibrate_budgets(folder, threshold_ramp=ramp, **FAST)
+    with pytest.raises(ValueError, match=r"`threshold_ramp` needs sparsity inside experts, found 0.2"):
+        calibrate_budgets(folder, threshold_ramp=0.2, lowest_density=1.0, **FAST)
+    assert (folder / "config.json").read_text() == before
+
+
 def test_densities_out_of_range(folder):
     with pytest.raises(ValueError, match=r"`lowest_density` must be in \[0.3, 1\], found 0.1"):
         calibrate_budgets(folder, lowest_density=0.1, **FAST)

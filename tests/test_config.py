@@ -40,6 +40,7 @@ VALUES = {
         {"density": DENSITIES, "input": st.lists(ROWS, max_size=2), "hidden": st.lists(ROWS, max_size=2)}
     )
     | st.just({"density": [0.5], "input": [[0.1] * LAYERS], "hidden": [[0.1] * LAYERS]}),
+    "threshold_ramp": NUMBERS,
     "density_path": st.lists(st.lists(NUMBERS, min_size=1, max_size=3), max_size=3) | st.just([[0.5, 0.6]]),
     "force_expert": st.integers(-2, 5) | st.just(1.0),
     "train_route": st.sampled_from([*ROUTES, "best"]),

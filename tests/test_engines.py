@@ -194,11 +194,12 @@ def test_a_dial_in_a_generation_config_is_refused(asked, greedy, token_ids):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("case", ["routed", "laid out", "sparse", "one width", "of each token"])
+@pytest.mark.parametrize("case", ["routed", "laid out", "sparse", "with a ramp", "one width", "of each token"])
 def test_meters_count_what_the_model_says(case, compiled, token_ids):
     """The share that vLLM's server tells, from counts on the way, is that of `mlp_shares`."""
-    settings = {"thresholds": TABLE, "density_path": PATH} if case in ("sparse", "of each token") else {}
-    model = tiny_dynamoe(sensitivity=0.5, **settings).eval()
+    sparse = case in ("sparse", "with a ramp", "of each token")
+    settings = {"thresholds": TABLE, "density_path": PATH} if sparse else {}
+    model = tiny_dynamoe(sensitivity=0.5, threshold_ramp=0.3 if case == "with a ramp" else 0.0, **settings).eval()
     assert can_count(model.config, model.nested_mlps) == (not settings)  # what is left out is counted where it is laid out
     if case != "routed":
         for mlp in model.nested_mlps:

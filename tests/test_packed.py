@@ -64,11 +64,11 @@ def test_a_table_sums_its_rows(kind):
     assert_close("sums", row_sums(packed, indices, torch.tensor([0, 2]), weights), expected, atol=0.02 * largest, rtol=0.02)
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense experts", "thresholds"])
+@pytest.mark.parametrize("ramp", [None, 0.0, 0.2], ids=["dense experts", "thresholds", "thresholds with a ramp"])
 @pytest.mark.parametrize("widths", [(0.25, 0.5, 0.75, 1), (0, 0.3, 1), (1,)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["int8", "onednn"])
-def test_every_token_reads_its_prefix(kind, family, widths, sparse):
+def test_every_token_reads_its_prefix(kind, family, widths, ramp):
     """Against the plain loop on the very numbers of the tables."""
     mlp = model(family, expert_widths=list(widths)).model.layers[1].mlp
     mlp.pack(kind)
@@ -76,17 +76,17 @@ def test_every_token_reads_its_prefix(kind, family, widths, sparse):
     torch.manual_seed(0)
     for tokens in (1, 3, FEW_TOKENS, FEW_TOKENS + 5, 2 * EXACT_ROWS + 5):
         x, thresholds = torch.randn(1, tokens, 32), None
-        if sparse:
+        if ramp is not None:
             least_input = in_a_gap(x, 0.2, 0.6)
             kept = x * (x.abs() >= least_input)
-            thresholds = Thresholds(least_input, in_a_gap(reference.hidden(kept), 0.2, 1.0))
+            thresholds = Thresholds(least_input, in_a_gap(reference.hidden(kept), 0.2, 1.0), ramp)
         for number, expert in enumerate((torch.arange(tokens).view(1, -1) % len(widths), len(widths) - 1, 0)):
             mlp.packed.skips = bool(number)  # of `Tables` alone
             own = torch.full((tokens,), expert) if isinstance(expert, int) else expert[0]
-            least = [torch.full((tokens,), value) for value in thresholds or (0.0, 0.0)]
+            least = [torch.full((tokens,), value) for value in (thresholds or (0.0, 0.0))[:2]]
             with torch.no_grad():
                 y = run_mlp(mlp, x, expert, thresholds=thresholds)
-                expected, _ = sparse_mlp(reference, x[0], own, *least)
+                expected, _ = sparse_mlp(reference, x[0], own, *least, ramp=ramp or 0.0)
             assert_close(f"{tokens} tokens", y[0], expected, atol=1e-4 * expected.abs().max().item() + 1e-6)
 
 
@@ -198,6 +198,7 @@ DIALS = {"full width": 1.0, "routed": 0.5, "of each sequence": torch.tensor([0.4
     ("kind", "dial", "settings", "skips", "fullgraph"),
     [
         *((kind, dial, {}, True, True) for kind in ("int8", "bfloat16", "onednn") for dial in DIALS),
+        *((kind, dial, {"threshold_ramp": 0.2}, True, True) for kind in ("int8", "onednn") for dial in DIALS),
         ("int8", "routed", {}, False, True),
         ("int8", "routed", {}, True, False),
         ("int8", "routed", {"expert_widths": [0, 0.25, 1]}, True, True),

@@ -12,12 +12,14 @@ import torch
 from conftest import tiny_dense, tiny_dynamoe
 from reference import assert_close
 from safetensors.torch import load_file
+from test_sparsity import PATH, TABLE
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import dynamoe_hf
 from dynamoe_hf import DynaMoEConfig
 from dynamoe_hf.convert import convert_model
+from dynamoe_hf.modeling.configuration_dynamoe import FORMAT_VERSION
 
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,8 @@ def run_without_package(*args):
 def test_folder_needs_no_package(family, tied, tmp_path, token_ids):
     model = tiny_dynamoe(family, dense_settings={"tie_word_embeddings": tied})
     model.config.sensitivity = 0.5
+    if family == "llama":
+        model.config.thresholds, model.config.density_path, model.config.threshold_ramp = TABLE, PATH, 0.2
     model.save_pretrained(tmp_path / "model")
     torch.save(token_ids, tmp_path / "model" / "ids.pt")
     run_without_package(tmp_path / "model", tmp_path / "again", tmp_path / "results.pt")
@@ -174,9 +178,14 @@ def test_dense_checkpoint_loads_with_only_routers_missing(tmp_path, token_ids):
 def test_old_configs_keep_loading(fixture, tmp_path):
     (tmp_path / "config.json").write_text(fixture.read_text())
     config = DynaMoEConfig.from_pretrained(tmp_path)
-    assert config.format_version <= 1
+    assert config.format_version == json.loads(fixture.read_text())["format_version"] < FORMAT_VERSION
+    assert config.threshold_ramp == 0
     model = dynamoe_hf.DynaMoEForCausalLM(config)
     assert model.config.hidden_size == json.loads(fixture.read_text())["base_config"]["hidden_size"]
+    model.config.threshold_ramp = 0.2  # which code of then would not see
+    model.save_pretrained(tmp_path / "again")
+    again = DynaMoEConfig.from_pretrained(tmp_path / "again")
+    assert again.threshold_ramp == 0.2 and again.format_version == FORMAT_VERSION
 
 
 def test_travelling_files_are_the_declared_ones():

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 from conftest import tiny_dynamoe
-from reference import sparse_mlp
+from reference import kept, sparse_mlp
 
 from dynamoe_hf import DynaMoEConfig, DynaMoEForCausalLM
 from dynamoe_hf.calibrate import cheapest_mixes
-from dynamoe_hf.modeling.sparsity import density_at, thresholds_at
+from dynamoe_hf.modeling.sparsity import density_at, keep_large, thresholds_at
 from dynamoe_hf.observe import expert_shares, run_routers
 from dynamoe_hf.threshold_fit import DENSITIES, fit_thresholds
 
@@ -23,23 +23,54 @@ def sparse_model(**settings):
 
 
 def test_thresholds_between_densities():
-    assert thresholds_at(TABLE, 1.0) is None
-    assert thresholds_at(TABLE, 0.4)[1] == pytest.approx((1.0, 3.0))
-    assert thresholds_at(TABLE, 0.1) == thresholds_at(TABLE, 0.4), "no further than what was measured"
-    assert thresholds_at(TABLE, 0.55)[0] == pytest.approx((0.5, 1.5))
-    assert thresholds_at(TABLE, 0.85)[0] == pytest.approx((0.1, 0.5)), "at density 1 nothing is left out"
+    assert thresholds_at(TABLE, 1.0, 0.2) is None
+    assert thresholds_at(TABLE, 0.4, 0.2)[1] == pytest.approx((1.0, 3.0, 0.2))
+    assert thresholds_at(TABLE, 0.1, 0.2) == thresholds_at(TABLE, 0.4, 0.2), "no further than what was measured"
+    assert thresholds_at(TABLE, 0.55, 0.0)[0] == pytest.approx((0.5, 1.5, 0.0))
+    assert thresholds_at(TABLE, 0.85, 0.0)[0] == pytest.approx((0.1, 0.5, 0.0)), "at density 1 nothing is left out"
 
 
 def test_each_sequence_as_alone():
     densities = torch.tensor([0.1, 0.4, 0.5, 0.7, 0.9, 1.0])
-    for layer, both in enumerate(thresholds_at(TABLE, densities)):
-        for of_each, name in zip(both, ("input", "hidden")):
-            alone = [thresholds_at(TABLE, d) for d in densities.tolist()]
+    for layer, both in enumerate(thresholds_at(TABLE, densities, 0.2)):
+        for of_each, name in zip(both[:2], ("input", "hidden"), strict=True):
+            alone = [thresholds_at(TABLE, d, 0.2) for d in densities.tolist()]
             expected = [0.0 if found is None else getattr(found[layer], name) for found in alone]
             assert of_each.shape == (6, 1, 1)
             assert of_each.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+        assert both.ramp == 0.2
     sensitivities = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.95, 1.0])
     assert density_at(PATH, sensitivities).tolist() == pytest.approx([density_at(PATH, s) for s in sensitivities.tolist()])
+
+
+@pytest.mark.parametrize("of_each", [False, True], ids=["a number", "of each sequence"])
+@pytest.mark.parametrize("ramp", [0.0, 0.2, 0.95])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_is_small_falls_to_zero(dtype, ramp, of_each):
+    """The function and its gradient, number by number; what is not a number, or not finite, stays."""
+    least = torch.tensor([0.5, 2.0]) if of_each else torch.tensor([0.5, 0.5])
+    values = torch.linspace(-3, 3, 40).repeat(2, 1).to(dtype).requires_grad_()
+    threshold = least.view(2, 1) if of_each else 0.5
+    found = keep_large(values, threshold, ramp)
+    found.sum().backward()
+    assert found.dtype == dtype
+    exact = values.detach().double().requires_grad_()
+    expected = torch.stack([torch.stack([kept(v, t, ramp) for v in row]) for row, t in zip(exact, least.tolist())])
+    expected.sum().backward()
+    close = {"atol": 0.02 / (1 - ramp), "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(found.double(), expected, **close)
+    torch.testing.assert_close(values.grad.double(), exact.grad, **close)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
+    torch.testing.assert_close(keep_large(odd, least[:1] if of_each else 0.5, ramp), odd, equal_nan=True)
+
+
+@pytest.mark.parametrize("threshold", [0.5, torch.tensor([0.5])], ids=["a number", "a tensor"])
+def test_a_ramp_has_no_step(threshold):
+    """What rounding moves, moves the result by that over the ramp, and no more."""
+    values = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
+    steps = [keep_large(values, threshold, ramp).diff().abs().max().item() for ramp in (0.0, 0.2)]
+    assert steps[0] > 0.49
+    assert steps[1] == pytest.approx(1e-4 / 0.2, rel=1e-6)
 
 
 def test_the_dial_moves_both():
@@ -49,13 +80,14 @@ def test_the_dial_moves_both():
 
 @pytest.mark.parametrize("family", ["llama", "starcoder2", "phi3"])
 @pytest.mark.parametrize("sensitivity", [0.5, torch.tensor([0.35, 0.9])], ids=["a number", "of each sequence"])
-def test_a_model_leaves_out_what_the_dial_says(family, sensitivity, token_ids):
+@pytest.mark.parametrize("ramp", [0.0, 0.2])
+def test_a_model_leaves_out_what_the_dial_says(family, sensitivity, ramp, token_ids):
     """Against the plain loop, layer by layer; with and without records; and the share of the weights that is read."""
-    model, calls = sparse_model(family=family), []
+    model, calls = sparse_model(family=family, threshold_ramp=ramp), []
     for mlp in model.nested_mlps:
         mlp.register_forward_hook(lambda mlp, args, output: calls.append((mlp, args[0], output)))
     densities = torch.as_tensor(density_at(PATH, sensitivity)).expand(2)
-    of_each = thresholds_at(TABLE, densities)
+    of_each = thresholds_at(TABLE, densities, ramp)
     with torch.no_grad():
         plain = model(token_ids, sensitivity=sensitivity).logits
         calls.clear()
@@ -63,8 +95,8 @@ def test_a_model_leaves_out_what_the_dial_says(family, sensitivity, token_ids):
             logits = model(token_ids, sensitivity=sensitivity).logits
         torch.testing.assert_close(plain, logits, atol=1e-4, rtol=1e-4)
         for (mlp, x, output), record in zip(calls, routing.records, strict=True):
-            own = [value.expand(*x.shape[:2], 1).flatten() for value in of_each[mlp.layer]]
-            expected, shares = sparse_mlp(mlp, x.flatten(0, 1), record.expert.flatten(), *own)
+            own = [value.expand(*x.shape[:2], 1).flatten() for value in of_each[mlp.layer][:2]]
+            expected, shares = sparse_mlp(mlp, x.flatten(0, 1), record.expert.flatten(), *own, ramp=ramp)
             torch.testing.assert_close(output, expected.view_as(output), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(record.share.flatten(), shares)
             assert shares.min() > 0 and shares.max() < 1
@@ -94,9 +126,10 @@ def test_labels_and_sparsity_together(family, token_ids):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.2])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_decoding_equals_one_pass(family, token_ids):
-    model = sparse_model(family=family)
+def test_decoding_equals_one_pass(family, ramp, token_ids):
+    model = sparse_model(family=family, threshold_ramp=ramp)
     with torch.no_grad():
         whole = model(token_ids, sensitivity=0.5).logits
         cache, steps = None, []
@@ -108,10 +141,10 @@ def test_decoding_equals_one_pass(family, token_ids):
 
 
 def test_saved_and_loaded(tmp_path, token_ids):
-    model = sparse_model()
+    model = sparse_model(threshold_ramp=0.3)
     model.save_pretrained(tmp_path)
     again = DynaMoEForCausalLM.from_pretrained(tmp_path)
-    assert again.config.thresholds == TABLE and again.config.density_path == PATH
+    assert again.config.thresholds == TABLE and again.config.density_path == PATH and again.config.threshold_ramp == 0.3
     with torch.no_grad():
         assert torch.equal(model(token_ids, sensitivity=0.5).logits, again(token_ids, sensitivity=0.5).logits)
 
@@ -124,6 +157,7 @@ def test_saved_and_loaded(tmp_path, token_ids):
         ({"thresholds": {**TABLE, "density": [0.4, 1.0]}}, "densities that rise"),
         ({"thresholds": {**TABLE, "input": [[0.1, 0.2]]}}, "2 lists of 2 numbers in `input`"),
         ({"thresholds": {**TABLE, "hidden": [[0.1, float("nan")], [0.1, 0.2]]}}, "finite and not negative"),
+        *(({"threshold_ramp": ramp}, r"`threshold_ramp` must be in \[0, 1\)") for ramp in (1, -0.1, float("nan"), True, "0.2", None)),
         ({"thresholds": None, "density_path": PATH}, "needs `thresholds`"),
         ({"density_path": [[0.8, 0.4], [0.3, 0.7]]}, "rise together"),
         ({"density_path": [[0.3, 0.7], [0.8, 0.4]]}, "rise together"),
@@ -152,10 +186,10 @@ def blocks_of(count=24, length=32):
     return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(("uniform", "ramp"), [(False, 0.0), (True, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("family", ["llama", "starcoder2", "qwen3_moe"])
-def test_fitted_thresholds_reach_their_densities(family, uniform):
-    model, blocks = tiny_dynamoe(family, error_weights=[0.5, 2.0]), blocks_of()
+def test_fitted_thresholds_reach_their_densities(family, uniform, ramp):
+    model, blocks = tiny_dynamoe(family, error_weights=[0.5, 2.0], threshold_ramp=ramp), blocks_of()
     table = fit_thresholds(model, blocks, uniform)
     assert table["density"] == list(DENSITIES)
     for rows in (table["input"], table["hidden"]):
@@ -181,7 +215,7 @@ def test_fitted_thresholds_cost_less_than_uniform_ones():
         ]
         with torch.no_grad():
             model(blocks)
-            for mlp, x, both in zip(model.nested_mlps, inputs, thresholds_at(model.config.thresholds, 0.5)):
+            for mlp, x, both in zip(model.nested_mlps, inputs, thresholds_at(model.config.thresholds, 0.5, 0.0)):
                 for part in (both._replace(hidden=0.0), both._replace(input=0.0)):
                     error = mlp.down_linear(mlp.sparse_hidden(x, part)) - mlp.down_linear(mlp.hidden(x))
                     lost[uniform] += model.config.error_weights[mlp.layer] * error.square().sum(-1).mean().item()

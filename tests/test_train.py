@@ -19,6 +19,7 @@ from dynamoe_hf.convert import convert_model, load_dense
 from dynamoe_hf.evaluate import evaluate_model
 from dynamoe_hf.folder import load_model
 from dynamoe_hf.generate import continue_text
+from dynamoe_hf.modeling import sparsity
 from dynamoe_hf.report import token_difficulty
 from dynamoe_hf.train import Run, train_recipe
 from dynamoe_hf.training_arguments import AdaptArguments, TrainArguments
@@ -290,6 +291,26 @@ def test_lora_is_merged(converted, text_file, tmp_path):
         lora_rank=2,
     )
     assert not any("lora" in name for name in load_model(tmp_path / "out").state_dict())
+
+
+def test_experts_are_trained_through_a_ramp(converted, text_file, tmp_path, monkeypatch):
+    """The one that is asked for, else that of the folder: in every step, and in what is written."""
+    seen, kept = set(), sparsity.keep_large
+
+    def watched(values, threshold, ramp):
+        seen.add(ramp)
+        return kept(values, threshold, ramp)
+
+    monkeypatch.setattr(sparsity, "keep_large", watched)
+    settings = {"text": str(text_file), "max_tokens": 512, "block_size": 32, "choice_share": 0.0}
+    for source, asked, expected in ((converted, None, 0.0), (converted, 0.25, 0.25), (tmp_path / "0.25", None, 0.25)):
+        seen.clear()
+        out = tmp_path / (f"{asked}" if asked else f"kept {expected}")
+        record = train_model(source, out, threshold_ramp=asked, **settings)
+        assert load_model(out).config.threshold_ramp == record["settings"]["threshold_ramp"] == expected
+        assert seen == {expected}
+    with pytest.raises(ValueError, match=r"`threshold_ramp` must be in \[0, 1\), found 1"):
+        train_model(converted, tmp_path / "out", threshold_ramp=1, **settings)
 
 
 def test_bad_settings(converted, tmp_path):

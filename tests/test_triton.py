@@ -322,6 +322,8 @@ for dtype in (torch.bfloat16, torch.float32):
     case += "-backward"
     with Calls():
         kernels.triton_mlp_backward_op._init_fn(x, x, expert, gate, None, up, None, down, "silu", widths, True, True)
+    case = f"{str(dtype)[6:]}-ramp"
+    kernels.triton_mlp_op._init_fn(x, expert, gate, None, up, None, down, None, "silu", widths, 0.0, torch.empty(tokens), 0.2)
 expert = torch.zeros(8, dtype=torch.long)
 x, up, down, bias, D_bias = (torch.empty(*s, dtype=torch.bfloat16) for s in ((8, 64), (256, 64), (64, 256), (256,), (64,)))
 for act in ("gelu", "gelu_new", "relu", "relu2"):
@@ -354,7 +356,7 @@ def test_compiles_for_real_chips(chip, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert set(re.findall(r"^call (\S+)$", result.stdout, flags=re.M)) <= CALLS
     compiled = re.findall(r"^kernel (\S+) (\w+) (\d+) (\d+) (\d+) (\d+) (\d+)$", result.stdout, flags=re.M)
-    assert len(compiled) == 26 + 4 * 6
+    assert len(compiled) == 26 + 4 + 4 * 6
     for case, kernel, _, spilled, used, wide, copies in compiled:
         assert int(used) <= shared, f"{case} {kernel} wants {used} bytes of shared memory"
         # The sums of the backward pass do spill on an H100, and are faster so than in smaller tiles. Elsewhere only Triton
@@ -406,10 +408,11 @@ def test_cuda_graphs(tokens):
 SPARSE_CASES = {**CASES, "relu": {"family": "starcoder2", "hidden_act": "relu"}}
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.3], ids=["a step", "a ramp"])
 @pytest.mark.parametrize("of_each", [False, True], ids=["one threshold", "thresholds of each sequence"])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("case", SPARSE_CASES)
-def test_prefixes_with_thresholds_equal_the_plain_loop(case, tokens, of_each, fresh_memory_holds_nan):
+def test_prefixes_with_thresholds_equal_the_plain_loop(case, tokens, of_each, ramp, fresh_memory_holds_nan):
     """40 tokens are sorted by their experts, and their thresholds with them."""
     mlp = tiny_mlp(**SPARSE_CASES[case])
     torch.manual_seed(tokens)
@@ -417,16 +420,16 @@ def test_prefixes_with_thresholds_equal_the_plain_loop(case, tokens, of_each, fr
     least_input = in_a_gap(x, 0.2, 0.9)
     hidden = mlp.hidden(x * (x.abs() >= least_input))
     least = [least_input] * tokens, [in_a_gap(hidden, 0.01, 2.0)] * tokens
-    thresholds = Thresholds(least[0][0], least[1][0])
+    thresholds = Thresholds(least[0][0], least[1][0], ramp)
     if of_each:
         least[1][::2] = [0.0] * len(least[1][::2])
-        thresholds = Thresholds(*(torch.tensor(values, device=DEVICE).view(-1, 1, 1) for values in least))
+        thresholds = Thresholds(*(torch.tensor(values, device=DEVICE).view(-1, 1, 1) for values in least), ramp)
     expert = torch.arange(tokens, device=DEVICE).view(-1, 1) % experts
     with torch.no_grad():
         call = Call(x, Decision(expert, thresholds=thresholds), mlp.weights(x, Decision(expert, thresholds=thresholds)))
         assert choose_execution(call).name == "triton"
         y = choose_execution(call).run(call)[:, 0]
-        expected, _ = sparse_mlp(mlp.double(), x[:, 0].double(), expert.flatten(), *least)
+        expected, _ = sparse_mlp(mlp.double(), x[:, 0].double(), expert.flatten(), *least, ramp=ramp)
     assert_close(f"{tokens} tokens", y.double(), expected, atol=1e-5 * expected.abs().max().item() + 1e-7)
 
 
@@ -449,9 +452,10 @@ def test_thresholds_with_gradients_are_not_for_the_kernels():
     assert choose_execution(Call(x, decision, mlp.weights(x, decision))).name != "triton"
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.2])
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
-def test_a_calibrated_model_decodes_as_without_the_kernels(family, token_ids):
-    settings = {"thresholds": TABLE, "density_path": PATH}
+def test_a_calibrated_model_decodes_as_without_the_kernels(family, ramp, token_ids):
+    settings = {"thresholds": TABLE, "density_path": PATH, "threshold_ramp": ramp}
     plain, model = (tiny_dynamoe(family, **settings).to(DEVICE) for _ in range(2))
     plain.set_mlp_implementation("torch")
     model.set_mlp_implementation("triton")
