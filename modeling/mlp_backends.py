@@ -70,9 +70,7 @@ class Decision(NamedTuple):
     label: torch.Tensor | None = None  # (B, S) int64
     thresholds: Thresholds | None = None  # where what is small is left out; `hidden` has it left out already
     output: torch.Tensor | None = None  # (B, S, D) of `hidden`, where labels needed it and no gradient is wanted
-    neurons: torch.Tensor | None = (
-        None  # (B, S, K, E) of a mixture: those that down reads at each width, where they are recorded
-    )
+    neurons: torch.Tensor | None = None  # (B, S, K, E), of a mixture: how many down reads at each width
 
 
 class Weights(NamedTuple):
