@@ -68,7 +68,7 @@ class DynaMoEConfig(PreTrainedConfig):
         threshold_ramp (`float`, defaults to 0.0):
             r in [0, 1): what is smaller than a threshold t falls to zero in a straight line between t and (1 - r) t. 0 is a step, which
             keeps in one engine and leaves out in another what stands within rounding of it; with 0.2 they agree at a budget of 0.75.
-            It costs 0.5% of perplexity there in a model that was not trained with it, and larger thresholds for the same share of
+            It costs about 1% of perplexity there in a model that was not trained with it, and larger thresholds for the same share of
             weights: `dynamoe calibrate --threshold-ramp` fits them.
         density_path (`list[list[float]]`, *optional*):
             Rising pairs of sensitivity and density: how much is left out inside the experts at each place of the dial. Between
