@@ -131,8 +131,7 @@ def _hidden_kernel(
     ACT: constexpr, RAMP: constexpr, BLOCK_T: constexpr, BLOCK_H: constexpr, BLOCK_D: constexpr, BULK: constexpr,
 ):  # fmt: skip
     """
-    hidden = act(x gate') * (x up'), (T, H), kept where it is larger than `least`, with a ramp below; with `grad`, the gradients of
-    both products too.
+    hidden = act(x gate') * (x up'), (T, H), as `_kept` leaves it; with `grad`, the gradients of both products too.
 
     Tiles beyond their widest token are left unwritten; in the others every neuron is written, unused ones as zeros.
     With BULK, x, grad and the weights are descriptors of their tiles.
