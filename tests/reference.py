@@ -23,24 +23,32 @@ def nested_mlp(mlp, x_TD, expert_T):
     return torch.stack([expert_output(mlp, x, int(expert)) for x, expert in zip(x_TD, expert_T)])
 
 
-def nested_mixture(experts, x_TD, index_TK, weight_TK, expert_TK, input_T=None, hidden_T=None):
+def kept(value, threshold, ramp):
+    """A number, or what the straight line from (1 - ramp) times the threshold, where it is 0, up to the threshold makes of it."""
+    size, foot = abs(value.detach()), (1 - ramp) * threshold
+    if size >= threshold:
+        return value
+    return value * 0 if size <= foot else value.sign() * (abs(value) - foot) / ramp
+
+
+def nested_mixture(experts, x_TD, index_TK, weight_TK, expert_TK, input_T=None, hidden_T=None, ramp=0.0):
     """
     The routed experts of a mixture, each token and each of its experts alone, by the base's own formula, with the neurons beyond the
-    width of the pair at zero, and the numbers of x and of the activations that are smaller than a threshold, one for each token: (T, D).
+    width of the pair at zero, and what `kept` makes of x and of the activations, with thresholds for each token: (T, D).
     And the share of the weights of its experts that each token reads.
     """
     outputs, shares, zero = [], [], torch.zeros(len(x_TD))
     limits = zip(zero if input_T is None else input_T, zero if hidden_T is None else hidden_T)
     for x, index, weight, expert, (least_x, least_hidden) in zip(x_TD, index_TK, weight_TK, expert_TK, limits):
         total, read = 0, 0
-        x = torch.where(x.abs() >= least_x, x, 0 * x)
+        x = torch.stack([kept(value, least_x, ramp) for value in x])
         for number, share, width in zip(index.tolist(), weight, expert.tolist()):
             gate_up, down = experts.gate_up_proj[number], experts.down_proj[number]
             both = x @ (gate_up if experts.is_transposed else gate_up.T)
             if experts.has_bias:
                 both = both + experts.gate_up_proj_bias[number]
-            hidden = experts._apply_gate(both)
-            hidden = hidden * (torch.arange(len(hidden)) < experts.widths[width]) * (hidden.abs() >= least_hidden)
+            hidden = torch.stack([kept(value, least_hidden, ramp) for value in experts._apply_gate(both)])
+            hidden = hidden * (torch.arange(len(hidden)) < experts.widths[width])
             read += 2 * experts.widths[width] * int((x != 0).sum()) + len(x) * int((hidden != 0).sum())
             output = hidden @ (down if experts.is_transposed else down.T)
             if experts.has_bias:
@@ -57,14 +65,6 @@ def in_a_gap(values, low, high):
     sizes = sizes[(sizes > low) & (sizes < high)]
     gap = (sizes[1:] - sizes[:-1]).argmax()
     return ((sizes[gap] + sizes[gap + 1]) / 2).item()
-
-
-def kept(value, threshold, ramp):
-    """A number, or what the straight line from (1 - ramp) times the threshold, where it is 0, up to the threshold makes of it."""
-    size, foot = abs(value.detach()), (1 - ramp) * threshold
-    if size >= threshold:
-        return value
-    return value * 0 if size <= foot else value.sign() * (abs(value) - foot) / ramp
 
 
 def sparse_mlp(mlp, x_TD, expert_T, input_T, hidden_T, gates_TE=None, ramp=0.0):

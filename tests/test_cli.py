@@ -175,7 +175,7 @@ def test_settings_by_name_or_as_one_object():
     assert given.batch_size == arguments.CalibrateArguments.batch_size, "what the caller gave was changed"
     with pytest.raises(TypeError, match=r"must be CalibrateArguments, found tuple.*by name"):
         arguments.resolve(arguments.CalibrateArguments, (0.5,), {})
-    with pytest.raises(TypeError, match=r"has no budget\. Its settings are budgets, lowest_density, text"):
+    with pytest.raises(TypeError, match=r"has no budget\. Its settings are budgets, lowest_density, threshold_ramp"):
         arguments.resolve(arguments.CalibrateArguments, None, {"budget": 0.5})
 
 

@@ -107,10 +107,10 @@ def test_sparse_execution_equals_the_plain_loop_with_gradients(family, tokens, c
     leaves = [x, weight, *experts.parameters(recurse=False)]
     target = torch.randn(tokens, x.shape[-1])
     least = torch.linspace(0.2, 0.9, tokens) if of_each else torch.full((tokens,), 0.5)
-    hidden = 0.1 * least
-    thresholds = Thresholds(*((each[None, :, None] if of_each else each[0].item()) for each in (least, hidden)))
+    hidden, ramp = 0.1 * least, 0.2 if tokens == 1 else 0.0
+    thresholds = Thresholds(*((each[None, :, None] if of_each else each[0].item()) for each in (least, hidden)), ramp)
     actual = experts.run(x, index, weight, Decision(width, thresholds=thresholds))
-    expected, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0], least, hidden)
+    expected, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0], least, hidden, ramp)
     dense, _ = nested_mixture(experts, x[0], index[0], weight[0], width[0])
     assert not torch.allclose(expected, dense, atol=1e-3), "nothing is left out here"
     assert_close("output", actual, expected, atol=1e-4)
@@ -119,15 +119,16 @@ def test_sparse_execution_equals_the_plain_loop_with_gradients(family, tokens, c
         assert_close(f"gradient of {name}", a, e, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.2])
 @pytest.mark.parametrize("sensitivity", [0.5, torch.tensor([0.35, 0.9])], ids=["a number", "of each sequence"])
-def test_a_mixture_leaves_out_what_the_dial_says(sensitivity, token_ids):
+def test_a_mixture_leaves_out_what_the_dial_says(sensitivity, ramp, token_ids):
     """Layer by layer, with and without records, and the share of the weights that is read."""
     table = {"density": [0.4, 0.7], "input": [[0.8, 1.0], [0.2, 0.4]], "hidden": [[0.2, 0.3], [0.1, 0.12]]}
     path, calls = [[0.3, 0.4], [0.8, 0.7]], []
-    model = tiny_dynamoe("qwen3_moe", expert_widths=NULL, thresholds=table, density_path=path)
+    model = tiny_dynamoe("qwen3_moe", expert_widths=NULL, thresholds=table, density_path=path, threshold_ramp=ramp)
     for experts in mixtures_of(model):
         experts.register_forward_hook(lambda experts, args, output: calls.append((experts, args, output)))
-    of_each = thresholds_at(table, torch.as_tensor(density_at(path, sensitivity)).expand(2))
+    of_each = thresholds_at(table, torch.as_tensor(density_at(path, sensitivity)).expand(2), ramp)
     with torch.no_grad():
         plain = model(token_ids, sensitivity=sensitivity).logits
         calls.clear()
@@ -135,8 +136,8 @@ def test_a_mixture_leaves_out_what_the_dial_says(sensitivity, token_ids):
             logits = model(token_ids, sensitivity=sensitivity).logits
         assert_close("logits", plain, logits, atol=1e-4)
         for (experts, args, output), record in zip(calls, routing.records, strict=True):
-            own = [value.expand(*token_ids.shape, 1).flatten() for value in of_each[experts.layer]]
-            expected, shares = nested_mixture(experts, *args, record.expert.flatten(0, 1), *own)
+            own = [value.expand(*token_ids.shape, 1).flatten() for value in of_each[experts.layer][:2]]
+            expected, shares = nested_mixture(experts, *args, record.expert.flatten(0, 1), *own, ramp=ramp)
             assert_close("output", output, expected, atol=1e-4)
             assert_close("share", record.share.flatten(), shares)
             assert 0 < shares.mean() < 1

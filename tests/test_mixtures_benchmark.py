@@ -107,7 +107,7 @@ def test_the_recipe_from_dense_to_a_table(dense, text_file, tmp_path, capsys, mo
     mixtures.main(command)
     (path,) = tmp_path.glob("mixtures-smollm2_*.json")
     found = json.loads(path.read_text())["found"]
-    assert found["mixture"]["active_share_of_dense"] == (32 + 4 * 20) / 192
+    assert found["mixture"]["active_share_of_dense"] == (32 + 6 * 20) / 192
     assert found["contenders"].keys() == {"top-k", "pruned", "ours", "ours, null"}
     for name, cells in found["contenders"].items():
         for share in ("0.75", "0.5"):

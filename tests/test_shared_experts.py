@@ -99,7 +99,7 @@ def test_a_layer_at_mixed_widths_equals_the_plain_loop_with_gradients(family):
     expected = nested_mlp(shared, x_TD, own)
     if family == "qwen2_moe":
         expected = block.shared_expert_gate(x_TD).sigmoid() * expected
-    expected = expected + nested_mixture(block.experts, x_TD, index, weight, routed)
+    expected = expected + nested_mixture(block.experts, x_TD, index, weight, routed)[0]
     assert_close("output", actual, expected, atol=1e-4)
     names, leaves = zip(*((name, p) for name, p in block.named_parameters() if p.requires_grad and ".router." not in name))
     target = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
