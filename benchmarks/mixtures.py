@@ -15,9 +15,10 @@ median of rounds in turn.
 `smollm2`: no mixture of a useful size is small enough for a CPU, so one is made of a dense Llama-style model, BASE (`dense_to_mixture.py`),
 and learns from it. Then quality against active weights of its experts, the shared one included, at 75 and 50%: `top-k`, fewer experts a
 token; `pruned`, the experts whose weighted outputs are smallest on the training text left out, and not replaced; `ours`, nested experts
-trained by our recipe, the shared one included; `ours, null`, the same with a ladder that starts at 0. Without training the shared expert
-stays whole, so routed ones take the whole saving. Ratios are perplexities over the mixture's own on held-out text, with 95% intervals over paired blocks; between two places of
-`top-k` or `pruned` the losses are interpolated. What is finished lies in WORK and is not done again.
+trained by our recipe with sparsity, the shared one included, and at full width; `ours, null`, the same with a ladder that starts at 0.
+In `top-k` and `pruned` the shared expert stays whole, so routed ones take the whole saving. Ratios are perplexities over the mixture's own
+on held-out text, with 95% intervals over paired blocks; between two places of `top-k` or `pruned` the losses are interpolated. What is
+finished lies in WORK and is not done again.
 """
 
 import argparse
@@ -50,7 +51,8 @@ from dynamoe_hf.observe import bisect_rising
 
 QWEN3_30B_A3B = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-SHARES = (0.75, 0.5)  # of the active weights of experts
+BUDGETS = (0.75, 0.5)  # of the active weights of experts
+SHARES = (1.0, *BUDGETS)
 LADDERS = {"ours": [0.25, 0.5, 0.75, 1.0], "ours, null": [0.0, 0.25, 0.5, 1.0]}
 MADE = "mixture.json"
 INPUTS = 8  # which take turns, so that one token finds its experts in no cache
@@ -256,7 +258,7 @@ def nested_folder(args, name: str, mixture: Path, budgets: list[float]) -> Path:
         if not converted.exists():
             convert_model(mixture, converted, widths=LADDERS[name], max_tokens=args.cluster_tokens, **text)
         if not folder.exists():
-            routers = min(65_536, args.tokens)
+            routers = min(args.router_tokens, args.tokens)
             settings = {"batch_size": args.batch_size, "bf16": args.bf16, "logit_fraction": 0.5}
             train_model(converted, folder, max_tokens=args.tokens, router_tokens=routers, **settings, **text)
         calibrate_budgets(folder, budgets=budgets, max_tokens=args.cluster_tokens, **text)
@@ -282,10 +284,11 @@ def smollm2(args) -> dict:
     rows: dict[str, dict] = {
         name: {share: between(found, part) for share, part in parts.items()} for name, found in places.items()
     }
-    for name in LADDERS:
-        model = load_model(nested_folder(args, name, folder, list(SHARES)))
+    for name in args.contenders:
+        model = load_model(nested_folder(args, name, folder, list(BUDGETS)))
         for share in SHARES:
-            seen = routed_nll(model, blocks, description=name, sensitivity=model.config.sensitivity_of(share))
+            sensitivity = model.config.sensitivity_of(share) if share < 1 else 1.0
+            seen = routed_nll(model, blocks, description=name, sensitivity=sensitivity)
             rows.setdefault(name, {})[share] = seen.nll
             rows[name][f"reached at {share:g}"] = round(seen.share, 4)
     table = {
@@ -330,9 +333,10 @@ def main(argv=None):
     made.add_argument("work", type=Path)
     made.add_argument("--text", nargs="*", help="files to train on; by default Python's topics")
     made.add_argument("--held-out", nargs="*", help="files to evaluate on, likewise")
-    for name, default in (("per-token", 6), ("mixture-tokens", 300_000), ("tokens", 400_000), ("cluster-tokens", 8192), ("eval-tokens", 32_768),
-                          ("block-size", 256), ("batch-size", 4)):  # fmt: skip
+    for name, default in (("per-token", 6), ("mixture-tokens", 300_000), ("tokens", 400_000), ("router-tokens", 65_536),
+                          ("cluster-tokens", 8192), ("eval-tokens", 32_768), ("block-size", 256), ("batch-size", 4)):  # fmt: skip
         made.add_argument(f"--{name}", type=int, default=default)
+    made.add_argument("--contenders", nargs="*", choices=[*LADDERS], default=[*LADDERS], help="which of ours")
     made.add_argument("--learning-rate", type=float, default=3e-4)
     made.add_argument("--bf16", action="store_true", help="train in mixed precision")
     args = parser.parse_args(argv)

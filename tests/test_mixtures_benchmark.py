@@ -110,7 +110,7 @@ def test_the_recipe_from_dense_to_a_table(dense, text_file, tmp_path, capsys, mo
     assert found["mixture"]["active_share_of_dense"] == (32 + 6 * 20) / 192
     assert found["contenders"].keys() == {"top-k", "pruned", "ours", "ours, null"}
     for name, cells in found["contenders"].items():
-        for share in ("0.75", "0.5"):
+        for share in ("1.0", "0.75", "0.5"):
             assert cells[share] is None or cells[share]["ratio_to_dense"] > 0
         if name.startswith("ours"):
             assert cells["reached at 0.75"] == pytest.approx(0.75, abs=0.1)
