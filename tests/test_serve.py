@@ -110,8 +110,9 @@ WAITS = "import sys, time; from dynamoe_hf.serve import run_until_stopped; "
 def test_it_stops_when_told(number):
     """The engine is told too, and the end is no error."""
     engine = "import time; print('up', flush=True); time.sleep(60)"
+    heard = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); "  # also where these tests run under `nohup`
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITS + f"sys.exit(run_until_stopped([sys.executable, '-c', {engine!r}]))"],
+        [sys.executable, "-c", WAITS + heard + f"sys.exit(run_until_stopped([sys.executable, '-c', {engine!r}]))"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "up\n"
